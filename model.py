@@ -1,0 +1,662 @@
+"""Backbones, predictor, positions, optimizer groups, weight files and online probes. No losses and no training loop live here.
+
+    encoder = ViT(**SIZES["vit_l"], frames=16, size=224, pos="rope")
+    z = encoder(x, keep)                        # x (B,3,T,H,W) normalised, keep (B,K) token ids -> (B,K,D)
+    za, zb = encoder(x, [keep_a, keep_b])       # two masks of the same clips, one sequence, attention inside each group only
+    zhat_a, zhat_b = predictor([za, zb], [keep_a, keep_b], [pred_a, pred_b])
+    encoder, config = load_encoder("vitl.pt")
+
+Letters used in every file:
+    B clips   T frames   H,W pixels   t,h,w token grid   N = t*h*w tokens, token id = (ti*h + hi)*w + wi
+    K kept tokens   M predicted tokens   n tokens in a sequence   D encoder width   Dp predictor width   P values per patch (3*tubelet*patch*patch)
+    x pixels or tokens   z student features   h target features   zhat predictions
+"""
+import ctypes
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+SIZES = {
+    "vit_n": dict(width=128, depth=4, heads=4, mlp=512),  # laptop presets
+    "vit_t": dict(width=192, depth=12, heads=3, mlp=768),
+    "vit_s": dict(width=384, depth=12, heads=6, mlp=1536),
+    "vit_b": dict(width=768, depth=12, heads=12, mlp=3072),
+    "vit_l": dict(width=1024, depth=24, heads=16, mlp=4096),
+    "vit_h": dict(width=1280, depth=32, heads=16, mlp=5120),
+    "vit_g": dict(width=1408, depth=40, heads=16, mlp=6144),  # SALT's table; V-JEPA 2's weights have 22 heads
+    "vit_G": dict(width=1664, depth=48, heads=16, mlp=8192),
+    "vit_e": dict(width=1792, depth=56, heads=16, mlp=15360),
+    "vit_j": dict(width=4096, depth=64, heads=32, mlp=32768),
+}
+IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh")}
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# positions: tables over a token grid, built once per (grid, device) and indexed by token id
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a table first built during inference must still be usable in training
+def sincos_table(width, grid, device="cpu"):
+    """(N, width) fixed position embedding (V-JEPA 1): each axis gets ceil(width/6)*2 channels, sines then cosines, order t,h,w, cut to width."""
+    a = math.ceil(width / 6) * 2
+    omega = 10000.0 ** (-torch.arange(a // 2, dtype=torch.float64) / (a / 2))
+    axes = torch.meshgrid(*[torch.arange(s, dtype=torch.float64) for s in grid], indexing="ij")
+    angles = [axis.reshape(-1, 1) * omega for axis in axes]  # 3 x (N, a/2)
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)[:, :width].float().to(device)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def rope_table(head_dim, grid, quirk=False, device="cpu"):
+    """Two (N, head_dim) tables, cos and signed sin, so that rotated q = q*cos + swap(q)*sin, where swap exchanges channels 2i and 2i+1.
+
+    Each axis rotates 2*((head_dim//3)//2) channels in the order t,h,w; the rest has cos 1, sin 0. Both channels of a pair share a frequency,
+    which makes attention a function of relative positions. V-JEPA 2 was trained with tiled frequencies instead (channel c uses frequency
+    c mod a/2): `quirk` reproduces that, and only its published weights want it.
+    """
+    a = 2 * ((head_dim // 3) // 2)
+    omega = 10000.0 ** (-torch.arange(a // 2, dtype=torch.float64) / (a / 2))
+    omega = omega.repeat(2) if quirk else omega.repeat_interleave(2)  # (a,)
+    axes = torch.meshgrid(*[torch.arange(s, dtype=torch.float64) for s in grid], indexing="ij")
+    angles = torch.cat([axis.reshape(-1, 1) * omega for axis in axes], 1)  # (N, 3a)
+    angles = F.pad(angles, (0, head_dim - 3 * a))
+    sign = torch.tensor([-1.0, 1.0]).repeat(head_dim // 2)
+    return angles.cos().float().to(device), (angles.sin() * sign).float().to(device)
+
+
+def rotate(x, cos, sin):
+    """x (..., head_dim) rotated by tables that broadcast against it."""
+    return torch.addcmul(x * cos, x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), sin)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# transformer
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(head_dim)) v for (B, heads, n, head_dim)."""
+    B, heads, n, d = q.shape
+    if q.device.type == "cpu" and (n <= 256 or B * heads * n * k.shape[2] * q.element_size() <= 2**26):
+        return (q * d**-0.5 @ k.transpose(2, 3)).softmax(-1) @ v  # 1.3 to 5x faster than the fused CPU kernel while the n x n scores are small
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)  # rows in the order q, k, v; inside each, head-major
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, rope=None, lengths=None):
+        B, n, D = x.shape
+        qkv = self.qkv(x).view(B, n, 3, self.heads, D // self.heads)
+        if rope is None:
+            q, k, v = qkv.unbind(2)
+        else:
+            qk, v = qkv.split([2, 1], 2)
+            q, k = rotate(qk, *rope).unbind(2)
+            v = v.squeeze(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, n, head_dim)
+        if lengths is None:
+            x = attend(q, k, v).transpose(1, 2)
+        else:
+            groups = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2))
+            x = torch.cat([attend(*group).transpose(1, 2) for group in groups], 1)
+        return self.proj(x.reshape(B, n, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, hidden, act):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.act = ACTIVATIONS[act]
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on x (B, n, D). rope: cos and sin tables; lengths: sizes of the groups that attend only within themselves."""
+
+    def __init__(self, width, heads, mlp, act="gelu", eps=1e-6):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, mlp, act)
+
+    def forward(self, x, rope=None, lengths=None):
+        x = x + self.attn(self.norm1(x), rope, lengths)
+        return x + self.mlp(self.norm2(x))
+
+
+def block_flops(width, mlp, lengths):
+    """Forward FLOPs of one block on groups of these lengths, a multiply-add counting as 2."""
+    return sum(2 * n * (4 * width * width + 2 * width * mlp) + 4 * n * n * width for n in lengths)
+
+
+def init_weights(module, blocks):
+    """Trunc-normal 0.02, biases 0; what block i adds to the residual stream is divided by sqrt(2(i+1)) (V-JEPA, SALT)."""
+    for m in module.modules():
+        if isinstance(m, (nn.Linear, nn.Conv3d)):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+    with torch.no_grad():
+        for i, block in enumerate(blocks):
+            block.attn.proj.weight.div_(math.sqrt(2 * (i + 1)))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * (i + 1)))
+
+
+def run_blocks(x, blocks, rope, lengths, checkpoint):
+    lengths = lengths if len(lengths) > 1 else None
+    for block in blocks:
+        x = recompute(block, x, rope, lengths, use_reentrant=False) if checkpoint and torch.is_grad_enabled() else block(x, rope, lengths)
+    return x
+
+
+def rope_at(ids, head_dim, grid, quirk, dtype, device):
+    """cos and sin at ids (B, n), or at all N tokens where ids is None, shaped to broadcast against (B, n, q|k, heads, head_dim)."""
+    tables = rope_table(head_dim, grid, quirk, device)
+    return [(table[None] if ids is None else table[ids])[:, :, None, None].to(dtype) for table in tables]
+
+
+class PatchEmbed(nn.Module):
+    """Tubelet embedding. The weight has Conv3d's shape and name, but only the kept patches are multiplied."""
+
+    def __init__(self, width, patch, tubelet):
+        super().__init__()
+        self.proj = nn.Conv3d(3, width, (tubelet, patch, patch), (tubelet, patch, patch))
+
+    def forward(self, x, ids=None):
+        B, C, T, H, W = x.shape
+        a, p, _ = self.proj.kernel_size
+        t, h, w = T // a, H // p, W // p
+        x = x.view(B, C, t, a, h, p, w, p).permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, t, h, w, C, a, p, p), a view
+        if ids is None:
+            x = x.reshape(B, t * h * w, -1)  # (B, N, P)
+        else:
+            batch = torch.arange(B, device=x.device)[:, None]
+            x = x[batch, ids // (h * w), ids // w % h, ids % w].flatten(2)  # (B, K, P)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class ViT(nn.Module):
+    """Video transformer with token dropping.
+
+    pos: "rope" (V-JEPA 2, SALT), "sincos" (V-JEPA 1) or "learned" (4DS, TDV). frames, size: the configured clip; sincos and rope accept any other
+    grid. checkpoint: recompute each block in the backward pass. The other keywords are the entries of `config`.
+    """
+
+    def __init__(self, *, width, depth, heads, mlp, patch=16, tubelet=2, frames=16, size=224, pos="rope", rope_quirk=False, cls=False,
+                 final_norm=True, act="gelu", eps=1e-6, checkpoint=False):
+        super().__init__()
+        if pos not in ("rope", "sincos", "learned"):
+            raise ValueError(f"pos must be rope, sincos or learned, not {pos!r}")
+        if width % heads or frames % tubelet or size % patch:
+            raise ValueError(f"not divisible: width {width} by heads {heads}, frames {frames} by tubelet {tubelet} or size {size} by patch {patch}")
+        self.config = dict(width=width, depth=depth, heads=heads, mlp=mlp, patch=patch, tubelet=tubelet, frames=frames, size=size, pos=pos,
+                           rope_quirk=rope_quirk, cls=cls, final_norm=final_norm, act=act, eps=eps)
+        self.width, self.heads, self.mlp, self.pos, self.rope_quirk, self.checkpoint = width, heads, mlp, pos, rope_quirk, checkpoint
+        self.patch, self.tubelet = patch, tubelet
+        self.grid = (frames // tubelet, size // patch, size // patch)
+        self.patch_embed = PatchEmbed(width, patch, tubelet)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if cls else None
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), width)) if pos == "learned" else None
+        self.blocks = nn.ModuleList([Block(width, heads, mlp, act, eps) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width, eps=eps) if final_norm else None
+        init_weights(self, self.blocks)
+        for p in (self.cls_token, self.pos_embed):
+            if p is not None:
+                nn.init.trunc_normal_(p, std=0.02)
+
+    def forward(self, x, keep=None, blocks=None):
+        """x (B,3,T,H,W) float, normalised -> (B,N,D); keep (B,K) -> (B,K,D); a list of (B,K_i) -> a list of (B,K_i,D). With cls, token 0 is CLS.
+
+        blocks: run only that many blocks and return their output, without the final norm unless all were run.
+        """
+        B, _, T, H, W = x.shape
+        if T % self.tubelet or H % self.patch or W % self.patch:
+            raise ValueError(f"clip of {T} frames, {H}x{W} px does not divide into tubelets of {self.tubelet} and patches of {self.patch}")
+        grid = (T // self.tubelet, H // self.patch, W // self.patch)
+        keeps = keep if isinstance(keep, (list, tuple)) else [keep]
+        ids = keep if keep is None or len(keeps) == 1 and keep is keeps[0] else torch.cat(keeps, 1)  # (B, sum of K_i)
+        lengths = [math.prod(grid) if k is None else k.shape[1] for k in keeps]
+
+        x = self.patch_embed(x, ids)  # (B, n, D)
+        rope = None
+        if self.pos == "rope":
+            rope = rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x.dtype, x.device)
+        else:
+            if self.pos == "learned" and grid != self.grid:
+                raise ValueError(f"learned positions are for the grid {self.grid}, the clip has {grid}")
+            table = sincos_table(self.width, grid, x.device) if self.pos == "sincos" else self.pos_embed[0]
+            x = x + (table if ids is None else table[ids]).to(x.dtype)
+        if self.cls_token is not None:  # one CLS at the head of each group, unrotated
+            cls = self.cls_token.to(x.dtype).expand(B, 1, -1)
+            x = torch.cat([part for group in x.split(lengths, 1) for part in (cls, group)], 1)
+            if rope is not None:
+                still = [torch.ones_like(rope[0][:, :1]), torch.zeros_like(rope[1][:, :1])]
+                rope = [torch.cat([part for group in r.split(lengths, 1) for part in (s, group)], 1) for r, s in zip(rope, still)]
+            lengths = [1 + n for n in lengths]
+
+        depth = len(self.blocks) if blocks is None else blocks
+        if not 0 <= depth <= len(self.blocks):
+            raise ValueError(f"blocks must be 0 to {len(self.blocks)}, not {blocks}")
+        x = run_blocks(x, self.blocks[:depth], rope, lengths, self.checkpoint)
+        if self.norm is not None and depth == len(self.blocks):
+            x = self.norm(x)
+        return list(x.split(lengths, 1)) if isinstance(keep, (list, tuple)) else x
+
+    def flops(self, *lengths):
+        """Forward FLOPs of one clip whose groups have these token counts."""
+        embed = 2 * 3 * self.tubelet * self.patch**2 * self.width * sum(lengths)
+        lengths = [n + (self.cls_token is not None) for n in lengths]
+        return embed + len(self.blocks) * block_flops(self.width, self.mlp, lengths)
+
+
+class Predictor(nn.Module):
+    """Narrow transformer that fills in features at predicted positions from context features at kept ones."""
+
+    def __init__(self, *, in_width, out_width, width=384, depth=12, heads=12, mlp=None, grid=(8, 14, 14), pos="rope", rope_quirk=False, mask_tokens=2,
+                 eps=1e-6, checkpoint=False):
+        super().__init__()
+        if pos not in ("rope", "sincos"):
+            raise ValueError(f"the predictor's pos must be rope or sincos, not {pos!r}")
+        if width % heads:
+            raise ValueError(f"predictor width {width} is not divisible by heads {heads}")
+        mlp = mlp or 4 * width
+        self.config = dict(in_width=in_width, out_width=out_width, width=width, depth=depth, heads=heads, mlp=mlp, grid=list(grid), pos=pos,
+                           rope_quirk=rope_quirk, mask_tokens=mask_tokens, eps=eps)
+        self.width, self.heads, self.mlp, self.pos, self.rope_quirk, self.checkpoint = width, heads, mlp, pos, rope_quirk, checkpoint
+        self.grid = tuple(grid)
+        self.predictor_embed = nn.Linear(in_width, width)
+        self.mask_tokens = nn.ParameterList([nn.Parameter(torch.zeros(1, 1, width)) for _ in range(mask_tokens)])
+        self.predictor_blocks = nn.ModuleList([Block(width, heads, mlp, eps=eps) for _ in range(depth)])
+        self.predictor_norm = nn.LayerNorm(width, eps=eps)
+        self.predictor_proj = nn.Linear(width, out_width)
+        init_weights(self, self.predictor_blocks)
+
+    def forward(self, z, keep, pred):
+        """z list of (B,K_i,in_width), keep list of (B,K_i), pred list of (B,M_i) -> list of (B,M_i,out_width). Group i uses mask token i mod their count.
+
+        Tensors instead of lists are one group, and give one tensor. Order within a group is free: attention only sees positions.
+        """
+        if torch.is_tensor(z):
+            return self([z], [keep], [pred])[0]
+        B = len(z[0])
+        groups = range(len(z))
+        ids = torch.cat([i for pair in zip(keep, pred) for i in pair], 1)  # (B, sum of K_i + M_i)
+        context = self.predictor_embed(torch.cat(z, 1)).split([k.shape[1] for k in keep], 1)
+        tokens = [self.mask_tokens[i % len(self.mask_tokens)].to(context[i].dtype).expand(B, pred[i].shape[1], -1) for i in groups]
+        x = torch.cat([part for pair in zip(context, tokens) for part in pair], 1)
+        rope = None
+        if self.pos == "rope":
+            rope = rope_at(ids, self.width // self.heads, self.grid, self.rope_quirk, x.dtype, x.device)
+        else:
+            x = x + sincos_table(self.width, self.grid, x.device)[ids].to(x.dtype)
+        x = run_blocks(x, self.predictor_blocks, rope, [keep[i].shape[1] + pred[i].shape[1] for i in groups], self.checkpoint)
+        parts = x.split([n for i in groups for n in (keep[i].shape[1], pred[i].shape[1])], 1)
+        x = self.predictor_proj(self.predictor_norm(torch.cat(parts[1::2], 1)))  # the predicted tokens only
+        return list(x.split([p.shape[1] for p in pred], 1))
+
+    def flops(self, *groups):
+        """Forward FLOPs of one clip for groups of (K, M) context and predicted tokens."""
+        embed = sum(2 * K * self.config["in_width"] * self.width + 2 * M * self.width * self.config["out_width"] for K, M in groups)
+        return embed + len(self.predictor_blocks) * block_flops(self.width, self.mlp, [K + M for K, M in groups])
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# training: optimizer groups, EMA, sharding, compilation
+
+
+def param_groups(module, weight_decay):
+    """Two optimizer groups over all trainable parameters: with weight decay, and without (biases, 1-D tensors, learned positions)."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    still = [name.endswith("bias") or name.endswith("pos_embed") or p.ndim < 2 for name, p in named]
+    decay, no_decay = [p for (_, p), s in zip(named, still) if not s], [p for (_, p), s in zip(named, still) if s]
+    ids = [id(p) for p in decay + no_decay]
+    assert sorted(ids) == sorted({id(p) for p in module.parameters() if p.requires_grad}), "a parameter is in no group or in two"
+    return [dict(params=decay, weight_decay=weight_decay, decay=True), dict(params=no_decay, weight_decay=0.0, decay=False)]
+
+
+@torch.no_grad()
+def ema_update(targets, sources, m):
+    """targets <- m*targets + (1-m)*sources, for lists of tensors."""
+    torch._foreach_lerp_(list(targets), list(sources), 1 - m)
+
+
+def shard(module, mesh=None, param_dtype=None):
+    """FSDP2: every Block is one unit, the rest belongs to the root. Call after compile_blocks and before the optimizer is built."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    for m in list(module.modules()):
+        if isinstance(m, Block):
+            fully_shard(m, mesh=mesh, mp_policy=policy)
+    return fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def compile_blocks(module):
+    """Compile every Block in place; lengths stay symbolic, so that changing mask sizes do not compile again. Parameter names stay as they are."""
+    for m in module.modules():
+        if isinstance(m, Block):
+            m.compile(dynamic=True)
+    return module
+
+
+def tune_cpu():
+    """Two process-wide settings that about halve the time of a training step on a CPU and leave its precision alone. Scripts call it once."""
+    # oneDNN's float32 kernels are twice as fast as MKL's on AMD. torch takes them where bf16 is permitted inside a float32 product. Only CPUs with
+    # AMX then use bf16, so check that this one does not: 1 + 2^-12 is no bf16 number.
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    exact = torch.full((256, 256), 1 + 2**-12)
+    if not torch.equal(exact @ torch.eye(256), exact):
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    # Without this, every tensor of 32 MB or more is mapped afresh by the kernel, page by page, and given back after use.
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# online probes and diagnostics
+
+
+@torch.no_grad()
+def rankme(features):
+    """Effective rank of features (n, D): exp of the entropy of the normalised singular values. Falls towards 1 in a collapse."""
+    s = torch.linalg.svdvals(features.double())
+    p = s / s.sum() + 1e-7
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+@torch.no_grad()
+def knn_probe(x, y, xv, yv=None, k=20, T=0.07):
+    """Class predictions (nv,) for xv (nv, D) by a vote of the k nearest of x (n, D) in cosine similarity s, weighted exp(s/T). yv is not used."""
+    x, xv = F.normalize(x.float(), dim=1), F.normalize(xv.float(), dim=1)
+    classes = int(y.max()) + 1
+    out = []
+    for part in xv.split(4096):
+        s, i = (part @ x.T).topk(min(k, len(x)), 1)
+        votes = torch.zeros(len(part), classes, device=x.device).scatter_add_(1, y[i], (s / T).exp())
+        out.append(votes.argmax(1))
+    return torch.cat(out)
+
+
+def linear_probe(x, y, xv, yv=None, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)):
+    """Class predictions (nv,) for xv (nv, D) by ridge regression of x (n, D) on one-hot labels: deterministic, seconds on a CPU. yv is not used.
+
+    Features are standardised with the statistics of x. The penalty (in units of n) is the one with the best leave-one-out accuracy on x, which
+    the singular value decomposition gives in closed form for all penalties at once.
+    """
+    x, xv = x.double(), xv.double()
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, xv = (x - mean) / std, (xv - mean) / std
+    target = F.one_hot(y).double()
+    centre = target.mean(0)
+    target = target - centre
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    best = None
+    for penalty in penalties:
+        shrink = s**2 / (s**2 + penalty * len(x))
+        fit = u @ (shrink[:, None] * (u.T @ target))
+        leverage = (u**2 @ shrink + 1 / len(x)).clamp(max=1 - 1e-9)
+        left_out = target - (target - fit) / (1 - leverage)[:, None]  # each row predicted by a fit without it
+        score = ((left_out + centre).argmax(1) == y).double().mean().item()
+        if best is None or score > best[0]:
+            best = score, v.T @ ((shrink / s.clamp(min=1e-12))[:, None] * (u.T @ target))
+    return (xv @ best[1] + centre).argmax(1)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# weight files: ours are safetensors with the config inside; one function per foreign family gives (encoder state, predictor state or None, config)
+
+VIT_KEYS = ("width", "depth", "heads", "mlp", "patch", "tubelet", "frames", "size", "pos", "rope_quirk", "cls", "final_norm", "act", "eps")
+NOTES = ("model", "stride", "fps", "layer", "mean", "std")  # what a config may say besides: size name, sampling, blocks to read out, pixel statistics
+
+
+def save_encoder(path, encoder, config):
+    """Write encoder (a ViT, or a state dict) as safetensors with config in its metadata and its sha256 beside it. A reader never sees half a file."""
+    from safetensors.torch import save_file
+
+    lacking = [k for k in (*VIT_KEYS, "mean", "std") if k not in config]
+    if lacking:
+        raise ValueError(f"{path}: the config to export lacks {lacking}")
+    state = encoder if isinstance(encoder, dict) else encoder.state_dict()
+    state = {k: v.detach().cpu().float().contiguous() for k, v in state.items()}
+    path, temp, side = Path(path), Path(f"{path}.tmp"), Path(f"{path}.sha256")
+    save_file(state, temp, metadata={"config": json.dumps(config)})
+    digest = sha256(temp)
+    side.unlink(missing_ok=True)  # before the new weights: a kill in between leaves weights without a sum, never with a wrong one
+    put_in_place(temp, path)
+    temp.write_text(f"{digest}  {path.name}\n")
+    put_in_place(temp, side)
+
+
+def put_in_place(temp, path):
+    """Flush temp to the disk and rename it to path, readable by all (safetensors writes 0600)."""
+    os.chmod(temp, 0o755 if Path(temp).is_dir() else 0o644)
+    for p in (temp, None):
+        if p is None:
+            os.replace(temp, path)
+        fd = os.open(p or path.parent, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def seal(temp, final):
+    """Turn the directory temp into final: hash every file into sha256.json, flush all to the disk, rename."""
+    (temp / "sha256.json").write_text(json.dumps({p.name: sha256(p) for p in sorted(temp.iterdir())}))
+    for p in (*temp.iterdir(), temp):
+        fd = os.open(p, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    if final.exists():
+        shutil.rmtree(final)
+    put_in_place(temp, final)
+
+
+def broken(folder):
+    """The first file of a sealed directory that is missing or differs from its hash, or None."""
+    if not (folder / "sha256.json").exists():
+        return folder / "sha256.json"
+    sums = json.loads((folder / "sha256.json").read_text())
+    return next((folder / name for name, digest in sums.items() if not (folder / name).exists() or sha256(folder / name) != digest), None)
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def load_encoder(path, *, seed=0, key="target_encoder", **override):
+    """(encoder in eval mode, float32; config dict) from any weight file of SIZES' families, or with random weights.
+
+    path: our .safetensors (checked against its sha256 where that lies beside it); a directory or .safetensors of HF's VJEPA2Model; a .pt or .pth.tar
+    of Meta's V-JEPA 1 or 2, of which `key` is read; "random:vit_s" or "random:PATH" for random weights (from `seed`) in the shape of a size or file.
+    override: entries of the config, such as heads=, frames=, size=. ValueError names the file and the missing, unexpected or misshaped keys.
+    """
+    name = str(path).removeprefix("random:")
+    random = name != str(path)
+    if random and name in SIZES:
+        state, config = None, dict(SIZES[name], patch=16, tubelet=2, frames=16, size=224, pos="rope", rope_quirk=False, cls=False, final_norm=True,
+                                   act="gelu", eps=1e-6, model=name, **IMAGENET)
+    else:
+        state, _, config = read_weights(name, key, override)
+        config.pop("predictor", None)
+    config = apply_override(config, override, name)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if random else "meta"):
+        torch.manual_seed(seed)
+        encoder = ViT(**{k: config[k] for k in VIT_KEYS})
+    if not random:
+        fill(encoder, state, name)
+    return encoder.eval(), config
+
+
+def load_predictor(path, **override):
+    """(Predictor in eval mode, config dict) from a file of Meta's V-JEPA 1 or 2, or HF's VJEPA2Model. override: entries of Predictor's config."""
+    _, state, config = read_weights(path, "target_encoder", {})
+    if state is None:
+        raise ValueError(f"{path}: holds no predictor")
+    config = apply_override(config["predictor"], override, path)
+    with torch.device("meta"):
+        predictor = Predictor(**config)
+    fill(predictor, state, path)
+    return predictor.eval(), config
+
+
+def apply_override(config, override, path):
+    unknown = [k for k in override if k not in config and k not in NOTES]
+    if unknown:
+        raise ValueError(f"{path}: unknown config entries {unknown}; known are {sorted(config)}")
+    config = {**config, **override}
+    if config["heads"] is None:
+        raise ValueError(f"{path}: heads cannot be read from shapes and no known size has width {config['width']}, depth {config['depth']}: pass heads=")
+    return config
+
+
+def fill(module, state, path):
+    """Load state into module (on the meta device) strictly, as float32 copies."""
+    want = module.state_dict()
+    missing, extra = [k for k in want if k not in state], [k for k in state if k not in want]
+    shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(want[k].shape)}" for k in want if k in state and state[k].shape != want[k].shape]
+    complaints = [f"{what} {', '.join(keys)}" for what, keys in (("missing", missing), ("unexpected", extra), ("wrong shape", shape)) if keys]
+    if complaints:
+        raise ValueError(f"{path}: {'; '.join(complaints)}")
+    module.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
+
+
+def read_weights(path, key, override):
+    """Find the family of a weight file -> (encoder state, predictor state or None, config)."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such weight file, and no size of {', '.join(SIZES)} behind 'random:'")
+    if path.is_dir():
+        return from_hf_vjepa2(path)
+    if path.suffix == ".safetensors":
+        state, metadata = read_safetensors(path)
+        return (state, None, json.loads(metadata["config"])) if "config" in metadata else from_hf_vjepa2(path)
+    if path.suffix in (".pt", ".pth", ".tar"):
+        return from_meta_vjepa(path, key, override)
+    raise ValueError(f"{path}: not a weight file (.safetensors, .pt, .pth, .pth.tar) or a directory of one")
+
+
+def read_safetensors(path):
+    """(state, metadata), after checking the sha256 beside the file if there is one."""
+    from safetensors import SafetensorError, safe_open
+
+    side = Path(f"{path}.sha256")
+    if side.exists() and side.read_text().split()[:1] != [sha256(path)]:
+        raise ValueError(f"{path}: differs from its sha256 in {side.name}: the file is damaged")
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except SafetensorError as e:
+        raise ValueError(f"{path}: not a readable safetensors file ({e})") from e
+
+
+def shapes_config(state, path, norm_eps=1e-6):
+    """What the shapes of an encoder state in our names tell of its config. Heads come from the size table, None where no size fits."""
+    need = ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    lacking = [k for k in need if k not in state]
+    if lacking:
+        raise ValueError(f"{path}: missing {', '.join(lacking)}")
+    width, _, tubelet, patch, _ = state[need[0]].shape
+    depth = depth_of(state, "blocks")
+    found = [(n, s) for n, s in SIZES.items() if (s["width"], s["depth"]) == (width, depth)]
+    return dict(width=width, depth=depth, heads=found[0][1]["heads"] if found else None, mlp=len(state[need[1]]), patch=patch, tubelet=tubelet,
+                rope_quirk=False, cls=False, final_norm=True, act="gelu", eps=norm_eps, model=found[0][0] if found else None, **IMAGENET)
+
+
+def depth_of(state, name):
+    return 1 + max(int(k.split(".")[1]) for k in state if k.startswith(name + "."))
+
+
+def predictor_shapes_config(state, path, config):
+    need = ("predictor_embed.weight", "predictor_proj.weight", "predictor_blocks.0.mlp.fc1.weight")
+    lacking = [k for k in need if k not in state]
+    if lacking:
+        raise ValueError(f"{path}: missing {', '.join(lacking)}")
+    width, in_width = state[need[0]].shape
+    grid = [config["frames"] // config["tubelet"], config["size"] // config["patch"], config["size"] // config["patch"]]
+    return dict(in_width=in_width, out_width=len(state[need[1]]), width=width, depth=depth_of(state, "predictor_blocks"), heads=12, mlp=len(state[need[2]]),
+                grid=grid, pos=config["pos"], rope_quirk=config["rope_quirk"], mask_tokens=sum(k.startswith("mask_tokens.") for k in state), eps=config["eps"])
+
+
+def from_meta_vjepa(path, key, override):
+    """Meta's V-JEPA 1 (sincos, stored as pos_embed) and V-JEPA 2 (rope with its quirk). A V-JEPA 2 file may hold a stale pos_embed, so the predictor tells."""
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(f"{path}: not a readable weight file ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'empty'})") from e
+    if not isinstance(file, dict) or key not in file:
+        raise ValueError(f"{path}: no {key!r} in the file, which holds {sorted(file) if isinstance(file, dict) else type(file).__name__}")
+    state, pred = [{re.sub(r"^(module\.)?(backbone\.)?", "", k): v for k, v in file.get(part, {}).items()} for part in (key, "predictor")]
+    config = shapes_config(state, path)
+    stored = state.pop("pos_embed", None)
+    if stored is not None and ("predictor_pos_embed" in pred or not pred):
+        config.update(pos="sincos", frames=override.get("frames", 16))
+        slices = config["frames"] // config["tubelet"]
+        side = math.isqrt(stored.shape[1] // slices)
+        config["size"] = side * config["patch"]
+        for name, table in (("pos_embed", stored), ("predictor_pos_embed", pred.pop("predictor_pos_embed", None))):
+            if table is not None and (table.shape[1] != slices * side**2 or
+                                      (table[0] - sincos_table(table.shape[2], (slices, side, side))).abs().max() > 1e-4):
+                raise ValueError(f"{path}: {name} is not the sincos table of a ({slices}, {side}, {side}) grid")
+        heads = config["heads"]  # V-JEPA 1's predictor has as many heads as its encoder
+    else:
+        config.update(pos="rope", rope_quirk=True, frames=64, size=256)  # its hub defaults; rope takes any other clip
+        config["heads"] = 22 if config["model"] == "vit_g" else config["heads"]
+        heads = 12
+    if pred:
+        config["predictor"] = dict(predictor_shapes_config(pred, path, config), heads=heads)
+    return state, pred or None, config
+
+
+def from_hf_vjepa2(path):
+    """VJEPA2Model (or the VJEPA2ForVideoClassification around it) as transformers saves it: safetensors with a config.json beside them."""
+    folder = path if path.is_dir() else path.parent
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not (folder / "config.json").exists():
+        raise ValueError(f"{path}: neither our format nor HF's: no {'config.json' if files else '.safetensors'} in {folder}")
+    hf = json.loads((folder / "config.json").read_text())
+    if hf.get("model_type") != "vjepa2":
+        raise ValueError(f"{path}: config.json says model_type {hf.get('model_type')!r}, not 'vjepa2'")
+    state = {k: v for f in files for k, v in read_safetensors(f)[0].items()}
+    if any(k.startswith("vjepa2.") for k in state):  # the classifier's head and pooler are not ours to load
+        state = {k.removeprefix("vjepa2."): v for k, v in state.items() if not k.startswith(("pooler.", "classifier."))}
+    for k in [k for k in state if ".attention.query." in k]:
+        parts = [k.replace("query", part) for part in ("query", "key", "value")]
+        if all(p in state for p in parts):
+            state[k.replace("attention.query", "attn.qkv")] = torch.cat([state.pop(p) for p in parts])
+    for i, token in enumerate(state.pop("predictor.embeddings.mask_tokens", [])):
+        state[f"predictor.mask_tokens.{i}"] = token
+    ours = {"attention.": "attn.", "embeddings.patch_embeddings.": "patch_embed.", "embeddings.predictor_embeddings.": "predictor_embed."}
+    enc, pred = {}, {}
+    for k, v in state.items():
+        for theirs, mine in ours.items():
+            k = k.replace(theirs, mine)
+        if k.startswith("predictor."):
+            pred[re.sub(r"^predictor\.(layer\b|layernorm|proj)", lambda m: "predictor_" + dict(layer="blocks", layernorm="norm", proj="proj")[m[1]], k)
+                 .removeprefix("predictor.")] = v
+        else:
+            enc[k.removeprefix("encoder.").replace("layernorm.", "norm.").replace("layer.", "blocks.")] = v
+    config = dict(shapes_config(enc, path, hf["layer_norm_eps"]), heads=hf["num_attention_heads"], frames=hf["frames_per_clip"], size=hf["crop_size"],
+                  pos="rope", rope_quirk=True)
+    if pred:
+        config["predictor"] = dict(predictor_shapes_config(pred, path, config), heads=hf["pred_num_attention_heads"])
+    return enc, pred or None, config

@@ -1,0 +1,398 @@
+"""probe.py: heads against hand counts and float64, the grid, the choice of a head, metrics, the feature store, and the script as a process."""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data as D
+import model as M
+import probe
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+
+
+def arguments(**flags):
+    return probe.Args(task="classify", **flags)
+
+
+class Fixed:
+    """Stands for probe.Features: an array (n, views, tokens, D) of which some rows cannot be read."""
+
+    def __init__(self, x, bad=(), names=None, heads=2):
+        self.x, self.ok, self.shape, self.device, self.config = x.float(), np.ones(len(x), bool), x.shape[1:], CPU, {"heads": heads}
+        self.ok[list(bad)] = False
+        self.args = arguments(encoder="-")
+        self.source = D.Source("-", names or [f"v{i}" for i in range(len(x))], np.zeros(len(x), int))
+        self.autocast = contextlib.nullcontext
+
+    def batches(self, rows, size, turn=0):
+        for i in range(0, len(rows), size):
+            part = rows[i : i + size]
+            part = part[self.ok[part]]
+            yield self.x[part], part
+
+
+def separable(n, classes, tokens=5, width=16, seed=0, noise=0.3):
+    """Features whose token 2 carries the class, and their labels."""
+    g = torch.Generator().manual_seed(seed)
+    labels = np.arange(n) % classes
+    x = noise * torch.randn(n, 1, tokens, width, generator=g)
+    x[:, 0, 2] += 3 * torch.eye(classes, width)[torch.from_numpy(labels)]
+    return x, labels
+
+
+# --- heads ---
+
+
+@pytest.mark.parametrize("width, classes, heads", [(32, 5, 4), (48, 7, 16)])
+def test_head_shapes_and_parameter_counts(width, classes, heads):
+    block = 12 * width**2 + 13 * width                          # qkv, proj, two MLP layers, two norms
+    pool = width + 2 * 2 * width + 2 * (width**2 + width) + width**2 + 8 * width**2 + 5 * width       # query, norms, q and v, k without bias, MLP
+    linear = classes * width + classes
+    for depth in (0, 3):
+        head = probe.Attentive(width, classes, heads, depth)
+        assert head(torch.randn(3, 11, width)).shape == (3, classes)
+        assert sum(p.numel() for p in head.parameters()) == depth * block + pool + linear
+    x, y = torch.randn(20, width), torch.arange(20) % classes
+    head = probe.Standardised(x, classes)
+    assert head(x[:, None]).shape == (20, classes) and sum(p.numel() for p in head.parameters()) == linear
+    head = probe.Neighbours(x, y, classes)
+    assert head(x[:, None]).shape == (20, classes) and not list(head.parameters())
+
+
+def test_attentive_pooling_equals_numpy():
+    """Independent and in the usual order: keys and values of all tokens first, in float64."""
+    torch.manual_seed(0)
+    B, N, D_, heads = 3, 7, 24, 4
+    head = probe.Attentive(D_, 5, heads, 0).double()
+    for p in head.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    x = torch.randn(B, N, D_, dtype=torch.float64)
+    w = {k: v.detach().numpy() for k, v in head.state_dict().items()}
+
+    def norm(v, name):
+        v = (v - v.mean(-1, keepdims=True)) / np.sqrt(v.var(-1, keepdims=True) + 1e-6)
+        return v * w[name + ".weight"] + w[name + ".bias"]
+
+    t = norm(x.numpy(), "norm1")
+    q, k, v = w["q.weight"] @ w["query"] + w["q.bias"], t @ w["k"].T, t @ w["v.weight"].T + w["v.bias"]
+    pooled = np.zeros((B, D_))
+    for h in range(heads):
+        part = slice(h * D_ // heads, (h + 1) * D_ // heads)
+        a = np.exp(k[:, :, part] @ q[part] / np.sqrt(D_ / heads))
+        a /= a.sum(1, keepdims=True)
+        pooled[:, part] = np.einsum("bn,bnd->bd", a, v[:, :, part])
+    z = w["query"] + pooled
+    hidden = norm(z, "norm2") @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"]
+    gelu = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+    z = z + gelu @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
+    want = z @ w["linear.weight"].T + w["linear.bias"]
+    assert np.abs(head(x).detach().numpy() - want).max() < 1e-10
+
+
+def test_neighbours_agree_with_the_online_probe():
+    torch.manual_seed(0)
+    x, xv, y = torch.randn(200, 8), torch.randn(50, 8), torch.randint(0, 6, (200,))
+    head = probe.Neighbours(x, y, 6)
+    votes = head(xv[:, None]).exp()
+    assert torch.equal(votes.argmax(1), M.knn_probe(x, y, xv)) and torch.allclose(votes.sum(1), torch.ones(50).double())
+
+
+# --- the grid and the choice ---
+
+
+def test_grid_at_once_equals_each_head_alone():
+    x, labels = separable(60, 3)
+    features, grid = Fixed(x), [(1e-2, 0.01), (3e-3, 0.4), (1e-4, 0.8)]
+    args = arguments(encoder="-", epochs=3)
+
+    def trained(pairs):
+        heads = []
+        for _ in pairs:
+            torch.manual_seed(args.seed)
+            heads.append(probe.Attentive(16, 3, 2, 1))
+        probe.train_heads(heads, pairs, features, np.arange(60), labels, args, 16)
+        return [torch.nn.utils.parameters_to_vector(h.parameters()) for h in heads]
+
+    together = trained(grid)
+    for pair, want in zip(grid, together):
+        assert (trained([pair])[0] - want).abs().max() < 1e-6
+    assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+def test_learning_rate_decays_without_warm_up(monkeypatch):
+    seen, real = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (seen.append(self.param_groups[0]["lr"]), real(self, *a))[1])
+    x, labels = separable(31, 2)                               # four batches an epoch, the last one short
+    probe.train_heads([probe.Attentive(16, 2, 2, 0)], [(0.5, 0.0)], Fixed(x), np.arange(31), labels, arguments(epochs=2), 8)
+    assert seen == pytest.approx([0.25 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
+
+
+def test_accumulated_gradients_are_the_batchs():
+    x, labels = separable(60, 3)
+    trained = []
+    for micro in (32, 8, 5):                                    # 5 does not divide 32: one video at a time
+        torch.manual_seed(0)
+        head = probe.Attentive(16, 3, 2, 0)
+        probe.train_heads([head], [(1e-3, 0.1)], Fixed(x), np.arange(60), labels, arguments(epochs=2, micro_batch=micro), 32)
+        trained.append(torch.nn.utils.parameters_to_vector(head.parameters()))
+    assert max((t - trained[0]).abs().max() for t in trained) < 1e-5
+
+
+@pytest.mark.parametrize("head", ["attentive", "attentive4", "linear", "knn"])
+def test_separable_features_are_learned_and_shuffled_labels_are_not(head):
+    x, labels = separable(240, 4)
+    xv, labels_v = separable(200, 4, seed=1)
+    if probe.HEADS[head]["pooled"]:
+        x, xv = x.mean(2, keepdim=True), xv.mean(2, keepdim=True)
+    args = arguments(head=head, epochs=12, grid_lr=(1e-2, 1e-3) if head != "attentive4" else (3e-3,), grid_wd=(0.01,))
+    accuracy = []
+    for y in (labels, np.random.default_rng(0).permutation(labels)):
+        best, pair, tried = probe.fit(args, Fixed(x, heads=4), y, 4)
+        p, seen = probe.predict([best], Fixed(xv), np.arange(200), 4)
+        accuracy.append(probe.score(p[0], seen, labels_v)[0])
+    assert accuracy[0] > 0.95 and 0.1 < accuracy[1] < 0.4
+
+
+def test_split_keeps_a_videos_clips_together():
+    names = [f"v{i // 3}" for i in range(90)]
+    fit, held = probe.hold_out(names, 0.1, seed=3)
+    assert len(held) == 9 and sorted([*fit, *held]) == list(range(90))
+    assert not {names[i] for i in fit} & {names[i] for i in held}
+    assert not np.array_equal(held, probe.hold_out(names, 0.1, seed=4)[1])
+
+
+def test_useless_rates_are_not_chosen():
+    x, labels = separable(120, 3)
+    args = arguments(head="linear", epochs=4, grid_lr=(1e-9, 1e-2, 1e30), grid_wd=(0.01,))
+    _, pair, tried = probe.fit(args, Fixed(x.mean(2, keepdim=True)), labels, 3)
+    assert pair["lr"] == 1e-2 and pair in tried and [t["lr"] for t in tried] == [1e-9, 1e-2, 1e30]
+
+
+# --- metrics ---
+
+
+def test_score_by_hand():
+    p = np.array([[0.5, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05],       # class 0, right
+                  [0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0.0],         # class 1: called 0, second
+                  [0.9, 0.02, 0.02, 0.02, 0.02, 0.01, 0.01],   # class 6: called 0, not in five
+                  [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])        # class 6, but the video could not be read
+    top1, top5, per_class, confusion = probe.score(p, np.array([True, True, True, False]), np.array([0, 1, 6, 6]))
+    assert (top1, top5) == (0.25, 0.5) and per_class == [1.0, 0.0, None, None, None, None, 0.0]
+    want = np.zeros((7, 8), int)
+    want[0, 0] = want[1, 0] = want[6, 0] = want[6, 7] = 1
+    assert np.array_equal(confusion, want)
+
+
+def test_a_constant_prediction_scores_its_class():
+    labels = np.array([0, 0, 0, 1, 2, 2])
+    top1, top5, per_class, confusion = probe.score(np.full((6, 3), 1 / 3), np.ones(6, bool), labels)
+    assert (top1, top5) == (0.5, 1.0) and per_class == [1.0, 0.0, 0.0] and confusion[:, 0].tolist() == [3, 1, 2]
+
+
+def test_softmax_is_averaged_over_views_only():
+    x = torch.tensor([[[[4.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]]])                      # one video, three views, one token
+    p, seen = probe.predict([lambda t: t.mean(1)], Fixed(x), np.arange(1), 2)
+    want = (torch.tensor([4.0, 0]).softmax(0) + 2 * torch.tensor([0, 1.0]).softmax(0)) / 3
+    assert np.allclose(p[0, 0], want) and not np.allclose(p[0, 0], x.mean((0, 1, 2)).softmax(0)) and seen.all()
+
+
+def test_an_unreadable_video_counts_as_wrong():
+    x, labels = separable(40, 2)
+    head, *_ = probe.fit(arguments(head="knn"), Fixed(x.mean(2, keepdim=True)), labels, 2)
+    p, seen = probe.predict([head], Fixed(x.mean(2, keepdim=True), bad=(1, 7)), np.arange(40), 2)
+    top1, top5, _, confusion = probe.score(p[0], seen, labels)
+    assert top1 == top5 == 38 / 40 and confusion[1, 2] == 2
+
+
+# --- features: a reader in memory, whose pixels tell the video, the segment, the view and the random pass ---
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """The rows read, in order."""
+    read = []
+
+    def eval_batches(source, clip, *, rows, batch_size, workers=0, seed=0):
+        for part in np.split(np.array(rows), range(batch_size, len(rows), batch_size)):
+            read.extend(part.tolist())
+            video = torch.zeros(len(part), clip.segments, clip.views, clip.frames, clip.size, clip.size, 3, dtype=torch.uint8)
+            for b, row in enumerate(part):
+                video[b] += int(row) * 10 + (seed % 7 if clip.train else 0)
+                for s in range(clip.segments):
+                    video[b, s] += s * 3
+                for v in range(clip.views):
+                    video[b, :, v] += v
+            ok = torch.tensor([row != 3 for row in part])
+            yield {"video": video.flatten(0, 2), "flip": torch.zeros(video[:, :, :, 0, 0, 0, 0].numel(), dtype=torch.bool), "ok": ok,
+                   "label": torch.from_numpy(source.labels[part]), "bad": [] if ok.all() else [(source.paths[3], "damaged")]}
+
+    monkeypatch.setattr(D, "eval_batches", eval_batches)
+    monkeypatch.setattr(D, "fingerprint", lambda sources: " ".join(sources[0].paths))
+    return read
+
+
+def features(clip=None, args=None, encoder=None, names="abcdefgh"):
+    encoder = encoder or M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16)
+    args = args or arguments(encoder="-", micro_batch=3)
+    source = D.Source("list", [f"{n}.mp4" for n in names], np.arange(len(names)))
+    return probe.Features(args, encoder.eval(), encoder.config | M.IMAGENET, source, clip or D.Clip(frames=4, size=16, train=False), CPU)
+
+
+def test_tokens_of_temporal_clips_are_joined_and_views_kept_apart(world):
+    encoder = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16).eval()
+    x = features(D.Clip(frames=4, size=16, train=False, segments=2, views=3), encoder=encoder)
+    assert x.shape == (3, 2 * 8, 32)
+    z, rows = next(x.batches(np.array([5, 2]), 2))
+    for b, row in enumerate((5, 2)):
+        for v in range(3):
+            for s in range(2):
+                video = torch.full((1, 3, 4, 16, 16), (row * 10 + s * 3 + v) / 255)
+                video = (video - torch.tensor(M.IMAGENET["mean"]).view(3, 1, 1, 1)) / torch.tensor(M.IMAGENET["std"]).view(3, 1, 1, 1)
+                assert torch.allclose(z[b, v, 8 * s : 8 * s + 8], encoder(video)[0], atol=1e-5)
+    pooled = features(D.Clip(frames=4, size=16, train=False, segments=2, views=3), arguments(encoder="-", head="linear"), encoder)
+    assert torch.allclose(next(pooled.batches(np.array([5, 2]), 2))[0], z.mean(2, keepdim=True), atol=1e-5)
+
+
+def test_features_are_stored_once_and_found_by_content(world, tmp_path):
+    encoder = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16)
+    fresh = [z for z, _ in features(encoder=encoder).batches(np.arange(8), 3)]
+    def reads(**change):
+        x = features(**{"encoder": encoder} | change)
+        encode, seen = x.encode, []
+        x.encode = lambda batch, videos: (seen.append(videos), encode(batch, videos))[1]
+        x.store(tmp_path)
+        return sum(seen), x
+
+    count, x = reads()
+    assert count == 8 and list(x.bad) == ["d.mp4"]
+    for want, (z, rows) in zip(fresh, x.batches(np.arange(8), 3)):
+        assert torch.allclose(z, want, atol=2e-3) and 3 not in rows                      # float16; row 3 cannot be read
+    count, x = reads()
+    assert count == 0 and list(x.bad) == ["d.mp4"]                                      # the second run computes nothing and still knows
+    torch.manual_seed(5)
+    other = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16)
+    assert reads(names="abcdefgi")[0] == 8 and reads(encoder=other)[0] == 8
+    assert reads(args=arguments(encoder="-", layer=1))[0] == 8 and reads(args=arguments(encoder="-", head="linear"))[0] == 8
+    assert reads(clip=D.Clip(frames=4, size=16, train=False, views=2))[0] == 8
+    assert reads()[0] == 0 and not [p for p in tmp_path.iterdir() if p.suffix not in (".npy", ".json")]
+
+
+def test_a_broken_off_store_is_not_used(world, tmp_path, monkeypatch):
+    x = features()
+    monkeypatch.setattr(x, "encode", lambda batch, videos: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        x.store(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_random_passes_differ_and_repeat(world, tmp_path):
+    clip, args = D.Clip(frames=4, size=16, train=True), arguments(encoder="-", train_passes=2)
+    torch.manual_seed(0)
+    encoder = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16)
+    x = features(clip, args, encoder)
+    direct = [next(x.batches(np.arange(8), 8, turn))[0] for turn in range(3)]
+    x.store(tmp_path)
+    stored = [next(x.batches(np.arange(8), 8, turn))[0] for turn in range(3)]
+    assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(direct, stored))
+    assert torch.equal(direct[0], direct[2]) and (direct[0] - direct[1]).abs().max() > 1e-3
+
+
+def test_all_videos_bad_is_said(world):
+    with pytest.raises(D.DataError, match="no video can be read"):
+        list(features(names=["d", "d", "d", "d"]).batches(np.arange(4), 2))
+
+
+# --- the task ---
+
+
+def test_poisoned_val_labels_do_not_change_the_choice(world, monkeypatch, tmp_path):
+    """Same train list, val labels right and wrong: same pair, same head, only the score differs."""
+    lists = {"train": D.Source("t", [f"{i}.mp4" for i in range(24)], np.arange(24) // 12), "val": D.Source("v", ["a.mp4", "b.mp4"], np.array([0, 1]))}
+    encoder = M.ViT(width=32, depth=1, heads=2, mlp=64, patch=8, frames=4, size=16)
+    monkeypatch.setattr(probe, "load", lambda args: (encoder, encoder.config | M.IMAGENET))
+    args = arguments(encoder="-", data="", train="t", val="v", head="linear", epochs=5, out_dir=str(tmp_path), frames=4, size=16, seed=1)
+    results = []
+    for labels in ([0, 1], [1, 0]):
+        lists["val"].labels = np.array(labels)
+        monkeypatch.setattr(probe, "lists", lambda args: (lists["train"], lists["val"]))
+        results.append(probe.classify(args, CPU))
+    (a, more_a), (b, more_b) = results
+    assert more_a["tried"] == more_b["tried"] and (a["lr"], a["wd"]) == (b["lr"], b["wd"]) and len(more_a["tried"]) == 8
+    assert a["value"] + b["value"] == 1
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(data="world", train="x"), dict(train="no_such_list", val="no_such_list"), dict(data="world", epochs=0),
+                                   dict(data="world", grid_lr=(math.nan,)), dict(data="world", layer=99), dict(data="world", frames=3),
+                                   dict(data="world", encoder="no_such_file.safetensors"), dict(data="world", encoder="pixels:diff"),
+                                   dict(data="world", head="linear", pool="cls")])
+def test_bad_input_is_one_line_and_status_2(flags, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        probe.main(arguments(**{"encoder": "random:vit_n", "size": 32, "out_dir": str(tmp_path), "train_clips": 8, "val_clips": 8} | flags))
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1, told
+
+
+def test_help_needs_no_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    shown = subprocess.run([sys.executable, str(ROOT / "probe.py"), "--help"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert shown.returncode == 0 and "--grid" in shown.stdout
+
+
+def test_a_label_that_train_does_not_have_is_an_error(tmp_path, monkeypatch):
+    lists = D.Source("t", ["a", "b"], np.array([0, 2])), D.Source("v", ["c", "d"], np.array([0, 1]))
+    monkeypatch.setattr(probe, "lists", lambda args: lists)
+    with pytest.raises(D.DataError, match="--val: d: label 1 is not in --train"):
+        probe.classify(arguments(encoder="-"), CPU)
+
+
+KEYS = {"task", "metric", "value", "top5", "chance", "majority", "head", "params", "layer", "seed", "n_train", "n_val", "encoder", "seconds", "bad"}
+
+
+def test_the_script_on_the_world(tmp_path, capsys):
+    """As a process, then twice more in this one: the same seed gives the same numbers, another seed others."""
+    flags = dict(encoder="random:vit_n", data="world", frames=8, size=32, train_clips=64, val_clips=40, epochs=2, workers=0, out_dir=str(tmp_path))
+    command = [sys.executable, "probe.py", "classify", *(str(part) for k, v in flags.items() for part in (f"--{k}", v))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    printed = [done.stdout]
+    for change in (dict(), dict(seed=1), dict(encoder="pixels:diff", head="linear"), dict(head="knn", dtype="bf16"), dict(cache_gb=0)):
+        probe.main(arguments(**flags | change))
+        printed.append(capsys.readouterr().out)
+    results = [json.loads(p.splitlines()[-1]) for p in printed]
+    log = [json.loads(line) for line in (tmp_path / "probe.jsonl").read_text().splitlines()]
+    for result, line in zip(results, log, strict=True):
+        assert KEYS <= set(result) and result["n_val"] == 40 and result["chance"] == 1 / 8 and 0 <= result["value"] <= result["top5"] <= 1
+        assert np.array(line["confusion"]).shape == (8, 9) and np.array(line["confusion"]).sum() == 40 and len(line["per_class"]) == 8
+    assert log[0]["confusion"] == log[1]["confusion"] and log[0]["confusion"] != log[2]["confusion"]
+    assert np.abs(np.array(log[0]["confusion"]) - np.array(log[5]["confusion"])).sum() <= 8         # not stored: float32 instead of float16
+    assert (tmp_path / "confusion.png").exists()
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg program to make videos")
+def test_real_files_and_a_damaged_one(tmp_path):
+    """Two classes of plain colour; a val file that is no video counts as wrong and is named."""
+    for i in range(12):
+        colour = ("red", "blue")[i % 2]
+        subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", f"color={colour}:size=64x48:rate=10:duration=1", str(tmp_path / f"{i}.mp4")], check=True)
+    (tmp_path / "12.mp4").write_text("this is not a video")
+    (tmp_path / "train.csv").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(8)))
+    (tmp_path / "val.csv").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(8, 13)))
+    args = arguments(encoder="random:vit_n", train=str(tmp_path / "train.csv"), val=str(tmp_path / "val.csv"), head="knn", frames=4, stride=2, size=32,
+                     workers=0, out_dir=str(tmp_path / "out"))
+    result, more = probe.classify(args, CPU)
+    assert (result["value"], result["bad"], result["n_val"]) == (0.8, 1, 5) and more["confusion"] == [[2, 0, 1], [0, 2, 0]]
+    assert list(more["bad_videos"]) == [str(tmp_path / "12.mp4")]

@@ -1,0 +1,148 @@
+"""train_vjepa.py: the objective against stored numbers of the official modules, what gets gradients, schedules, ranks, resume, errors, a fork."""
+import copy
+import dataclasses
+import difflib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data as D
+import model as M
+import train_vjepa as V
+
+ROOT = Path(V.__file__).parent
+TINY = ("--preset", "laptop", "--steps", 6, "--batch_size", 8, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2)
+
+
+def tiny(**changes):
+    return dataclasses.replace(V.Args(**V.PRESETS["laptop"]), **changes)
+
+
+def setting(seed=0, B=3, **changes):
+    """Objective, clips and masks whose every number comes from numpy, so that they are the same on any torch."""
+    args = tiny(**changes)
+    torch.manual_seed(seed)
+    objective, rng = V.VJEPA(args), np.random.default_rng(seed)
+    x = torch.from_numpy(rng.standard_normal((B, 3, args.frames, args.size, args.size), dtype=np.float32))
+    return args, objective, x, *D.sample_masks(args.masks, seed, 0, B, objective.encoder.grid, args.aspect)
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+# --- the objective ------------------------------------------------------------------------------------------------------------------------
+
+def test_loss_is_the_mean_over_masks_of_the_l1_to_layer_normed_targets():
+    """Against the formula of SPEC 2 in float64 on the module's own encoder and predictor outputs."""
+    args, objective, x, keep, pred = setting()
+    loss, metrics = objective(x, keep, pred)
+    h = objective.target(x).detach().double().numpy()
+    h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5)
+    zhat = objective.predictor([objective.encoder(x, k) for k in keep], keep, pred)
+    terms = [np.abs(p.detach().double().numpy() - np.take_along_axis(h, ids.numpy()[..., None], 1)).mean() for p, ids in zip(zhat, pred)]
+    assert abs(loss.item() - np.mean(terms)) < 1e-6
+    assert [round(metrics[f"loss_{m}"].item(), 5) for m in args.masks] == [round(t, 5) for t in terms]
+
+
+def test_context_never_sees_a_hidden_pixel():
+    """Every hidden pixel of a clip is replaced by noise: the context tokens of that mask do not move by a bit."""
+    args, objective, x, keep, _ = setting()
+    t, h, w = objective.encoder.grid
+    seen = torch.zeros(len(x), t * h * w).scatter(1, keep[0], 1.0).view(-1, 1, t, h, w)
+    seen = seen.repeat_interleave(args.tubelet, 2).repeat_interleave(args.patch, 3).repeat_interleave(args.patch, 4)
+    noisy = torch.where(seen > 0, x, torch.randn_like(x))
+    assert torch.equal(objective.encoder(x, keep[0]), objective.encoder(noisy, keep[0]))
+    assert not torch.equal(objective.target(x), objective.target(noisy))
+
+
+def test_gradients_reach_encoder_and_predictor_and_never_the_target():
+    _, objective, x, keep, pred = setting()
+    objective(x, keep, pred)[0].backward()
+    assert all(p.grad is None and not p.requires_grad for p in objective.target.parameters())
+    trained = [*objective.encoder.named_parameters(), *objective.predictor.named_parameters()]
+    assert not [n for n, p in trained if p.grad is None or not p.grad.isfinite().all()]
+    assert sum(len(g["params"]) for g in M.param_groups(objective, 0.1)) == len(trained)
+
+
+def test_ema_moves_the_target_by_one_minus_m_of_the_way():
+    args, objective, *_ = setting(ema=0.9, final_ema=0.9)
+    with torch.no_grad():
+        for p in objective.encoder.parameters():
+            p.add_(1.0)
+    before = copy.deepcopy(objective.target.state_dict())
+    objective.after_step(0)
+    for k, v in objective.target.state_dict().items():
+        torch.testing.assert_close(v - before[k], torch.full_like(v, 0.1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("step, lr, wd, ema", [(0, 2e-4, 0.04, 0.998), (12_000, 6.25e-4, 0.0784, 0.9982133333), (90_000, 7.5042224e-5, 0.328, 0.9996)])
+def test_schedules_at_the_start_after_warmup_and_at_the_end(step, lr, wd, ema):
+    """Paper, Appendix A: the schedules of 112,500 steps, cut at 90,000."""
+    schedules = V.VJEPA.schedules(type("O", (), {"args": V.Args()})(), step)
+    assert schedules == pytest.approx({"lr": lr, "weight_decay": wd, "ema": ema}, rel=1e-6)
+
+
+def test_defaults_are_the_papers_recipe():
+    """Table 5, ViT-L/16 at 224 px."""
+    a = V.Args()
+    assert (a.model, a.size, a.frames, a.stride, a.patch, a.tubelet, a.pred_depth, a.pred_width) == ("vit_l", 224, 16, 4, 16, 2, 12, 384)
+    assert (a.masks, a.aspect, a.batch_size, a.steps, a.warmup) == (("8x0.15", "2x0.7"), (0.75, 1.5), 3072, 90_000, 12_000)
+    assert (a.start_lr, a.lr, a.final_lr, a.weight_decay, a.final_weight_decay, a.ema, a.final_ema, a.stretch) == (2e-4, 6.25e-4, 1e-6, 0.04, 0.4, 0.998, 1.0, 1.25)
+
+
+# --- the run ------------------------------------------------------------------------------------------------------------------------------
+
+def test_two_ranks_log_the_losses_of_one_process(run, tmp_path):
+    """DDP and FSDP2 on gloo, with accumulation: the same samples and masks, so the same losses."""
+    want = None
+    for name, ranks, extra in (("one", 1, ()), ("accumulated", 1, ("--micro_batch", 2)), ("ddp", 2, ("--micro_batch", 2)), ("fsdp", 2, ("--fsdp",))):
+        status, last, err = run("train_vjepa.py", *TINY, "--out_dir", tmp_path / name, *extra, ranks=ranks)
+        assert status == 0 and last["steps"] == 6, err[-2000:]
+        got = losses(tmp_path / name)
+        want = want or got
+        assert len(got) == 6 and np.abs(np.array(got) - want).max() < 1e-5, (name, got, want)
+
+
+def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(run, tmp_path):
+    for name, stops in (("whole", (0,)), ("parts", (2, 5, 0))):
+        for stop in stops:
+            status, last, err = run("train_vjepa.py", *TINY, "--out_dir", tmp_path / name, "--resume", "--stop_at", stop, "--workers", len(stops) // 2)
+            assert status == 0, err[-2000:]
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    a, b = (M.load_encoder(tmp_path / name / "encoder.safetensors")[0].state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ((), "no data: give --data"),
+    (("--preset", "lapdog"), "--preset lapdog: choose from"),
+    (("--preset", "laptop", "--lr", "nan"), "--lr nan: a positive finite number"),
+    (("--preset", "laptop", "--batch_size", "0"), "--batch_size 0: a positive finite number"),
+    (("--preset", "laptop", "--micro_batch", "5"), "--batch_size 16 is not a multiple"),
+    (("--preset", "laptop", "--masks", "8by0.1"), "8by0.1"),
+    (("--preset", "laptop", "--model", "vit_x"), "--model vit_x: choose from"),
+    (("--preset", "laptop", "--data", "nowhere.csv"), "nowhere.csv"),
+])
+def test_bad_input_is_one_line_and_status_2(run, tmp_path, flags, message):
+    status, _, err = run("train_vjepa.py", *flags, "--out_dir", tmp_path / "out")
+    assert status == 2 and message in err and "Traceback" not in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_a_run_is_neither_overwritten_nor_mixed(run, tmp_path):
+    assert run("train_vjepa.py", *TINY, "--out_dir", tmp_path)[0] == 0
+    status, _, err = run("train_vjepa.py", *TINY, "--out_dir", tmp_path)
+    assert status == 2 and "holds a run" in err
+    status, _, err = run("train_vjepa.py", *TINY, "--out_dir", tmp_path, "--resume", "--lr", "0.5")
+    assert status == 2 and "lr (0.001 -> 0.5)" in err
+
+
+def test_dry_run_of_the_papers_model_touches_no_data(run):
+    status, last, err = run("train_vjepa.py", "--dry_run")
+    assert status == 0, err
+    assert last["params_encoder"] == pytest.approx(303.9e6, rel=0.01) and last["flops_per_clip"] == pytest.approx(2.65e12, rel=0.05)

@@ -1,0 +1,494 @@
+"""V-JEPA: predict hidden regions of a video in the latent space of a slow copy of the encoder.
+Bardes et al. 2024, "Revisiting Feature Prediction for Learning Visual Representations from Video".
+
+    z    = E(x[keep])                          (B,3,T,H,W) -> (B,K,D)     the context: ~10 % of the tokens, once per mask
+    zhat = P(z, mask tokens at pred)           -> (B,M,D)                 a narrow predictor that knows where, not what
+    h    = LN(Ebar(x))[pred]                   -> (B,M,D)                 targets: the full clip, once for all masks, no gradient
+    L    = mean over masks of mean |zhat - h|;    Ebar <- m Ebar + (1 - m) E   after every optimizer step
+
+Laptop, two cores, five minutes, no download:      python train_vjepa.py --preset laptop
+Eight GPUs, the paper's ViT-L/16 recipe:           torchrun --nproc-per-node 8 train_vjepa.py --data k710.csv:0.5 ssv2.csv:0.1 howto.csv:0.4
+V-JEPA 2's recipe (rope, 256 px, constant rates):  torchrun --nproc-per-node 8 train_vjepa.py --preset vjepa2 --data ...
+The laptop run ends with a linear probe on eight camera motions; README.md states what to expect and what to watch.
+"""
+import copy
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclasses.dataclass
+class Args:
+    """The defaults are the paper's ViT-L/16 recipe (Table 5 and Appendix A), whatever their field says otherwise."""
+    # data
+    data: tuple[str, ...] = ()             # lists of `path label` lines, each `file[:weight]`; `world` is the built-in world
+    probe_data: tuple[str, ...] = ()       # online probe: a train list and a val list with labels (`world world`: the world's); empty: none
+    frames: int = 16                       # frames per clip
+    stride: int = 4                        # video frames between two frames of a clip
+    fps: float = 0.0                       # > 0: sample by time stamp at this rate instead of --stride
+    size: int = 224                        # pixels, after the crop
+    crop_scale: tuple[float, float] = (0.3, 1.0)     # area of the random resized crop (one box for all frames of a clip)
+    crop_ratio: tuple[float, float] = (0.75, 1.35)   # its aspect ratio (the paper's table rounds to 1.33)
+    flip: bool = True                      # horizontal flip of half of the clips
+    clips_per_video: int = 1               # clips taken from each opened video: > 1 when decoding is the bottleneck
+    workers: int = 8                       # loader processes per rank
+    max_bad_fraction: float = 0.1          # stop when more than this share of the opened videos cannot be read
+    # architecture
+    model: str = "vit_l"                   # a row of model.SIZES
+    patch: int = 16                        # pixels
+    tubelet: int = 2                       # frames
+    pos: Literal["sincos", "rope"] = "sincos"
+    pred_depth: int = 12                   # blocks of the predictor
+    pred_width: int = 384
+    pred_heads: int = 0                    # 0: as many as the encoder
+    mask_tokens: int = 0                   # learned mask tokens; 0: one for each entry of --masks
+    init: str = ""                         # start encoder and target from these weights (any format model.load_encoder reads)
+    # masks: BLOCKSxSCALE[xTIME] is a union of blocks over TIME of the clip (1 = all of it); random:R tube:R causal:R hide the share R
+    masks: tuple[str, ...] = ("8x0.15", "2x0.7")     # short-range and long-range (section 3); one to three are usual
+    aspect: tuple[float, float] = (0.75, 1.5)        # of a block
+    trim: Literal["random", "prefix"] = "random"     # how ids are cut to the batch minimum; prefix is the official code's way
+    bucket: int = 1                        # > 1: token counts are multiples of it, so that fewer shapes reach the kernels
+    # optimization
+    steps: int = 90_000
+    batch_size: int = 3072                 # clips per step over all ranks, whatever their number
+    micro_batch: int = 0                   # clips per forward pass on a rank; 0: all at once, else gradients are accumulated
+    lr: float = 6.25e-4
+    start_lr: float = 2e-4
+    final_lr: float = 1e-6
+    warmup: int = 12_000                   # steps
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4        # linear (the official code: cosine)
+    ema: float = 0.998
+    final_ema: float = 1.0                 # linear
+    stretch: float = 1.25                  # schedules are computed for stretch * steps and cut at steps
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad: float = 10.0                # global norm; 0: off (the paper is silent, 10 is the official config's)
+    max_skips: int = 10                    # stop after so many steps in a row with a loss or gradient that is not finite
+    # the run
+    preset: str = ""                       # see PRESETS in this file; its values become the defaults of all flags
+    out_dir: str = "out/vjepa"
+    seed: int = 0
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = False
+    fsdp: bool = False                     # shard parameters, gradients and optimizer state over the ranks (FSDP2)
+    checkpoint: bool = False               # recompute activations in the backward pass
+    resume: bool = False                   # continue the run in out_dir from its newest checkpoint, or start it
+    stop_at: int = 0                       # > 0: save and leave at this step; schedules still run to --steps
+    save_every: int = 1000                 # steps; also at the end and on SIGTERM, SIGUSR1 and the first SIGINT
+    keep: int = 2                          # newest checkpoints that stay
+    log_every: int = 10
+    probe_every: int = 0                   # steps; 0: only at the start and at the end
+    sample_every: int = 5000               # steps between pictures of the masks and of the features; 0: none
+    wandb: str = ""                        # project name: log there as well
+    dry_run: bool = False                  # print parameters, FLOPs, memory and days, touch no data
+
+
+PRESETS = {
+    "vjepa2": dict(pos="rope", size=256, fps=4.0, pred_heads=12, mask_tokens=1, lr=5.25e-4, start_lr=1e-4, final_lr=5.25e-4,
+                   final_weight_decay=0.04, ema=0.99925, final_ema=0.99925, clip_grad=0.0, out_dir="out/vjepa2"),
+    "vjepa2_cooldown": dict(pos="rope", size=256, fps=4.0, frames=64, pred_heads=12, mask_tokens=1, steps=12_000, lr=5.25e-4, start_lr=5.25e-4,
+                            warmup=0, final_weight_decay=0.04, ema=0.99925, final_ema=0.99925, clip_grad=0.0, out_dir="out/vjepa2_cooldown"),
+    "laptop": dict(data=("world",), probe_data=("world", "world"), model="vit_n", frames=8, size=32, patch=8, pred_depth=2, pred_width=64, pred_heads=4, crop_scale=(1.0, 1.0),
+                   crop_ratio=(1.0, 1.0), flip=False, masks=("4x0.3x0.5", "2x0.7x0.5"), steps=1200, batch_size=16, lr=1e-3, start_lr=1e-4,
+                   warmup=60, final_weight_decay=0.04, ema=0.99, final_ema=0.99, stretch=1.0, dtype="fp32", workers=0, log_every=50,
+                   sample_every=600, out_dir="out/laptop"),
+}
+
+
+def parse_args(argv=None):
+    """Flags over the preset over the paper. One line and status 2 for anything that cannot be run."""
+    argv = sys.argv[1:] if argv is None else argv
+    names = [b if a == "--preset" else a[9:] for a, b in zip(argv, argv[1:] + [""]) if a == "--preset" or a.startswith("--preset=")]
+    if names and names[-1] not in PRESETS:
+        sys.exit(print(f"error: --preset {names[-1]}: choose from {', '.join(PRESETS)}", file=sys.stderr) or 2)
+    preset = Args(preset=names[-1], **PRESETS[names[-1]]) if names else Args()
+    return tyro.cli(Args, args=argv, default=preset, description=__doc__, console_outputs=os.environ.get("RANK", "0") == "0")
+
+
+ARGS = parse_args() if __name__ == "__main__" else None     # before torch is imported, so that --help is instant
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.checkpoint import state_dict as dcs
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data as D
+import model as M
+
+
+class VJEPA(nn.Module):
+    """The whole method: encoder, predictor, target encoder, loss and EMA (section 3)."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.args, size = args, M.SIZES[args.model]
+        self.encoder = M.ViT(**size, patch=args.patch, tubelet=args.tubelet, frames=args.frames, size=args.size, pos=args.pos, checkpoint=args.checkpoint)
+        self.predictor = M.Predictor(in_width=size["width"], out_width=size["width"], width=args.pred_width, depth=args.pred_depth,
+                                     heads=args.pred_heads or size["heads"], grid=self.encoder.grid, pos=args.pos,
+                                     mask_tokens=args.mask_tokens or len(args.masks), checkpoint=args.checkpoint)
+        if args.init:
+            self.encoder.load_state_dict(M.load_encoder(args.init)[0].state_dict())
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def forward(self, x, keep=None, pred=None):
+        """x (B,3,T,H,W); keep, pred: lists, one entry a mask, of ids (B,K) and (B,M) -> loss, metrics.
+        Without masks: the target encoder's tokens (B,N,D), what probes and pictures use (FSDP gathers the
+        root's parameters only inside this forward, so everything enters through here)."""
+        if keep is None:
+            return self.target(x)
+        with torch.no_grad():                                   # stop-gradient: the argument of Appendix D rests on it
+            h = self.target(x)
+            h = F.layer_norm(h, h.shape[-1:])                   # (B,N,D)
+        zhat = self.predictor(self.encoder(x, keep), keep, pred)                         # [(B,M,D)]
+        terms = [(p - h.gather(1, ids[..., None].expand(-1, -1, h.shape[-1]))).abs().mean() for p, ids in zip(zhat, pred)]
+        metrics = {f"loss_{spec}": term.detach() for spec, term in zip(self.args.masks, terms)}
+        tokens = h.flatten(0, 1)
+        return sum(terms) / len(terms), metrics | {"tokens": tokens[:: max(1, len(tokens) // 2048)]}
+
+    @torch.no_grad()
+    def after_step(self, step):
+        """The target follows the encoder, once per optimizer step that was taken."""
+        M.ema_update(list(self.target.parameters()), list(self.encoder.parameters()), self.schedules(step)["ema"])
+
+    def schedules(self, step):
+        """Functions of the step alone; all of them are stretched (Appendix A)."""
+        a, end = self.args, self.args.stretch * self.args.steps
+        lr = a.start_lr + (a.lr - a.start_lr) * step / a.warmup if step < a.warmup else cosine(step - a.warmup, end - a.warmup, a.lr, a.final_lr)
+        linear = lambda first, last: first + (last - first) * min(1.0, step / end)
+        return {"lr": lr, "weight_decay": linear(a.weight_decay, a.final_weight_decay), "ema": linear(a.ema, a.final_ema)}
+
+    def flops(self, keep, pred):
+        """Forward and backward FLOPs of one clip (the backward pass costs two forwards; the target has none)."""
+        k, m = [i.shape[1] for i in keep], [i.shape[1] for i in pred]
+        return self.target.flops(math.prod(self.target.grid)) + 3 * (self.encoder.flops(*k) + self.predictor.flops(*zip(k, m)))
+
+
+# --- runtime (identical in every script; python tests/test_runtime.py --fix re-copies it) ---
+def fail(message):
+    """Bad input: one clear line, status 2."""
+    sys.exit(print(f"error: {message}", file=sys.stderr, flush=True) or 2)
+
+
+def cosine(step, total, first, last):
+    """first at step 0, last from step `total` on."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+
+
+class Run:
+    """What every script needs and no paper claims: ranks, out directory, log, signals, checkpoints, online probe."""
+    FREE = {"out_dir", "resume", "stop_at", "workers", "micro_batch", "save_every", "keep", "log_every", "probe_every", "sample_every", "compile",
+            "fsdp", "checkpoint", "wandb", "max_bad_fraction", "max_skips", "dry_run"}      # flags that a resumed run may change
+
+    POSITIVE = {"steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "log_every", "save_every", "keep"}
+
+    def __init__(self, args):
+        self.args, self.out, self.stop, self.start = args, Path(args.out_dir), False, time.time()
+        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        for f in dataclasses.fields(args):
+            values = getattr(args, f.name)
+            for v in (values if isinstance(values, tuple) else (values,)):
+                if isinstance(v, (int, float)) and not (0 <= v < math.inf and (v > 0 or f.name not in self.POSITIVE)):
+                    fail(f"--{f.name} {v}: a positive finite number is needed")
+        if args.batch_size % (self.ranks * max(1, args.micro_batch)):
+            fail(f"--batch_size {args.batch_size} is not a multiple of {self.ranks} rank(s) x --micro_batch {args.micro_batch or 1}")
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if "RANK" in os.environ and not args.dry_run:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
+
+    def open(self, data_hash):
+        """Take the out directory: lock it, refuse to overwrite or to mix runs, write the first log line."""
+        config, error = json.loads(json.dumps(dataclasses.asdict(self.args) | {"data_hash": data_hash})), None
+        if self.rank == 0:
+            try:
+                (self.out / "samples").mkdir(parents=True, exist_ok=True)
+                self.lock = open(self.out / "lock", "w")
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (self.out / "config.json").exists():
+                    old = json.loads((self.out / "config.json").read_text())["config"]
+                    differ = [f"{k} ({old.get(k)} -> {v})" for k, v in config.items() if k not in self.FREE and old.get(k) != v]
+                    error = (f"{self.out} was started with other settings: {', '.join(differ)}" if self.args.resume and differ else
+                             None if self.args.resume else f"{self.out} holds a run: --resume continues it, another --out_dir starts afresh")
+            except BlockingIOError:
+                error = f"{self.out} is in use by another run"
+            except OSError as e:
+                error = f"--out_dir {self.out}: {e.strerror}"
+        if error := self.broadcast(error):
+            fail(error)
+        source = b"".join(Path(f).read_bytes() for f in (__file__, D.__file__, M.__file__))
+        head = {"config": config, "argv": sys.argv, "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
+                "source": hashlib.sha256(source).hexdigest()[:16], "ranks": self.ranks,
+                "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"}
+        if self.rank == 0:
+            (self.out / "config.json").write_text(json.dumps(head, indent=1))
+            if self.args.wandb:
+                import wandb                                    # optional: pip install wandb
+                wandb.init(project=self.args.wandb, config=config)
+        self.log(head, show=False)
+        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(s, self.on_signal)
+
+    def on_signal(self, number, frame):
+        if number == signal.SIGINT and self.stop:
+            os._exit(130)                                       # a second Ctrl-C waits for nothing
+        self.stop = True
+
+    def broadcast(self, value):
+        """Rank 0's value on all ranks; also a barrier."""
+        box = [value]
+        if self.ranks > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def mean(self, *values):
+        """The mean over ranks of each value, the same on all of them."""
+        t = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        if self.ranks > 1:
+            dist.all_reduce(t)
+        return (t / self.ranks).tolist()
+
+    def log(self, line, show=True):
+        if self.rank == 0:
+            with open(self.out / "log.jsonl", "a") as f:
+                f.write(json.dumps(line, allow_nan=False) + "\n")
+            if show:
+                tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), file=sys.stderr)
+            if show and self.args.wandb:
+                sys.modules["wandb"].log(line)
+
+    def wrap(self, module):
+        """Compile, then shard or replicate. The returned module is called, the given one is saved."""
+        if self.args.compile:
+            M.compile_blocks(module)
+        if self.args.fsdp and self.ranks > 1:
+            return M.shard(module)
+        return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.ranks > 1 else module
+
+    def sync(self, module, on):
+        """Gradients travel between the ranks in the last of a step's micro-batches only."""
+        if self.ranks > 1:
+            module.set_requires_gradient_sync(on) if self.args.fsdp else setattr(module, "require_backward_grad_sync", on)
+
+    def state(self, module, optimizer):
+        return {"model": dcs.get_model_state_dict(module), "optimizer": dcs.get_optimizer_state_dict(module, optimizer)}
+
+    def save(self, step, module, optimizer, extra):
+        """All into a temporary directory, hashed and flushed, renamed, then the pointer: a kill at any moment leaves the last good one."""
+        final, temp = self.out / f"step_{step:08d}", self.out / "saving"
+        if self.rank == 0:
+            shutil.rmtree(temp, ignore_errors=True)
+        self.broadcast(None)
+        dcp.save(self.state(module, optimizer), checkpoint_id=temp)
+        if self.rank == 0:
+            (temp / "extra.json").write_text(json.dumps({"step": step, **extra}))
+            M.seal(temp, final)
+            (self.out / "latest.tmp").write_text(final.name)
+            M.put_in_place(self.out / "latest.tmp", self.out / "latest")
+            for old in sorted(self.out.glob("step_*"))[: -self.args.keep]:
+                shutil.rmtree(old)
+        self.broadcast(None)
+
+    def load(self, module, optimizer):
+        """Resume from the checkpoint that `latest` names, once its hashes agree -> its extras; {} where there is none."""
+        if not (name := self.broadcast((self.out / "latest").read_text() if (self.out / "latest").exists() else "")):
+            return {}
+        if broken := M.broken(self.out / name):
+            fail(f"{broken} is damaged or missing; to go on from an older checkpoint, write its name into {self.out / 'latest'}")
+        state = self.state(module, optimizer)
+        dcp.load(state, checkpoint_id=self.out / name)
+        dcs.set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        return json.loads((self.out / name / "extra.json").read_text())
+
+    def export(self, encoder, **config):
+        """encoder.safetensors, for probes and for sharing; all ranks take part."""
+        state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in encoder.state_dict().items()}
+        if self.rank == 0:
+            M.save_encoder(self.out / "encoder.safetensors", state, encoder.config | config)
+
+    @torch.no_grad()
+    def probe(self, features, train, val, clip):
+        """Accuracy on the source `val` of a linear probe on features(x) -> (B,D), fitted on the source `train`; all ranks take part."""
+        sets = []
+        for source in (train, val):
+            batches = D.eval_batches(source, clip, batch_size=64, workers=self.args.workers, rank=self.rank, ranks=self.ranks)
+            rows = [(features(D.prepare(b, self.device)).float().cpu(), b["label"], b["ok"]) for b in batches]
+            every = [[torch.cat(r) for r in zip(*rows)]] * self.ranks
+            if self.ranks > 1:
+                dist.all_gather_object(every, every[0])
+            sets.append([torch.cat(r) for r in zip(*every)])
+        (x, y, ok), (xv, yv, okv) = sets
+        return ((M.linear_probe(x[ok], y[ok], xv) == yv) & okv).double().mean().item()      # a video that cannot be read counts as wrong
+# --- end runtime ---
+
+
+def picture(path, x, keep, tokens, grid, mean, std):
+    """One clip, a frame per token slice: the clip, what each mask leaves of it, and the first three principal components of the target's features."""
+    frames = x.permute(1, 2, 3, 0).float().cpu() * torch.tensor(std) + torch.tensor(mean)                       # (T,H,W,3)
+    frames = frames[:: len(frames) // grid[0]]                                                                  # (t,H,W,3)
+    grow = lambda v: v.view(*grid, -1).repeat_interleave(frames.shape[1] // grid[1], 1).repeat_interleave(frames.shape[2] // grid[2], 2)
+    shown = [grow(torch.zeros(math.prod(grid)).index_fill(0, ids.cpu(), 1.0)) for ids in keep]
+    tokens = tokens.float().cpu() - tokens.float().cpu().mean(0)
+    pca = tokens @ torch.linalg.svd(tokens, full_matrices=False).Vh[:3].T
+    pca = (pca - pca.amin(0)) / (pca.amax(0) - pca.amin(0)).clamp_min(1e-6)
+    rows = [frames, *(frames * s + 0.5 * (1 - s) for s in shown), grow(pca)]
+    D.save_png(path, torch.cat([torch.cat(list(r), 1) for r in rows]).clamp(0, 1).mul(255).byte().numpy())
+
+
+def dry_run(args, run):
+    """Sizes from the meta device -> one JSON line. Memory is a bound for one GPU: fp32 weights, gradients and Adam, the target, and activations
+    of about 16 values a token, block and channel (two bytes each in bf16; --checkpoint keeps one)."""
+    with torch.device("meta"):
+        objective = VJEPA(dataclasses.replace(args, init=""))
+    per_rank = args.micro_batch or args.batch_size // run.ranks
+    samples = [D.sample_masks(args.masks, args.seed, s, min(args.batch_size, 64), objective.encoder.grid, args.aspect, args.trim, args.bucket) for s in range(8)]
+    flops = sum(objective.flops(*s) for s in samples) / len(samples) * args.batch_size
+    k, m = ([sum(i.shape[1] for i in s[j]) for s in samples] for j in (0, 1))
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    size, trained = M.SIZES[args.model], count(objective.encoder) + count(objective.predictor)
+    token_values = (max(k) * size["width"] * size["depth"] + (max(k) + max(m)) * args.pred_width * args.pred_depth) * (1 if args.checkpoint else 16)
+    shards = run.ranks if args.fsdp else 1
+    memory = (trained * 16 + count(objective.target) * 4) // shards + per_rank * token_values * (2 if args.dtype == "bf16" else 4)
+    days = flops * args.steps / (run.ranks * 0.5 * 989e12) / 86400
+    if run.rank == 0:
+        print(f"{args.model}: {flops / args.batch_size / 1e12:.3g} TFLOP a clip; {days:.3g} days on {run.ranks} GPU(s) at 50 % of an H100's or H200's 989 bf16 TFLOP/s")
+        print(json.dumps({"params": trained, "params_encoder": count(objective.encoder), "flops_per_step": flops, "flops_per_clip": flops / args.batch_size,
+                          "bytes_per_gpu": memory, "gpus": run.ranks, "days": days}))
+
+
+def main(args):
+    run = Run(args)
+    if args.dry_run:
+        return dry_run(args, run)
+    try:                                                        # everything a user can get wrong is looked at before work starts
+        if not args.data:
+            raise D.DataError("no data: give --data LIST (see README, Data) or --preset laptop")
+        if args.model not in M.SIZES:
+            raise D.DataError(f"--model {args.model}: choose from {', '.join(M.SIZES)}")
+        clip = D.Clip(frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size, scale=args.crop_scale, ratio=args.crop_ratio,
+                      flip=args.flip, clips=args.clips_per_video)
+        sources = [D.parse_list(spec) for spec in args.data]
+        if len(args.probe_data) not in (0, 2):
+            raise D.DataError(f"--probe_data {' '.join(args.probe_data)}: two lists are needed, one to fit the probe and one to test it")
+        probe = [D.parse_list(spec, split, labelled=True) for spec, split in zip(args.probe_data, ("probe", "val"))]
+        for spec in args.masks:
+            D.parse_mask(spec)
+    except D.DataError as e:
+        fail(e)
+    run.open(D.fingerprint(sources))
+
+    torch.manual_seed(args.seed)
+    objective = VJEPA(args).to(run.device)
+    model = run.wrap(objective)
+    groups = M.param_groups(objective, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
+    state = run.load(model, optimizer) if args.resume else {}
+    first, extra, grid = state.get("step", 0), {"random_acc": state.get("random_acc"), "bad": state.get("bad", 0)}, objective.encoder.grid
+
+    def features(x):                                            # what the online probe reads: the target's tokens, averaged
+        with run.autocast():
+            return model(x).mean(1)
+
+    def accuracy():
+        return run.probe(features, *probe, dataclasses.replace(clip, train=False, clips=1)) if probe else None
+
+    if first == 0 and not args.init:
+        extra["random_acc"] = accuracy()                        # the encoder as it was initialised: what learning has to beat
+    per_rank, last = args.batch_size // run.ranks, min(args.steps, args.stop_at or args.steps)
+    micro, rows = args.micro_batch or per_rank, slice(run.rank * per_rank, (run.rank + 1) * per_rank)
+    loader = iter(D.make_loader(sources, clip, seed=args.seed, batch_size=args.batch_size, micro_batch=micro, rank=run.rank, ranks=run.ranks,
+                                workers=args.workers, start_step=first, steps=last))
+    peak = {"H200": 989e12, "H100": 989e12, "A100": 312e12}     # dense bf16 FLOP/s
+    peak = next((v for k, v in peak.items() if run.device.type == "cuda" and k in torch.cuda.get_device_name()), None)
+    skips, probe_acc, window, wait, flops, since = 0, None, [], 0.0, 0, time.perf_counter()
+
+    for step in tqdm(range(first, last), initial=first, total=args.steps, disable=run.rank > 0 or not sys.stderr.isatty()):
+        torch.manual_seed(args.seed * 1_000_003 + step)         # no random state outlives a step, so none needs saving
+        now = objective.schedules(step)
+        for g in groups:
+            g["lr"], g["weight_decay"] = now["lr"], now["weight_decay"] if g["decay"] else 0.0
+        keep, pred = D.sample_masks(args.masks, args.seed, step, args.batch_size, grid, args.aspect, args.trim, args.bucket, rows)
+        for i in range(0, per_rank, micro):
+            begin = time.perf_counter()
+            batch = next(loader)
+            wait += time.perf_counter() - begin
+            x, k, m = D.prepare(batch, run.device), [ids[i : i + micro].to(run.device) for ids in keep], [ids[i : i + micro].to(run.device) for ids in pred]
+            run.sync(model, i + micro >= per_rank)
+            with run.autocast():
+                loss, metrics = model(x, k, m)
+            (loss * (micro / per_rank)).backward()
+            tokens = metrics.pop("tokens")
+            window.append({"loss": loss.detach(), **metrics})
+            flops += objective.flops(k, m) * micro * run.ranks
+            for path, reason in batch["bad"]:
+                extra["bad"] += 1
+                print(f"bad video, replaced: {path}: {reason}", file=sys.stderr)
+        norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), args.clip_grad or math.inf)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if math.isfinite(norm):                                 # gradients are reduced, so every rank decides alike
+            optimizer.step()
+            objective.after_step(step)
+            skips = 0
+        else:
+            skips += 1
+            window.clear()
+            run.log({"step": step, "skipped": "loss or gradient is not finite", "clips": batch["index"].tolist()})
+            if skips >= args.max_skips:
+                fail(f"step {step}: {skips} steps in a row without a finite loss and gradient; the last good checkpoint is in {args.out_dir}")
+        optimizer.zero_grad()
+        done = step + 1
+        if done == last or done % args.log_every == 0 and window:
+            names = list(window[0])
+            means = run.mean(*(sum(w[n] for w in window) / len(window) for n in names))
+            span, clips = time.perf_counter() - since, len(window) * micro * run.ranks
+            line = {"step": done, **dict(zip(names, means)), **now, "grad_norm": norm, "feature_std": tokens.float().std(0).mean().item(),
+                    "rankme": M.rankme(tokens), "clips_per_s": clips / span, "tflops": flops / span / 1e12,
+                    "mfu": flops / span / (peak * run.ranks) if peak else None, "wait_pct": 100 * wait / span,
+                    "peak_gb": (torch.cuda.max_memory_allocated() if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30, "bad": extra["bad"]}
+            run.log(line)
+            window, wait, flops, since = [], 0.0, 0, time.perf_counter()
+        if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
+            with torch.no_grad(), run.autocast():
+                tokens = model(x[:1])[0]
+            if run.rank == 0:
+                picture(run.out / "samples" / f"step_{done:08d}.png", x[0], [ids[0] for ids in k], tokens, grid, M.IMAGENET['mean'], M.IMAGENET['std'])
+        if args.probe_every and done % args.probe_every == 0 and done < args.steps:
+            run.log({"step": done, "probe_acc": accuracy()})
+        stop = run.mean(float(run.stop))[0] > 0                 # a signal on one rank stops them all after the same step
+        if done % args.save_every == 0 or done == last or stop:
+            run.save(done, model, optimizer, extra)
+            run.export(objective.target, model=args.model, **M.IMAGENET, stride=args.stride, fps=args.fps, step=done)
+        if stop:
+            break
+
+    if first < last and done == args.steps:
+        probe_acc = accuracy()
+    if run.rank == 0:
+        print(json.dumps({"steps": done if first < last else first, "loss": means[0] if first < last else None, "probe_acc": probe_acc,
+                          "random_acc": extra["random_acc"], "bad": extra["bad"], "seconds": round(time.time() - run.start, 1), "out_dir": args.out_dir}), flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(ARGS)
