@@ -9,7 +9,6 @@ and what replaces a damaged video. Ranks and workers only divide the g among the
 
 Letters: B clips, T frames, H,W pixels; t,h,w token grid, N = t*h*w; K kept tokens, M predicted; token id = (ti*h + hi)*w + wi.
 """
-import argparse
 import csv
 import hashlib
 import json
@@ -27,6 +26,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ def file_rows(name):
     header = [column.strip().lower() for column in next(csv.reader(lines[:1]), [])]
     if "youtube_id" in header:
         raise DataError(f"{name}: an annotation file, not a list; make one with: python data.py index kinetics ROOT --annotations {name}")
-    if len(header) > 1 and "path" in header:
+    if "path" in header:
         reader = csv.DictReader((line.rstrip("\r") for line in lines[1:]), fieldnames=header)
         found = ((reader.line_num + 1, row["path"] or "", row.get("label")) for row in reader)
     else:
@@ -143,13 +143,15 @@ def split_row(line):
 
 def folder_rows(name):
     """The same for a folder of videos: with sub-folders, each is a class, numbered in the order of their names."""
-    def media(folder):
-        return sorted(str(p) for p in Path(folder).rglob("*") if p.suffix.lower() in VIDEOS | IMAGES and p.is_file())
     root = Path(os.path.abspath(name))
     groups = sorted(p for p in root.iterdir() if p.is_dir() and media(p))
     if not groups:
-        return [(name, path, None) for path in media(root)]
-    return [(f"{name}/{group.name}", path, label) for label, group in enumerate(groups) for path in media(group)]
+        return [(name, str(path), None) for path in media(root)]
+    return [(f"{name}/{group.name}", str(path), label) for label, group in enumerate(groups) for path in media(group)]
+
+
+def media(folder):
+    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in VIDEOS | IMAGES and p.is_file())
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------------------------
@@ -380,8 +382,8 @@ class Clips(torch.utils.data.Dataset):
 
 def reason(error):
     """One line: the text of a torchcodec error without the place in its source code."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"^\w+, \S+\.cpp:\d+, ", "", text)[:200]
+    text = re.sub(r"^\w+, \S+\.cpp:\d+, ", "", " ".join(str(error).split()) or type(error).__name__)
+    return "no video stream" if "best video stream is unknown" in text else text[:200]
 
 
 def make_loader(sources, clip, *, seed, batch_size, micro_batch, rank=0, ranks=1, workers=0, start_step=0, steps, timeout=600):
@@ -415,9 +417,13 @@ def eval_batches(source, clip, *, batch_size, workers=0, rank=0, ranks=1, rows=N
     return stream(Clips([source], clip, seed), (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), workers, timeout)
 
 
+def as_it_is(batch):
+    return batch
+
+
 def stream(dataset, batches, workers, timeout):
     # Its own generator: the loader's base seed must not come from, and so advance, torch's global random state.
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=lambda batch: batch,
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
                                          timeout=timeout if workers else 0, pin_memory=workers > 0 and torch.cuda.is_available(),
                                          generator=torch.Generator().manual_seed(dataset.seed))
     for batch in loader:
@@ -469,15 +475,16 @@ def multiblock(rng, B, grid, blocks, scale, time=1.0, aspect=(0.75, 1.5)):
     bt = min(max(round(t * time), 1), t)
     if (bt, bh, bw) == (t, h, w):
         raise DataError(f"blocks of {scale} of a {h}x{w} grid leave no context")
-    hidden, todo = np.empty((B, t, h, w), dtype=bool), np.arange(B)
+    slices, bt = (1, 1) if bt == t else (t, bt)  # through all of time: one slice stands for all of them
+    hidden, todo = np.empty((B, slices, h, w), dtype=bool), np.arange(B)
     while len(todo):
-        new = np.zeros((len(todo), t, h, w), dtype=bool)
+        new = np.zeros((len(todo), slices, h, w), dtype=bool)
         for _ in range(blocks):
-            inside = [(np.arange(n) - rng.integers(n - b + 1, size=(len(todo), 1))).view(np.uint64) < b for n, b in ((t, bt), (h, bh), (w, bw))]
+            inside = [(np.arange(n) - rng.integers(n - b + 1, size=(len(todo), 1))).view(np.uint64) < b for n, b in ((slices, bt), (h, bh), (w, bw))]
             new |= inside[0][:, :, None, None] & (inside[1][:, :, None] & inside[2][:, None, :])[:, None]
         hidden[todo] = new
         todo = todo[new.all((1, 2, 3))]
-    return hidden
+    return np.broadcast_to(hidden, (B, t, h, w)).copy()
 
 
 def random_mask(rng, B, grid, ratio):
@@ -522,6 +529,8 @@ def parse_mask(text):
 def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", bucket=1, rows=None):
     """The masks of one step: (keep, pred), for each spec an int64 tensor (b,K) and (b,M) of sorted token ids, for the clips `rows` (a slice) of the
     global batch of B. K and M are the smallest counts in the whole batch, rounded down to a multiple of `bucket`, so every rank sees the same shapes.
+    "Smallest" as in 24 clips, what V-JEPA has on a GPU: of B clips the B/24 with the fewest tokens take the masks of others, or one odd clip in
+    thousands would leave all of them next to no context.
     trim: what is left out to get there is chosen at "random", or, "prefix", lies last in time (V-JEPA's code)."""
     first, last, _ = (rows or slice(None)).indices(B)
     keep, pred, N = [], [], math.prod(grid)
@@ -529,12 +538,15 @@ def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", 
         function, arguments = parse_mask(spec)
         rng = np.random.default_rng([seed, step, i])
         hidden = function(rng, B, grid, **arguments, **({"aspect": aspect} if function is multiblock else {})).reshape(B, N)
-        counts = np.count_nonzero(hidden, axis=1)
+        seen, unseen = N - np.count_nonzero(hidden, axis=1), np.count_nonzero(hidden, axis=1)
+        K, M = (np.sort(counts)[(B - 1) // 24] for counts in (seen, unseen))
+        few = np.flatnonzero((seen < K) | (unseen < M))
+        hidden[few] = hidden[rng.choice(np.setdiff1d(np.arange(B), few), len(few))]
         if trim == "random":  # its own stream, wound on to the first row: a rank draws only its own rows' numbers
             keys = np.random.Generator(np.random.PCG64([seed, step, i, 1]).advance(first * N)).random((last - first, N))
         else:
             keys = np.broadcast_to(np.arange(N) / N, (last - first, N))
-        for ids, chosen, smallest in ((keep, ~hidden[first:last], N - counts.max()), (pred, hidden[first:last], counts.min())):
+        for ids, chosen, smallest in ((keep, ~hidden[first:last], K), (pred, hidden[first:last], M)):
             length = int(smallest) // bucket * bucket or int(smallest)
             ids.append(torch.from_numpy(np.sort(np.argpartition(np.where(chosen, keys, 2.0), length - 1, axis=1)[:, :length], axis=1)))
     return keep, pred
@@ -542,144 +554,176 @@ def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", 
 
 # --- command line -----------------------------------------------------------------------------------------------------------------------
 
+def check(list: str, workers: int = 2):
+    """Read every file of a list to its last frame, and report what they are and which are bad. Exit status 0: all sound, 1: some bad, 2: no list.
+
+    Args:
+        list: a list, or a folder of videos
+        workers: processes; 0 reads in this one
+    """
+    source = parse_list(list)
+    import_torchcodec()
+    files = in_processes(inspect_video, [*dict.fromkeys(source.paths)], workers)
+    good, bad = [f for f in files if not f["reason"]], [f for f in files if f["reason"]]
+    for f in bad:
+        print(f"bad: {f['path']}: {f['reason']}")
+    for f in good:
+        if f["announced"] not in (None, f["frames"]):
+            print(f"note: {f['path']}: its header announces {f['announced']} frames, it has {f['frames']}")
+    summary = {"rows": len(source), "files": len(files), "bad": len(bad), "labels": len(np.unique(source.labels[source.labels >= 0]))}
+    for name in ("codec", "size", "fps"):
+        summary[name] = dict(Counter(f[name] for f in good).most_common(8))
+    for name in ("frames", "seconds"):
+        summary[name] = dict(zip(("min", "median", "max"), np.quantile([f[name] for f in good] or [0], (0, 0.5, 1)).round(3).tolist()))
+    for name, value in summary.items():
+        print(f"{name:8}{value}")
+    return summary, int(bool(bad))
+
+
 def inspect_video(path):
-    """Decode every frame -> {"path", "reason" (None if sound), "codec", "width", "height", "fps", "seconds", "frames", "announced" by the header}."""
+    """Decode every frame -> {"path", "reason" (None if sound), "codec", "size", "fps", "seconds", "frames", "announced" by the header}."""
     facts = {"path": path, "reason": None}
     try:
         video = open_video(path)
         meta, n = video.metadata, len(video)
-        facts |= {"codec": meta.codec, "width": meta.width, "height": meta.height, "fps": meta.average_fps, "frames": n,
-                  "seconds": meta.end_stream_seconds - meta.begin_stream_seconds, "announced": meta.num_frames_from_header}
         for i in range(0, n, 16):
             try:
                 video.get_frames_in_range(i, min(i + 16, n))
             except RuntimeError:
                 if i + 16 < n or n == 1:
                     raise
-                video = open_video(path)
-                for last in range(i, n - 1):  # as in read_clips, the very last frame may be missing
-                    video.get_frame_at(last)
+                open_video(path).get_frames_at([*range(i, n - 1)] or [i - 1])  # as in read_clips, the very last frame may be missing
+        facts |= {"codec": meta.codec, "size": f"{meta.width}x{meta.height}", "fps": round(meta.average_fps or 0, 2), "frames": n,
+                  "seconds": meta.end_stream_seconds - meta.begin_stream_seconds, "announced": meta.num_frames_from_header}
     except DAMAGE as error:
-        if isinstance(error, DataError):
-            raise
         facts["reason"] = reason(error)
     return facts
 
 
 def in_processes(function, items, workers):
-    """[function(item), ...] with a progress bar, in fresh processes: a decoder must not be forked."""
-    if not workers:
+    """[function(item), ...] with a progress bar, in fresh processes."""
+    if workers < 1:
         return [function(item) for item in tqdm(items, disable=None)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(tqdm(pool.map(function, items, chunksize=4), total=len(items), disable=None))
+        return [*tqdm(pool.map(function, items, chunksize=4), total=len(items), disable=None)]
 
 
-def check(args):
-    """Read every file of LIST to its last frame; report what they are and which are bad. Exit status: 0 all sound, 1 some bad, 2 no usable list."""
-    source = parse_list(args.list)
-    import_torchcodec()
-    files = in_processes(inspect_video, list(dict.fromkeys(source.paths)), args.workers)
-    good, bad = [f for f in files if not f["reason"]], [f for f in files if f["reason"]]
-    for f in bad:
-        print(f"bad: {f['path']}: {f['reason']}")
-    for f in good:
-        if f["announced"] and f["announced"] != f["frames"]:
-            print(f"note: {f['path']}: its header announces {f['announced']} frames, it has {f['frames']}")
-    def count(values):
-        return dict(Counter(values).most_common(8))
-    summary = {"rows": len(source), "files": len(files), "bad": len(bad), "labels": len(np.unique(source.labels[source.labels >= 0])),
-               "codecs": count(f["codec"] for f in good), "sizes": count(f"{f['width']}x{f['height']}" for f in good),
-               "fps": count(round(f["fps"] or 0, 2) for f in good)}
-    for name in ("frames", "seconds"):
-        if good:
-            summary[name] = {k: round(float(v), 3) for k, v in zip(("min", "median", "max"), np.quantile([f[name] for f in good], (0, 0.5, 1)))}
-    for name, value in summary.items():
-        print(f"{name:8} {value}")
-    return summary, int(bool(bad))
+def index(format: Literal["kinetics", "ssv2", "ucf", "folders"], root: str, out: str = "", annotations: str = "", labels: str = ""):
+    """Make a list of 'path label' rows of a dataset as downloaded, and classes.txt beside it (line k, from 0, names label k).
 
+    Videos that are annotated but not found under the root are counted and left out. kinetics and folders: a classes.txt that is there already is
+    obeyed, so that the train and the val list number the classes alike.
 
-def index(args):
-    """Write a list of 'path label' rows, and classes.txt beside it (line k names label k; one that is there already is obeyed, so that the train and
-    val lists agree). Annotated videos that are not under ROOT are counted and left out. kinetics: --annotations CSV (label, youtube_id, time_start,
-    ...); ssv2: --annotations JSON, --labels JSON; ucf: --annotations trainlist01.txt with classInd.txt beside it; folders: a class per folder."""
-    files = {}  # by name without the ending
-    root, out = Path(args.root), Path(args.out or f"{args.format}.txt")
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in VIDEOS | IMAGES:
-            files[path.stem] = path
-    note = args.annotations and Path(args.annotations)
-    if args.format != "folders" and not (note and note.is_file()):
-        raise DataError(f"index {args.format}: --annotations {note or ''}: the file of labels is needed")
+    Args:
+        format: whose layout
+        root: the folder that holds the videos, at any depth
+        out: the list to write (default: FORMAT.txt)
+        annotations: kinetics: csv with label, youtube_id, time_start, time_end; ssv2: train.json; ucf: trainlist01.txt (classInd.txt beside it)
+        labels: ssv2: labels.json
+    """
+    out, note = Path(out or f"{format}.txt"), Path(annotations)
+    known, files = out.parent / "classes.txt", {path.stem: path for path in media(root)}
+    if format != "folders" and not note.is_file():
+        raise DataError(f"index {format} needs --annotations FILE" + (f": no file {annotations}" if annotations else ""))
+    if format == "ssv2" and not os.path.isfile(labels):
+        raise DataError(f"index ssv2 needs --labels FILE" + (f": no file {labels}" if labels else ""))
     try:
-        if args.format == "folders":
-            rows = [(Path(path), Path(where).name) for where, path, label in folder_rows(str(root)) if label is not None]
-        elif args.format == "kinetics":
-            rows = []
-            for r in csv.DictReader(note.read_text("utf-8-sig").splitlines()):
-                cut = f"{r['youtube_id']}_{int(float(r['time_start'])):06d}_{int(float(r['time_end'])):06d}" if r.get("time_end") else ""
-                rows.append((files.get(cut) or files.get(r["youtube_id"]), r.get("label") or None))
-        elif args.format == "ssv2":
-            if not args.labels:
-                raise DataError("index ssv2: --labels labels.json is needed for the numbers of the classes")
-            numbers = json.loads(Path(args.labels).read_text("utf-8"))
-            fixed = [name for name, _ in sorted(numbers.items(), key=lambda item: int(item[1]))]
-            rows = [(files.get(str(r["id"])), re.sub(r"[\[\]]", "", r["template"]) if "template" in r else None)
-                    for r in json.loads(note.read_text("utf-8"))]
+        lines = [] if format == "folders" else [line for line in note.read_text("utf-8-sig").splitlines() if line.strip()]
+        classes = known.read_text("utf-8").splitlines() if known.is_file() else None
+        if format == "folders":
+            rows = [(path, os.path.basename(where)) for where, path, label in folder_rows(root) if label is not None]
+        elif format == "kinetics":  # files are named ID_START_END or ID
+            rows = [(files.get("{}_{:06d}_{:06d}".format(r["youtube_id"], *(int(float(r[k])) for k in ("time_start", "time_end"))),
+                               files.get(r["youtube_id"])), r.get("label") or None) for r in csv.DictReader(lines)]
+        elif format == "ssv2":
+            numbers = json.loads(Path(labels).read_text("utf-8"))
+            classes = sorted(numbers, key=lambda name: int(numbers[name]))
+            rows = [(files.get(str(r["id"])), re.sub(r"[\[\]]", "", r["template"]) if "template" in r else None) for r in json.loads("\n".join(lines))]
         else:
-            fixed = [line.split()[1] for line in (note.parent / "classInd.txt").read_text("utf-8").splitlines() if line.strip()]
-            rows = [(files.get(Path(line.split()[0]).stem), line.split("/")[0]) for line in note.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise error if isinstance(error, DataError) else DataError(f"{note}: not {args.format} annotations ({reason(error)})") from None
-    known = out.parent / "classes.txt"
-    if args.format in ("kinetics", "folders"):
-        fixed = known.read_text("utf-8").splitlines() if known.is_file() else sorted({label for _, label in rows if label is not None})
-    number = {name: k for k, name in enumerate(fixed)}
-    unknown = sorted({label for _, label in rows if label is not None and label not in number})
-    if unknown:
-        raise DataError(f"class {unknown[0]!r} is not among the {len(fixed)} of {known if known.is_file() else 'the labels file'}")
-    found = [(path, label) for path, label in rows if path]
+            classes = [line.split()[1] for line in (note.parent / "classInd.txt").read_text("utf-8").splitlines() if line.strip()]
+            rows = [(files.get(Path(line.split()[0]).stem), line.split("/")[0]) for line in lines]
+    except (OSError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{annotations}: not {format} annotations ({type(error).__name__}: {reason(error)})") from None
+    classes = classes or sorted({name for _, name in rows if name is not None})
+    number = {name: k for k, name in enumerate(classes)} | {None: -1}
+    for _, name in rows:
+        if name not in number:
+            raise DataError(f"class {name!r} is not one of the {len(classes)} of {known if format in ('kinetics', 'folders') else labels or 'classInd.txt'}")
+    found = [(path, number[name]) for path, name in rows if path]
     if not found:
-        raise DataError(f"{root}: none of its {len(files)} videos is " + ("in a class folder" if args.format == "folders" else f"named by {note}"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write(known, "".join(f"{name}\n" for name in fixed))
-    write_list(out, [str(path) for path, _ in found], [-1 if label is None else number[label] for _, label in found])
-    return {"list": str(out), "rows": len(found), "classes": len(fixed), "missing": len(rows) - len(found)}, 0
+        raise DataError(f"{root}: {len(files)} videos, and none is " + ("in a class folder" if format == "folders" else f"named in {annotations}"))
+    write(known, "".join(f"{name}\n" for name in classes))
+    write_list(out, found)
+    return {"list": str(out), "rows": len(found), "classes": len(classes), "missing": len(rows) - len(found)}, 0
 
 
 def write(path, text):
-    temp = Path(f"{path}.tmp")
-    temp.write_text(text, "utf-8")
-    os.replace(temp, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{path}.tmp").write_text(text, "utf-8")
+    os.replace(f"{path}.tmp", path)
 
 
-def write_list(out, paths, labels):
-    """Paths under the list's folder are written relative to it, so that the folder can move; others absolute."""
-    folder = os.path.abspath(out.parent)
-    paths = [os.path.relpath(path, folder) if os.path.abspath(path).startswith(folder + "/") else os.path.abspath(path) for path in paths]
-    write(out, "".join(f"{path} {label}\n" if label >= 0 else f"{path}\n" for path, label in zip(paths, labels)))
+def write_list(out, rows):
+    """rows: (path, label). Paths under the list's folder are written relative to it, so that the folder can be moved; others absolute."""
+    folder = os.path.abspath(out.parent) + "/"
+    rows = [(os.path.abspath(path).removeprefix(folder), label) for path, label in rows]
+    write(out, "".join(f"{path} {label}\n" if label >= 0 else f"{path}\n" for path, label in rows))
+
+
+def pack(list: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 8, crf: int = 23, fast_decode: bool = True, workers: int = 2):
+    """Re-encode the videos of a list for fast reading, and write a list of the same name into the folder OUT. The originals are not touched.
+
+    Interrupted, it goes on where it stopped. Files that cannot be read to the end are reported and left out (exit status 1).
+
+    Args:
+        list: a list, or a folder of videos
+        out: the folder to write
+        short_side: pixels; smaller videos keep their size
+        fps: frames a second, 0 as they are. Training at stride 4 on 30 fps wants 7.5, and then --fps 7.5 or --stride 1
+        gop: frames from one key frame to the next
+        crf: x264's quality; lower is better and larger
+        fast_decode: without CABAC and deblocking: twice as fast to read, 10 %% larger
+        workers: processes
+    """
+    if not (short_side >= 16 and 0 <= fps < 1000 and gop >= 1 and 0 <= crf <= 51):
+        raise DataError(f"short_side {short_side} (16 or more), fps {fps} (0 to 1000), gop {gop} (1 or more) or crf {crf} (0 to 51) is out of range")
+    source, folder = parse_list(list), Path(out)
+    import_torchcodec()
+    if not shutil.which("ffmpeg"):
+        raise DataError("pack needs the ffmpeg program: apt-get install -y ffmpeg")
+    short = f"min({short_side},min(iw*sar,ih))/min(iw*sar,ih)/2"  # never larger than it was; pixels become square; even sides
+    encode = ["-an", "-sn", "-dn", "-vf", (f"fps={fps}," if fps else "") + f"scale='2*round(iw*sar*{short})':'2*round(ih*{short})':flags=area,setsar=1",
+              "-c:v", "libx264", "-crf", str(crf), "-g", str(gop), "-bf", "0", "-pix_fmt", "yuv420p", *(["-tune", "fastdecode"] if fast_decode else [])]
+    if (folder / "pack.json").exists() and json.loads((folder / "pack.json").read_text("utf-8")) != encode:
+        raise DataError(f"{out} was packed with other settings (see its pack.json); choose another folder")
+    write(folder / "pack.json", json.dumps(encode))
+    root, jobs = os.path.dirname(os.path.abspath(source.name)) + "/", {}
+    for path in source.paths:
+        target = folder / "videos" / path.removeprefix(root).lstrip("/")
+        jobs[path] = path, target if path.endswith(".mp4") else target.with_name(target.name + ".mp4"), encode
+    failed = {path: why for path, why in zip(jobs, in_processes(pack_video, [*jobs.values()], workers)) if why}
+    for path, why in failed.items():
+        print(f"bad: {path}: {why}")
+    rows = [(str(jobs[path][1]), int(label)) for path, label in zip(source.paths, source.labels) if path not in failed]
+    write_list(folder / Path(source.name).name, rows)
+    before, after = (sum(os.path.getsize(job[k]) for path, job in jobs.items() if path not in failed) / 1e6 for k in (0, 1))
+    return {"list": str(folder / Path(source.name).name), "rows": len(rows), "bad": len(failed), "mb_before": before, "mb_after": after}, int(bool(failed))
 
 
 def pack_video(job):
-    """Re-encode one file by FFmpeg -> None, or the reason why not. The target appears when it is complete (renamed), and is then not made again."""
-    path, target, args = job
+    """Re-encode one file -> None, or the reason why not. The target is renamed into place when it is complete; one that is there is not made again."""
+    path, target, encode = job
     if target.exists():
         return None
     target.parent.mkdir(parents=True, exist_ok=True)
-    temp = target.with_name(f".{target.name}.{os.getpid()}.mp4")
-    short = f"min({args.short_side},min(iw*sar,ih))"  # never larger than it was; pixels become square
-    size = f"scale='trunc(iw*sar*{short}/min(iw*sar,ih)/2+0.5)*2':'trunc(ih*{short}/min(iw*sar,ih)/2+0.5)*2':flags=area,setsar=1"
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-err_detect", "explode", "-threads", "1", "-i", f"file:{path}", "-an", "-sn", "-dn",
-               "-vf", (f"fps={args.fps}," if args.fps else "") + size, "-c:v", "libx264", "-preset", "medium", "-crf", str(args.crf), "-g", str(args.gop),
-               "-bf", "0", "-pix_fmt", "yuv420p", "-threads", "1", *(["-tune", "fastdecode"] if args.fast_decode else []), "-movflags", "+faststart",
-               "-y", f"file:{temp}"]
+    temp = target.with_name(f".{os.getpid()}.mp4")  # file: keeps names with a colon from being read as a protocol; explode: no half-decoded videos
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-err_detect", "explode", "-threads", "1", "-i", f"file:{path}", *encode, "-threads", "1",
+               "-movflags", "+faststart", "-y", f"file:{temp}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode or not temp.exists():
+        if done.returncode:
             return (done.stderr.strip().splitlines() or ["FFmpeg failed"])[-1][:200]
-        if len(open_video(str(temp))) < 1:
-            return "no frames"
+        open_video(str(temp)).get_frame_at(0)
         os.replace(temp, target)
     except DAMAGE as error:
         return reason(error)
@@ -687,68 +731,11 @@ def pack_video(job):
         temp.unlink(missing_ok=True)
 
 
-def pack(args):
-    """Re-encode the videos of LIST into OUT for fast reading (H.264, small, few frames between key frames) and write OUT/NAME of LIST. Interrupted, it
-    goes on where it stopped. Files that cannot be read are reported and left out: exit status 1."""
-    source, out = parse_list(args.list), Path(args.out)
-    import_torchcodec()
-    if shutil.which("ffmpeg") is None:
-        raise DataError("pack needs the ffmpeg program: apt-get install -y ffmpeg")
-    settings = json.dumps({k: v for k, v in vars(args).items() if k not in ("list", "out", "workers", "run", "command")})
-    note = out / "pack.json"
-    if note.exists() and note.read_text("utf-8") != settings:
-        raise DataError(f"{out} was packed with other settings, {note.read_text('utf-8')}; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write(note, settings)
-    root = os.path.dirname(os.path.abspath(source.name))
-    jobs = {}
-    for path in source.paths:
-        inside = os.path.relpath(path, root) if path.startswith(root + "/") else path.lstrip("/")
-        jobs[path] = (path, out / "videos" / (inside if inside.endswith(".mp4") else inside + ".mp4"), args)
-    reasons = dict(zip(jobs, in_processes(pack_video, list(jobs.values()), args.workers)))
-    good = [i for i, path in enumerate(source.paths) if not reasons[path]]
-    for path, why in reasons.items():
-        if why:
-            print(f"bad: {path}: {why}")
-    name = out / Path(source.name).name
-    write_list(name, [str(jobs[source.paths[i]][1]) for i in good], source.labels[good])
-    size = [sum(os.path.getsize(f) for f in files) for files in ([p for p in jobs if not reasons[p]], [j[1] for p, j in jobs.items() if not reasons[p]])]
-    summary = {"list": str(name), "rows": len(good), "bad": sum(map(bool, reasons.values())), "mb_before": size[0] / 1e6, "mb_after": size[1] / 1e6}
-    return summary, int(summary["bad"] > 0)
-
-
 def main():
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            sys.exit(print(f"error: {message}", file=sys.stderr) or 2)
-    def positive(text):
-        if not 0 < float(text) < math.inf:
-            raise ValueError
-        return float(text) if float(text) % 1 else int(float(text))
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, dest="command", parser_class=Parser)
-    for run in (check, index, pack):
-        sub = commands.add_parser(run.__name__, description=run.__doc__, help=run.__doc__.split(".")[0])
-        sub.set_defaults(run=run)
-        if run is index:
-            sub.add_argument("format", choices=["kinetics", "ssv2", "ucf", "folders"])
-            sub.add_argument("root", help="the folder of the videos")
-            sub.add_argument("--annotations", help="the dataset's own file of labels")
-            sub.add_argument("--labels", help="ssv2: labels.json")
-            sub.add_argument("--out", help="the list to write (default FORMAT.txt)")
-            continue
-        sub.add_argument("list")
-        sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: in this one")
-        if run is pack:
-            sub.add_argument("out", help="the folder to write")
-            sub.add_argument("--short_side", type=positive, default=256, help="pixels; smaller videos keep their size")
-            sub.add_argument("--fps", type=positive, default=None, help="frames a second (default: as they are)")
-            sub.add_argument("--gop", type=positive, default=16, help="frames from one key frame to the next")
-            sub.add_argument("--crf", type=positive, default=20, help="x264's quality: lower is better and larger")
-            sub.add_argument("--fast_decode", action="store_true", help="no CABAC and no deblocking: faster to read, 10 to 30 %% larger")
-    args = parser.parse_args()
+    import tyro  # late: whoever imports data.py needs no flags
     try:
-        summary, status = args.run(args)
+        summary, status = tyro.extras.subcommand_cli_from_dict({f.__name__: f for f in (check, index, pack)}, description=__doc__,
+                                                               config=(tyro.conf.PositionalRequiredArgs,))
     except (DataError, OSError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     print(json.dumps(summary))

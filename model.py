@@ -59,25 +59,35 @@ def sincos_table(width, grid, device="cpu"):
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def rope_table(head_dim, grid, quirk=False, device="cpu"):
-    """Two (N, head_dim) tables, cos and signed sin, so that rotated q = q*cos + swap(q)*sin, where swap exchanges channels 2i and 2i+1.
+    """Two (N+1, head_dim) tables, cos and signed sin, so that rotated q = q*cos + swap(q)*sin, where swap exchanges channels 2i and 2i+1.
 
-    Each axis rotates 2*((head_dim//3)//2) channels in the order t,h,w; the rest has cos 1, sin 0. Both channels of a pair share a frequency,
-    which makes attention a function of relative positions. V-JEPA 2 was trained with tiled frequencies instead (channel c uses frequency
-    c mod a/2): `quirk` reproduces that, and only its published weights want it.
+    Each axis rotates 2*((head_dim//3)//2) channels in the order t,h,w; the rest, and the last row (id -1, for CLS), has cos 1, sin 0. Both channels
+    of a pair share a frequency, which makes attention a function of relative positions. V-JEPA 2 was trained with tiled frequencies instead (channel
+    c uses frequency c mod a/2): `quirk` reproduces that, and only its published weights want it.
     """
     a = 2 * ((head_dim // 3) // 2)
     omega = 10000.0 ** (-torch.arange(a // 2, dtype=torch.float64) / (a / 2))
     omega = omega.repeat(2) if quirk else omega.repeat_interleave(2)  # (a,)
     axes = torch.meshgrid(*[torch.arange(s, dtype=torch.float64) for s in grid], indexing="ij")
     angles = torch.cat([axis.reshape(-1, 1) * omega for axis in axes], 1)  # (N, 3a)
-    angles = F.pad(angles, (0, head_dim - 3 * a))
+    angles = F.pad(angles, (0, head_dim - 3 * a, 0, 1))
     sign = torch.tensor([-1.0, 1.0]).repeat(head_dim // 2)
     return angles.cos().float().to(device), (angles.sin() * sign).float().to(device)
 
 
-def rotate(x, cos, sin):
-    """x (..., head_dim) rotated by tables that broadcast against it."""
-    return torch.addcmul(x * cos, x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), sin)
+def rope_at(ids, head_dim, grid, quirk, like):
+    """What `rotate` needs for tokens ids (B, n), or for all N tokens where ids is None; broadcasts against (B, n, q|k, heads, head_dim)."""
+    cos, sin = [(table[None, :-1] if ids is None else table[ids])[:, :, None, None] for table in rope_table(head_dim, grid, quirk, like.device)]
+    if like.device.type == "cpu" and not quirk:  # eager complex products are 2 to 5 times faster there; compilers cannot fuse them
+        return [torch.complex(cos[..., ::2], sin[..., 1::2])]
+    return [cos.to(like.dtype), sin.to(like.dtype)]
+
+
+def rotate(x, table, sin=None):
+    """x (..., head_dim) rotated by the one complex or two real tables of `rope_at`."""
+    if sin is None:
+        return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * table).flatten(-2).to(x.dtype)
+    return torch.addcmul(x * table, x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), sin)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
@@ -149,10 +159,13 @@ def block_flops(width, mlp, lengths):
 
 
 def init_weights(module, blocks):
-    """Trunc-normal 0.02, biases 0; what block i adds to the residual stream is divided by sqrt(2(i+1)) (V-JEPA, SALT)."""
+    """Normal 0.02, biases 0; what block i adds to the residual stream is divided by sqrt(2(i+1)) (V-JEPA, SALT).
+
+    The papers truncate the normal at 100 standard deviations, which changes nothing and takes ten times as long.
+    """
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv3d)):
-            nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.normal_(m.weight, std=0.02)
             nn.init.zeros_(m.bias)
     with torch.no_grad():
         for i, block in enumerate(blocks):
@@ -165,12 +178,6 @@ def run_blocks(x, blocks, rope, lengths, checkpoint):
     for block in blocks:
         x = recompute(block, x, rope, lengths, use_reentrant=False) if checkpoint and torch.is_grad_enabled() else block(x, rope, lengths)
     return x
-
-
-def rope_at(ids, head_dim, grid, quirk, dtype, device):
-    """cos and sin at ids (B, n), or at all N tokens where ids is None, shaped to broadcast against (B, n, q|k, heads, head_dim)."""
-    tables = rope_table(head_dim, grid, quirk, device)
-    return [(table[None] if ids is None else table[ids])[:, :, None, None].to(dtype) for table in tables]
 
 
 class PatchEmbed(nn.Module):
@@ -220,7 +227,7 @@ class ViT(nn.Module):
         init_weights(self, self.blocks)
         for p in (self.cls_token, self.pos_embed):
             if p is not None:
-                nn.init.trunc_normal_(p, std=0.02)
+                nn.init.normal_(p, std=0.02)
 
     def forward(self, x, keep=None, blocks=None):
         """x (B,3,T,H,W) float, normalised -> (B,N,D); keep (B,K) -> (B,K,D); a list of (B,K_i) -> a list of (B,K_i,D). With cls, token 0 is CLS.
@@ -236,21 +243,18 @@ class ViT(nn.Module):
         lengths = [math.prod(grid) if k is None else k.shape[1] for k in keeps]
 
         x = self.patch_embed(x, ids)  # (B, n, D)
-        rope = None
-        if self.pos == "rope":
-            rope = rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x.dtype, x.device)
-        else:
+        if self.pos != "rope":
             if self.pos == "learned" and grid != self.grid:
                 raise ValueError(f"learned positions are for the grid {self.grid}, the clip has {grid}")
             table = sincos_table(self.width, grid, x.device) if self.pos == "sincos" else self.pos_embed[0]
             x = x + (table if ids is None else table[ids]).to(x.dtype)
-        if self.cls_token is not None:  # one CLS at the head of each group, unrotated
+        if self.cls_token is not None:  # one CLS at the head of each group, with id -1
             cls = self.cls_token.to(x.dtype).expand(B, 1, -1)
             x = torch.cat([part for group in x.split(lengths, 1) for part in (cls, group)], 1)
-            if rope is not None:
-                still = [torch.ones_like(rope[0][:, :1]), torch.zeros_like(rope[1][:, :1])]
-                rope = [torch.cat([part for group in r.split(lengths, 1) for part in (s, group)], 1) for r, s in zip(rope, still)]
+            ids = torch.arange(lengths[0], device=x.device)[None] if ids is None else ids
+            ids = torch.cat([F.pad(group, (1, 0), value=-1) for group in ids.split(lengths, 1)], 1)
             lengths = [1 + n for n in lengths]
+        rope = rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x) if self.pos == "rope" else None
 
         depth = len(self.blocks) if blocks is None else blocks
         if not 0 <= depth <= len(self.blocks):
@@ -290,7 +294,7 @@ class Predictor(nn.Module):
         init_weights(self, self.predictor_blocks)
 
     def forward(self, z, keep, pred):
-        """z list of (B,K_i,in_width), keep list of (B,K_i), pred list of (B,M_i) -> list of (B,M_i,out_width). Group i uses mask token i mod their count.
+        """z list of (B,K_i,in_width), keep list of (B,K_i), pred list of (B,M_i) -> list of (B,M_i,out_width). Group i uses mask token i, modulo.
 
         Tensors instead of lists are one group, and give one tensor. Order within a group is free: attention only sees positions.
         """
@@ -302,11 +306,9 @@ class Predictor(nn.Module):
         context = self.predictor_embed(torch.cat(z, 1)).split([k.shape[1] for k in keep], 1)
         tokens = [self.mask_tokens[i % len(self.mask_tokens)].to(context[i].dtype).expand(B, pred[i].shape[1], -1) for i in groups]
         x = torch.cat([part for pair in zip(context, tokens) for part in pair], 1)
-        rope = None
-        if self.pos == "rope":
-            rope = rope_at(ids, self.width // self.heads, self.grid, self.rope_quirk, x.dtype, x.device)
-        else:
+        if self.pos == "sincos":
             x = x + sincos_table(self.width, self.grid, x.device)[ids].to(x.dtype)
+        rope = rope_at(ids, self.width // self.heads, self.grid, self.rope_quirk, x) if self.pos == "rope" else None
         x = run_blocks(x, self.predictor_blocks, rope, [keep[i].shape[1] + pred[i].shape[1] for i in groups], self.checkpoint)
         parts = x.split([n for i in groups for n in (keep[i].shape[1], pred[i].shape[1])], 1)
         x = self.predictor_proj(self.predictor_norm(torch.cat(parts[1::2], 1)))  # the predicted tokens only
@@ -385,8 +387,8 @@ def rankme(features):
 
 
 @torch.no_grad()
-def knn_probe(x, y, xv, yv=None, k=20, T=0.07):
-    """Class predictions (nv,) for xv (nv, D) by a vote of the k nearest of x (n, D) in cosine similarity s, weighted exp(s/T). yv is not used."""
+def knn_probe(x, y, xv, k=20, T=0.07):
+    """Class predictions (nv,) for xv (nv, D) by a vote of the k nearest of x (n, D) in cosine similarity s, weighted exp(s/T)."""
     x, xv = F.normalize(x.float(), dim=1), F.normalize(xv.float(), dim=1)
     classes = int(y.max()) + 1
     out = []
@@ -397,8 +399,8 @@ def knn_probe(x, y, xv, yv=None, k=20, T=0.07):
     return torch.cat(out)
 
 
-def linear_probe(x, y, xv, yv=None, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)):
-    """Class predictions (nv,) for xv (nv, D) by ridge regression of x (n, D) on one-hot labels: deterministic, seconds on a CPU. yv is not used.
+def linear_probe(x, y, xv, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)):
+    """Class predictions (nv,) for xv (nv, D) by ridge regression of x (n, D) on one-hot labels: deterministic, seconds on a CPU.
 
     Features are standardised with the statistics of x. The penalty (in units of n) is the one with the best leave-one-out accuracy on x, which
     the singular value decomposition gives in closed form for all penalties at once.
@@ -497,7 +499,7 @@ def load_encoder(path, *, seed=0, key="target_encoder", **override):
                                    act="gelu", eps=1e-6, model=name, **IMAGENET)
     else:
         state, _, config = read_weights(name, key, override)
-        config.pop("predictor", None)
+        config.pop("predictor_heads", None)
     config = apply_override(config, override, name)
     with torch.random.fork_rng(devices=[]), torch.device("cpu" if random else "meta"):
         torch.manual_seed(seed)
@@ -509,10 +511,10 @@ def load_encoder(path, *, seed=0, key="target_encoder", **override):
 
 def load_predictor(path, **override):
     """(Predictor in eval mode, config dict) from a file of Meta's V-JEPA 1 or 2, or HF's VJEPA2Model. override: entries of Predictor's config."""
-    _, state, config = read_weights(path, "target_encoder", {})
+    _, state, config = read_weights(path, "target_encoder", override)
     if state is None:
         raise ValueError(f"{path}: holds no predictor")
-    config = apply_override(config["predictor"], override, path)
+    config = apply_override(predictor_shapes_config(state, path, config), override, path)
     with torch.device("meta"):
         predictor = Predictor(**config)
     fill(predictor, state, path)
@@ -525,7 +527,7 @@ def apply_override(config, override, path):
         raise ValueError(f"{path}: unknown config entries {unknown}; known are {sorted(config)}")
     config = {**config, **override}
     if config["heads"] is None:
-        raise ValueError(f"{path}: heads cannot be read from shapes and no known size has width {config['width']}, depth {config['depth']}: pass heads=")
+        raise ValueError(f"{path}: no known size has width {config['width']} and depth {config['depth']}, so the number of heads is unknown: pass heads=")
     return config
 
 
@@ -593,37 +595,43 @@ def predictor_shapes_config(state, path, config):
         raise ValueError(f"{path}: missing {', '.join(lacking)}")
     width, in_width = state[need[0]].shape
     grid = [config["frames"] // config["tubelet"], config["size"] // config["patch"], config["size"] // config["patch"]]
-    return dict(in_width=in_width, out_width=len(state[need[1]]), width=width, depth=depth_of(state, "predictor_blocks"), heads=12, mlp=len(state[need[2]]),
-                grid=grid, pos=config["pos"], rope_quirk=config["rope_quirk"], mask_tokens=sum(k.startswith("mask_tokens.") for k in state), eps=config["eps"])
+    tokens = sum(k.startswith("mask_tokens.") for k in state)
+    return dict(in_width=in_width, out_width=len(state[need[1]]), width=width, depth=depth_of(state, "predictor_blocks"), mlp=len(state[need[2]]),
+                heads=config["predictor_heads"], grid=grid, pos=config["pos"], rope_quirk=config["rope_quirk"], mask_tokens=tokens, eps=config["eps"])
 
 
 def from_meta_vjepa(path, key, override):
-    """Meta's V-JEPA 1 (sincos, stored as pos_embed) and V-JEPA 2 (rope with its quirk). A V-JEPA 2 file may hold a stale pos_embed, so the predictor tells."""
+    """Meta's V-JEPA 1 (sincos tables stored beside the weights) and V-JEPA 2 (rope with its quirk).
+
+    The predictor tells them apart: V-JEPA 1's has a predictor_pos_embed, while a V-JEPA 2 encoder may carry a stale pos_embed it never uses.
+    """
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise ValueError(f"{path}: not a readable weight file ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'empty'})") from e
-    if not isinstance(file, dict) or key not in file:
+        raise ValueError(f"{path}: not a readable weight file ({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
+    if not isinstance(file, dict) or not isinstance(file.get(key), dict):
         raise ValueError(f"{path}: no {key!r} in the file, which holds {sorted(file) if isinstance(file, dict) else type(file).__name__}")
     state, pred = [{re.sub(r"^(module\.)?(backbone\.)?", "", k): v for k, v in file.get(part, {}).items()} for part in (key, "predictor")]
     config = shapes_config(state, path)
-    stored = state.pop("pos_embed", None)
-    if stored is not None and ("predictor_pos_embed" in pred or not pred):
-        config.update(pos="sincos", frames=override.get("frames", 16))
-        slices = config["frames"] // config["tubelet"]
-        side = math.isqrt(stored.shape[1] // slices)
-        config["size"] = side * config["patch"]
-        for name, table in (("pos_embed", stored), ("predictor_pos_embed", pred.pop("predictor_pos_embed", None))):
-            if table is not None and (table.shape[1] != slices * side**2 or
-                                      (table[0] - sincos_table(table.shape[2], (slices, side, side))).abs().max() > 1e-4):
-                raise ValueError(f"{path}: {name} is not the sincos table of a ({slices}, {side}, {side}) grid")
-        heads = config["heads"]  # V-JEPA 1's predictor has as many heads as its encoder
-    else:
-        config.update(pos="rope", rope_quirk=True, frames=64, size=256)  # its hub defaults; rope takes any other clip
-        config["heads"] = 22 if config["model"] == "vit_g" else config["heads"]
-        heads = 12
-    if pred:
-        config["predictor"] = dict(predictor_shapes_config(pred, path, config), heads=heads)
+    tables = {"pos_embed": state.pop("pos_embed", None), "predictor_pos_embed": pred.pop("predictor_pos_embed", None)}
+    pos = override.get("pos", "rope" if tables["predictor_pos_embed"] is None else "sincos")
+    if tables["pos_embed"] is not None and not pred and "pos" not in override:
+        raise ValueError(f"{path}: has a pos_embed but no predictor to tell V-JEPA 1 from 2: pass pos='sincos' or pos='rope'")
+    if pos == "rope":
+        heads = 22 if config["model"] == "vit_g" else config["heads"]
+        config.update(pos="rope", rope_quirk=True, heads=heads, predictor_heads=12, frames=64, size=256)  # its hub's clip; rope takes any other
+        return state, pred or None, config
+    if tables["pos_embed"] is None:
+        raise ValueError(f"{path}: missing pos_embed")
+    frames = override.get("frames", 16)
+    slices = frames // config["tubelet"]
+    side = math.isqrt(tables["pos_embed"].shape[1] // slices)
+    for name, table in tables.items():
+        if table is not None:
+            ours = sincos_table(table.shape[2], (slices, side, side))
+            if table.shape != (1, *ours.shape) or (table[0] - ours).abs().max() > 1e-4:
+                raise ValueError(f"{path}: {name} {tuple(table.shape)} is not the sincos table of the grid ({slices}, {side}, {side})")
+    config.update(pos="sincos", predictor_heads=config["heads"], frames=frames, size=side * config["patch"])
     return state, pred or None, config
 
 
@@ -645,18 +653,15 @@ def from_hf_vjepa2(path):
             state[k.replace("attention.query", "attn.qkv")] = torch.cat([state.pop(p) for p in parts])
     for i, token in enumerate(state.pop("predictor.embeddings.mask_tokens", [])):
         state[f"predictor.mask_tokens.{i}"] = token
-    ours = {"attention.": "attn.", "embeddings.patch_embeddings.": "patch_embed.", "embeddings.predictor_embeddings.": "predictor_embed."}
-    enc, pred = {}, {}
+    names = {"attention.": "attn.", "embeddings.patch_embeddings.": "patch_embed.", "encoder.layernorm.": "norm.", "encoder.layer.": "blocks.",
+             "predictor.embeddings.predictor_embeddings.": "predictor.predictor_embed.", "predictor.layer.": "predictor.predictor_blocks.",
+             "predictor.layernorm.": "predictor.predictor_norm.", "predictor.proj.": "predictor.predictor_proj."}
+    encoder, predictor = {}, {}
     for k, v in state.items():
-        for theirs, mine in ours.items():
-            k = k.replace(theirs, mine)
-        if k.startswith("predictor."):
-            pred[re.sub(r"^predictor\.(layer\b|layernorm|proj)", lambda m: "predictor_" + dict(layer="blocks", layernorm="norm", proj="proj")[m[1]], k)
-                 .removeprefix("predictor.")] = v
-        else:
-            enc[k.removeprefix("encoder.").replace("layernorm.", "norm.").replace("layer.", "blocks.")] = v
-    config = dict(shapes_config(enc, path, hf["layer_norm_eps"]), heads=hf["num_attention_heads"], frames=hf["frames_per_clip"], size=hf["crop_size"],
-                  pos="rope", rope_quirk=True)
-    if pred:
-        config["predictor"] = dict(predictor_shapes_config(pred, path, config), heads=hf["pred_num_attention_heads"])
-    return enc, pred or None, config
+        for theirs, ours in names.items():
+            k = k.replace(theirs, ours)
+        part = predictor if k.startswith("predictor.") else encoder
+        part[k.removeprefix("encoder.").removeprefix("predictor.")] = v
+    config = dict(shapes_config(encoder, path, hf["layer_norm_eps"]), pos="rope", rope_quirk=True, heads=hf["num_attention_heads"],
+                  predictor_heads=hf["pred_num_attention_heads"], frames=hf["frames_per_clip"], size=hf["crop_size"])
+    return encoder, predictor or None, config

@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -59,6 +60,7 @@ class Args:
     grid_lr: tuple[float, ...] = ()    # learning rates; empty: those of HEADS
     grid_wd: tuple[float, ...] = ()    # weight decays; each pair is one head, all are trained at once
     holdout: float = 0.1               # share of the train videos that chooses among them; nothing is held out where there is no choice
+    group: str = ""                    # regular expression: videos whose paths match with the same text are held out together (a person: "user\\d+")
     epochs: int = 20
     batch_size: int = 0                # videos; 0: the paper's 256, less (a multiple of 16) for lists that would give fewer than 32 steps an epoch
     seed: int = 0                      # random weights, held-out videos, order, initial heads
@@ -332,9 +334,10 @@ def score(p, seen, labels):
     return float((called == labels).mean()), float(top5.mean()), per_class, confusion
 
 
-def hold_out(names, share, seed):
-    """Rows of a list -> (rows to train on, rows held out): whole videos, chosen by seed."""
-    videos, video = np.unique(names, return_inverse=True)
+def hold_out(paths, group, share, seed):
+    """Rows of a list -> (rows to train on, rows held out): whole videos, or whole groups of them, chosen by seed."""
+    matches = [re.search(group, path) if group else None for path in paths]
+    videos, video = np.unique([m.group() if m else path for m, path in zip(matches, paths)], return_inverse=True)
     held = np.isin(video, np.random.default_rng(seed).permutation(len(videos))[: max(1, round(share * len(videos)))])
     return np.flatnonzero(~held), np.flatnonzero(held)
 
@@ -345,7 +348,7 @@ def fit(args, features, labels, classes):
     kind, (rows, held) = HEADS[args.head], (np.arange(len(labels)), np.arange(0))
     grid = [(lr, wd) for lr in args.grid_lr or kind["lr"] for wd in args.grid_wd or kind["wd"]] if kind["lr"] else [(None, None)]
     if len(grid) > 1:
-        rows, held = hold_out(features.source.paths or range(len(labels)), args.holdout, args.seed)
+        rows, held = hold_out(features.source.paths or [str(i) for i in range(len(labels))], args.group, args.holdout, args.seed)
     x = y = None
     if kind["pooled"]:
         pairs = [(z[:, 0, 0], torch.from_numpy(labels[part]).to(z.device)) for z, part in features.batches(rows, args.micro_batch)]

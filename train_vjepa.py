@@ -400,8 +400,7 @@ def main(args):
     torch.manual_seed(args.seed)
     objective = VJEPA(args).to(run.device)
     model = run.wrap(objective)
-    groups = M.param_groups(objective, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
+    optimizer = torch.optim.AdamW(M.param_groups(objective, args.weight_decay), lr=args.lr, betas=args.betas, fused=True)
     state = run.load(model, optimizer) if args.resume else {}
     first, extra, grid = state.get("step", 0), {"random_acc": state.get("random_acc"), "bad": state.get("bad", 0)}, objective.encoder.grid
 
@@ -425,7 +424,7 @@ def main(args):
     for step in tqdm(range(first, last), initial=first, total=args.steps, disable=run.rank > 0 or not sys.stderr.isatty()):
         torch.manual_seed(args.seed * 1_000_003 + step)         # no random state outlives a step, so none needs saving
         now = objective.schedules(step)
-        for g in groups:
+        for g in optimizer.param_groups:
             g["lr"], g["weight_decay"] = now["lr"], now["weight_decay"] if g["decay"] else 0.0
         keep, pred = D.sample_masks(args.masks, args.seed, step, args.batch_size, grid, args.aspect, args.trim, args.bucket, rows)
         for i in range(0, per_rank, micro):

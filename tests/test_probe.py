@@ -167,12 +167,17 @@ def test_separable_features_are_learned_and_shuffled_labels_are_not(head):
     assert accuracy[0] > 0.95 and 0.1 < accuracy[1] < 0.4
 
 
-def test_split_keeps_a_videos_clips_together():
-    names = [f"v{i // 3}" for i in range(90)]
-    fit, held = probe.hold_out(names, 0.1, seed=3)
-    assert len(held) == 9 and sorted([*fit, *held]) == list(range(90))
-    assert not {names[i] for i in fit} & {names[i] for i in held}
-    assert not np.array_equal(held, probe.hold_out(names, 0.1, seed=4)[1])
+def test_split_keeps_a_videos_clips_and_a_group_together():
+    paths = [f"person{i % 10}/v{i // 3}.mp4" for i in range(90)]
+    for group, kind in (("", lambda p: p), (r"person\d+", lambda p: p.split("/")[0])):
+        fit, held = probe.hold_out(paths, group, 0.1, seed=3)
+        assert len(held) == 9 and sorted([*fit, *held]) == list(range(90))
+        assert not {kind(paths[i]) for i in fit} & {kind(paths[i]) for i in held}
+        assert any(not np.array_equal(held, probe.hold_out(paths, group, 0.1, seed)[1]) for seed in (4, 5))
+    assert len({paths[i].split("/")[0] for i in held}) == 1
+    repeated = [f"v{i // 3}.mp4" for i in range(90)]
+    fit, held = probe.hold_out(repeated, "", 0.1, seed=0)
+    assert len(held) == 9 and not {repeated[i] for i in fit} & {repeated[i] for i in held}
 
 
 def test_useless_rates_are_not_chosen():
