@@ -51,7 +51,7 @@ class Source:
     paths: list
     labels: np.ndarray
     weight: float | None = None  # share of the samples drawn from it; None: in proportion to its length
-    split: str = ""  # "train" or "val" for the built-in world, "" for files
+    split: str = ""  # which clips of the built-in world; "" for files
 
     def __len__(self):
         return len(self.labels)
@@ -62,7 +62,7 @@ def parse_list(spec, split="train", labelled=False, classes=None):
 
     PATH is a text file of rows `path label` (the label, an integer from 0, is what follows the last blank; without one the row is unlabelled), or
     a comma-separated file whose header names the columns `path` and, if labelled, `label`, or a folder (each sub-folder a class; if there are
-    none, unlabelled), or the word "world" (`split` chooses its half). Relative paths start at the list's folder and stay inside it.
+    none, unlabelled), or the word "world" (its clips of this `split`). Relative paths start at the list's folder and stay inside it.
     labelled=True refuses unlabelled rows; classes=C refuses labels outside 0..C-1. Raises DataError, as `file:line: what is wrong`.
     """
     name, colon, tail = str(spec).rpartition(":")
@@ -198,7 +198,9 @@ def import_torchcodec():
 def open_video(path):
     """A decoder of `path`, frames uint8 (H,W,3). Exact seeking: packets are scanned once (0.5 ms for 10 s), so frame i is frame i also where the
     header lies about the count or the frame rate varies. Opened where it is used: a decoder must not cross a fork or be shared by threads."""
-    return import_torchcodec().VideoDecoder(path, dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=1)
+    still = Path(path).suffix.lower() in IMAGES
+    source = Path(path).read_bytes() if still else path  # FFmpeg cannot go back to the start of a jpg by name, of its bytes it can
+    return import_torchcodec().VideoDecoder(source, dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=1)
 
 
 def frame_positions(length, clip, u=0.5, segment=0, tick=1, step=None):
@@ -296,7 +298,7 @@ ORDER, MIX, REPLACE, AUGMENT = range(4)  # random streams: default_rng([seed, st
 BLOCK = 1024  # weighted sources are mixed in exact proportion (rounded to 1/1024) in every block of so many draws
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)  # this and the next epoch of up to 15 sources
 def shuffled(n, *key):
     return np.random.default_rng(key).permutation(n)
 
@@ -358,11 +360,11 @@ class Clips(torch.utils.data.Dataset):
                 s = int(np.searchsorted(self.offsets, row, side="right")) - 1
                 source, row = self.sources[s], row - int(self.offsets[s])
                 rngs = [np.random.default_rng([self.seed, AUGMENT, n, attempt]) if clip.train else None for n in numbers[i : i + per]]
-                flip[here] = torch.tensor([clip.train and clip.flip and rng.random() < 0.5 for rng in rngs]).repeat_interleave(many // per)
                 label[i : i + per] = int(source.labels[row])
-                if not source.paths:
+                if not source.paths:  # not cropped and not flipped: left and right are two of its classes
                     rendered.setdefault(s, []).append((here, row))
                     break
+                flip[here] = torch.tensor([clip.train and clip.flip and rng.random() < 0.5 for rng in rngs]).repeat_interleave(many // per)
                 try:
                     video[here] = read_clips(source.paths[row], clip, rngs)
                     break
@@ -389,9 +391,10 @@ def reason(error):
 def make_loader(sources, clip, *, seed, batch_size, micro_batch, rank=0, ranks=1, workers=0, start_step=0, steps, timeout=600):
     """The micro-batches of `rank` for the steps start_step to steps - 1: batch_size / ranks / micro_batch of them a step, in order.
 
-    Step s holds the samples g = s * batch_size ... (s+1) * batch_size - 1; rank r takes the r-th of `ranks` equal parts. A batch is a dict: video uint8
-    (b,T,H,W,3), flip bool (b,) (done by prepare), label int64 (b,) (of the clip as stored: flipping may turn left into right), index int64 (b,) = g,
-    bad = [(path, reason)] of the videos that could not be read and were replaced. `timeout`: seconds to wait for a worker before RuntimeError.
+    Step s holds the samples g = s * batch_size ... (s+1) * batch_size - 1; rank r takes the r-th of `ranks` equal parts. A batch is a dict:
+    video uint8 (b,T,H,W,3), flip bool (b,) (done by prepare), label int64 (b,) (of the clip as stored: flipping may turn left into right),
+    index int64 (b,) = g, bad = [(path, reason)] of the videos that could not be read and were replaced. A worker that is silent for `timeout`
+    seconds, or dies, raises RuntimeError.
     """
     if batch_size < 1 or micro_batch < 1 or batch_size % (ranks * micro_batch):
         raise DataError(f"batch_size {batch_size} must be a positive multiple of ranks {ranks} x micro_batch {micro_batch}")
@@ -511,19 +514,21 @@ MASKS = {"random": random_mask, "tube": tube_mask, "causal": causal_mask}
 
 
 def parse_mask(text):
-    """'8x0.15' (8 blocks of 0.15 of the frame), '2x0.7x0.5' (through half of the time), 'random:0.9', 'tube:0.9', 'causal:0.9' -> (function, arguments)."""
+    """'8x0.15' (8 blocks of 0.15 of the frame), '2x0.7x0.5' (through half of the time), 'random:0.9', 'tube:0.9' or 'causal:0.9'
+    -> (function, arguments)."""
     try:
         if ":" in text:
             kind, ratio = text.split(":")
             function, arguments = MASKS[kind], {"ratio": float(ratio)}
         else:
-            blocks, scale, time = (text + "x1").split("x")[:3]
+            blocks, scale, time = (text if text.count("x") == 2 else text + "x1").split("x")
             function, arguments = multiblock, {"blocks": int(blocks), "scale": float(scale), "time": float(time)}
         if not all(0 < v <= 1 for k, v in arguments.items() if k != "blocks") or arguments.get("blocks", 1) < 1:
             raise ValueError
         return function, arguments
     except (ValueError, KeyError):
-        raise DataError(f"mask {text!r}: write BLOCKSxSCALE, BLOCKSxSCALExTIME, random:RATIO, tube:RATIO or causal:RATIO, numbers in (0, 1]") from None
+        raise DataError(f"mask {text!r}: write BLOCKSxSCALE, BLOCKSxSCALExTIME, random:RATIO, tube:RATIO or causal:RATIO, "
+                        "with numbers in (0, 1]") from None
 
 
 def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", bucket=1, rows=None):
@@ -554,14 +559,14 @@ def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", 
 
 # --- command line -----------------------------------------------------------------------------------------------------------------------
 
-def check(list: str, workers: int = 2):
+def check(path: str, workers: int = 2):
     """Read every file of a list to its last frame, and report what they are and which are bad. Exit status 0: all sound, 1: some bad, 2: no list.
 
     Args:
-        list: a list, or a folder of videos
+        path: a list, or a folder of videos
         workers: processes; 0 reads in this one
     """
-    source = parse_list(list)
+    source = parse_list(path)
     import_torchcodec()
     files = in_processes(inspect_video, [*dict.fromkeys(source.paths)], workers)
     good, bad = [f for f in files if not f["reason"]], [f for f in files if f["reason"]]
@@ -608,50 +613,51 @@ def in_processes(function, items, workers):
         return [*tqdm(pool.map(function, items, chunksize=4), total=len(items), disable=None)]
 
 
-def index(format: Literal["kinetics", "ssv2", "ucf", "folders"], root: str, out: str = "", annotations: str = "", labels: str = ""):
+def index(layout: Literal["kinetics", "ssv2", "ucf", "folders"], root: str, out: str = "", annotations: str = "", labels: str = ""):
     """Make a list of 'path label' rows of a dataset as downloaded, and classes.txt beside it (line k, from 0, names label k).
 
     Videos that are annotated but not found under the root are counted and left out. kinetics and folders: a classes.txt that is there already is
     obeyed, so that the train and the val list number the classes alike.
 
     Args:
-        format: whose layout
+        layout: whose layout
         root: the folder that holds the videos, at any depth
-        out: the list to write (default: FORMAT.txt)
+        out: the list to write (default: LAYOUT.txt)
         annotations: kinetics: csv with label, youtube_id, time_start, time_end; ssv2: train.json; ucf: trainlist01.txt (classInd.txt beside it)
         labels: ssv2: labels.json
     """
-    out, note = Path(out or f"{format}.txt"), Path(annotations)
+    out, note = Path(out or f"{layout}.txt"), Path(annotations)
     known, files = out.parent / "classes.txt", {path.stem: path for path in media(root)}
-    if format != "folders" and not note.is_file():
-        raise DataError(f"index {format} needs --annotations FILE" + (f": no file {annotations}" if annotations else ""))
-    if format == "ssv2" and not os.path.isfile(labels):
+    if layout != "folders" and not note.is_file():
+        raise DataError(f"index {layout} needs --annotations FILE" + (f": no file {annotations}" if annotations else ""))
+    if layout == "ssv2" and not os.path.isfile(labels):
         raise DataError(f"index ssv2 needs --labels FILE" + (f": no file {labels}" if labels else ""))
     try:
-        lines = [] if format == "folders" else [line for line in note.read_text("utf-8-sig").splitlines() if line.strip()]
+        lines = [] if layout == "folders" else [line for line in note.read_text("utf-8-sig").splitlines() if line.strip()]
         classes = known.read_text("utf-8").splitlines() if known.is_file() else None
-        if format == "folders":
+        if layout == "folders":
             rows = [(path, os.path.basename(where)) for where, path, label in folder_rows(root) if label is not None]
-        elif format == "kinetics":  # files are named ID_START_END or ID
+        elif layout == "kinetics":  # files are named ID_START_END or ID
             rows = [(files.get("{}_{:06d}_{:06d}".format(r["youtube_id"], *(int(float(r[k])) for k in ("time_start", "time_end"))),
                                files.get(r["youtube_id"])), r.get("label") or None) for r in csv.DictReader(lines)]
-        elif format == "ssv2":
+        elif layout == "ssv2":
             numbers = json.loads(Path(labels).read_text("utf-8"))
             classes = sorted(numbers, key=lambda name: int(numbers[name]))
-            rows = [(files.get(str(r["id"])), re.sub(r"[\[\]]", "", r["template"]) if "template" in r else None) for r in json.loads("\n".join(lines))]
+            rows = [(files.get(str(r["id"])), re.sub(r"[\[\]]", "", r["template"]) if "template" in r else None)
+                    for r in json.loads("\n".join(lines))]
         else:
             classes = [line.split()[1] for line in (note.parent / "classInd.txt").read_text("utf-8").splitlines() if line.strip()]
             rows = [(files.get(Path(line.split()[0]).stem), line.split("/")[0]) for line in lines]
     except (OSError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{annotations}: not {format} annotations ({type(error).__name__}: {reason(error)})") from None
+        raise DataError(f"{annotations}: not {layout} annotations ({type(error).__name__}: {reason(error)})") from None
     classes = classes or sorted({name for _, name in rows if name is not None})
     number = {name: k for k, name in enumerate(classes)} | {None: -1}
     for _, name in rows:
         if name not in number:
-            raise DataError(f"class {name!r} is not one of the {len(classes)} of {known if format in ('kinetics', 'folders') else labels or 'classInd.txt'}")
+            raise DataError(f"class {name!r} is not one of the {len(classes)} of {labels or (known if layout in ('kinetics', 'folders') else 'classInd.txt')}")
     found = [(path, number[name]) for path, name in rows if path]
     if not found:
-        raise DataError(f"{root}: {len(files)} videos, and none is " + ("in a class folder" if format == "folders" else f"named in {annotations}"))
+        raise DataError(f"{root}: {len(files)} videos, and none is " + ("in a class folder" if layout == "folders" else f"named in {annotations}"))
     write(known, "".join(f"{name}\n" for name in classes))
     write_list(out, found)
     return {"list": str(out), "rows": len(found), "classes": len(classes), "missing": len(rows) - len(found)}, 0
@@ -670,30 +676,30 @@ def write_list(out, rows):
     write(out, "".join(f"{path} {label}\n" if label >= 0 else f"{path}\n" for path, label in rows))
 
 
-def pack(list: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 8, crf: int = 23, fast_decode: bool = True, workers: int = 2):
+def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 8, crf: int = 23, fast_decode: bool = True, workers: int = 2):
     """Re-encode the videos of a list for fast reading, and write a list of the same name into the folder OUT. The originals are not touched.
 
     Interrupted, it goes on where it stopped. Files that cannot be read to the end are reported and left out (exit status 1).
 
     Args:
-        list: a list, or a folder of videos
+        path: a list, or a folder of videos
         out: the folder to write
         short_side: pixels; smaller videos keep their size
         fps: frames a second, 0 as they are. Training at stride 4 on 30 fps wants 7.5, and then --fps 7.5 or --stride 1
         gop: frames from one key frame to the next
         crf: x264's quality; lower is better and larger
-        fast_decode: without CABAC and deblocking: twice as fast to read, 10 %% larger
+        fast_decode: without CABAC and deblocking: twice as fast to read, 10 % larger
         workers: processes
     """
     if not (short_side >= 16 and 0 <= fps < 1000 and gop >= 1 and 0 <= crf <= 51):
         raise DataError(f"short_side {short_side} (16 or more), fps {fps} (0 to 1000), gop {gop} (1 or more) or crf {crf} (0 to 51) is out of range")
-    source, folder = parse_list(list), Path(out)
+    source, folder = parse_list(path), Path(out)
     import_torchcodec()
     if not shutil.which("ffmpeg"):
         raise DataError("pack needs the ffmpeg program: apt-get install -y ffmpeg")
     short = f"min({short_side},min(iw*sar,ih))/min(iw*sar,ih)/2"  # never larger than it was; pixels become square; even sides
     encode = ["-an", "-sn", "-dn", "-vf", (f"fps={fps}," if fps else "") + f"scale='2*round(iw*sar*{short})':'2*round(ih*{short})':flags=area,setsar=1",
-              "-c:v", "libx264", "-crf", str(crf), "-g", str(gop), "-bf", "0", "-pix_fmt", "yuv420p", *(["-tune", "fastdecode"] if fast_decode else [])]
+              "-pix_fmt", "yuv420p", "-c:v", "libx264", "-crf", str(crf), "-g", str(gop), "-bf", "0"] + ["-tune", "fastdecode"] * fast_decode
     if (folder / "pack.json").exists() and json.loads((folder / "pack.json").read_text("utf-8")) != encode:
         raise DataError(f"{out} was packed with other settings (see its pack.json); choose another folder")
     write(folder / "pack.json", json.dumps(encode))
@@ -707,7 +713,8 @@ def pack(list: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     rows = [(str(jobs[path][1]), int(label)) for path, label in zip(source.paths, source.labels) if path not in failed]
     write_list(folder / Path(source.name).name, rows)
     before, after = (sum(os.path.getsize(job[k]) for path, job in jobs.items() if path not in failed) / 1e6 for k in (0, 1))
-    return {"list": str(folder / Path(source.name).name), "rows": len(rows), "bad": len(failed), "mb_before": before, "mb_after": after}, int(bool(failed))
+    summary = {"list": str(folder / Path(source.name).name), "rows": len(rows), "bad": len(failed), "mb_before": before, "mb_after": after}
+    return summary, int(bool(failed))
 
 
 def pack_video(job):
@@ -717,8 +724,8 @@ def pack_video(job):
         return None
     target.parent.mkdir(parents=True, exist_ok=True)
     temp = target.with_name(f".{os.getpid()}.mp4")  # file: keeps names with a colon from being read as a protocol; explode: no half-decoded videos
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-err_detect", "explode", "-threads", "1", "-i", f"file:{path}", *encode, "-threads", "1",
-               "-movflags", "+faststart", "-y", f"file:{temp}"]
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-err_detect", "explode", "-threads", "1", "-i", f"file:{path}", *encode,
+               "-threads", "1", "-movflags", "+faststart", "-y", f"file:{temp}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,39 +46,39 @@ ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh")}
 # positions: tables over a token grid, built once per (grid, device) and indexed by token id
 
 
+def axis_angles(channels, grid):
+    """For each axis of the grid (N, channels/2) float64: the token's place on it times the frequencies 10000^(-2j/channels)."""
+    omega = 10000.0 ** (-torch.arange(channels // 2, dtype=torch.float64) / (channels / 2))
+    return [axis.reshape(-1, 1) * omega for axis in torch.meshgrid(*[torch.arange(s, dtype=torch.float64) for s in grid], indexing="ij")]
+
+
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # a table first built during inference must still be usable in training
 def sincos_table(width, grid, device="cpu"):
     """(N, width) fixed position embedding (V-JEPA 1): each axis gets ceil(width/6)*2 channels, sines then cosines, order t,h,w, cut to width."""
     a = math.ceil(width / 6) * 2
-    omega = 10000.0 ** (-torch.arange(a // 2, dtype=torch.float64) / (a / 2))
-    axes = torch.meshgrid(*[torch.arange(s, dtype=torch.float64) for s in grid], indexing="ij")
-    angles = [axis.reshape(-1, 1) * omega for axis in axes]  # 3 x (N, a/2)
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)[:, :width].float().to(device)
+    return torch.cat([f(angle) for angle in axis_angles(a, grid) for f in (torch.sin, torch.cos)], 1)[:, :width].float().to(device)
 
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def rope_table(head_dim, grid, quirk=False, device="cpu"):
-    """Two (N+1, head_dim) tables, cos and signed sin, so that rotated q = q*cos + swap(q)*sin, where swap exchanges channels 2i and 2i+1.
+    """Two (N, head_dim) tables, cos and signed sin, so that rotated q = q*cos + swap(q)*sin, where swap exchanges channels 2i and 2i+1.
 
-    Each axis rotates 2*((head_dim//3)//2) channels in the order t,h,w; the rest, and the last row (id -1, for CLS), has cos 1, sin 0. Both channels
-    of a pair share a frequency, which makes attention a function of relative positions. V-JEPA 2 was trained with tiled frequencies instead (channel
-    c uses frequency c mod a/2): `quirk` reproduces that, and only its published weights want it.
+    Each axis rotates 2*((head_dim//3)//2) channels in the order t,h,w; the rest has cos 1, sin 0. Both channels of a pair share a
+    frequency, which makes attention a function of relative positions. V-JEPA 2 was trained with tiled frequencies instead (channel c uses frequency
+    c mod a/2): `quirk` reproduces that, and only its published weights want it.
     """
     a = 2 * ((head_dim // 3) // 2)
-    omega = 10000.0 ** (-torch.arange(a // 2, dtype=torch.float64) / (a / 2))
-    omega = omega.repeat(2) if quirk else omega.repeat_interleave(2)  # (a,)
-    axes = torch.meshgrid(*[torch.arange(s, dtype=torch.float64) for s in grid], indexing="ij")
-    angles = torch.cat([axis.reshape(-1, 1) * omega for axis in axes], 1)  # (N, 3a)
-    angles = F.pad(angles, (0, head_dim - 3 * a, 0, 1))
+    angles = torch.cat([angle.repeat(1, 2) if quirk else angle.repeat_interleave(2, 1) for angle in axis_angles(a, grid)], 1)  # (N, 3a)
+    angles = F.pad(angles, (0, head_dim - 3 * a))
     sign = torch.tensor([-1.0, 1.0]).repeat(head_dim // 2)
     return angles.cos().float().to(device), (angles.sin() * sign).float().to(device)
 
 
 def rope_at(ids, head_dim, grid, quirk, like):
     """What `rotate` needs for tokens ids (B, n), or for all N tokens where ids is None; broadcasts against (B, n, q|k, heads, head_dim)."""
-    cos, sin = [(table[None, :-1] if ids is None else table[ids])[:, :, None, None] for table in rope_table(head_dim, grid, quirk, like.device)]
+    cos, sin = [(table[None] if ids is None else table[ids])[:, :, None, None] for table in rope_table(head_dim, grid, quirk, like.device)]
     if like.device.type == "cpu" and not quirk:  # eager complex products are 2 to 5 times faster there; compilers cannot fuse them
         return [torch.complex(cos[..., ::2], sin[..., 1::2])]
     return [cos.to(like.dtype), sin.to(like.dtype)]
@@ -98,7 +99,7 @@ def attend(q, k, v):
     """softmax(q k^T / sqrt(head_dim)) v for (B, heads, n, head_dim)."""
     B, heads, n, d = q.shape
     if q.device.type == "cpu" and (n <= 256 or B * heads * n * k.shape[2] * q.element_size() <= 2**26):
-        return (q * d**-0.5 @ k.transpose(2, 3)).softmax(-1) @ v  # 1.3 to 5x faster than the fused CPU kernel while the n x n scores are small
+        return (q * d**-0.5 @ k.transpose(2, 3)).softmax(-1) @ v  # with tune_cpu 1.3 to 5x as fast as the fused kernel, while the scores are small
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -238,9 +239,10 @@ class ViT(nn.Module):
         if T % self.tubelet or H % self.patch or W % self.patch:
             raise ValueError(f"clip of {T} frames, {H}x{W} px does not divide into tubelets of {self.tubelet} and patches of {self.patch}")
         grid = (T // self.tubelet, H // self.patch, W // self.patch)
-        keeps = keep if isinstance(keep, (list, tuple)) else [keep]
-        ids = keep if keep is None or len(keeps) == 1 and keep is keeps[0] else torch.cat(keeps, 1)  # (B, sum of K_i)
-        lengths = [math.prod(grid) if k is None else k.shape[1] for k in keeps]
+        grouped = isinstance(keep, (list, tuple))
+        keeps = keep if grouped else [keep]
+        ids = None if keep is None else torch.cat(keeps, 1)  # (B, sum of K_i)
+        lengths = [math.prod(grid)] if keep is None else [k.shape[1] for k in keeps]
 
         x = self.patch_embed(x, ids)  # (B, n, D)
         if self.pos != "rope":
@@ -248,11 +250,11 @@ class ViT(nn.Module):
                 raise ValueError(f"learned positions are for the grid {self.grid}, the clip has {grid}")
             table = sincos_table(self.width, grid, x.device) if self.pos == "sincos" else self.pos_embed[0]
             x = x + (table if ids is None else table[ids]).to(x.dtype)
-        if self.cls_token is not None:  # one CLS at the head of each group, with id -1
+        if self.cls_token is not None:  # one CLS at the head of each group; id 0 has angle 0, so it is not rotated
             cls = self.cls_token.to(x.dtype).expand(B, 1, -1)
             x = torch.cat([part for group in x.split(lengths, 1) for part in (cls, group)], 1)
             ids = torch.arange(lengths[0], device=x.device)[None] if ids is None else ids
-            ids = torch.cat([F.pad(group, (1, 0), value=-1) for group in ids.split(lengths, 1)], 1)
+            ids = torch.cat([F.pad(group, (1, 0)) for group in ids.split(lengths, 1)], 1)
             lengths = [1 + n for n in lengths]
         rope = rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x) if self.pos == "rope" else None
 
@@ -262,7 +264,7 @@ class ViT(nn.Module):
         x = run_blocks(x, self.blocks[:depth], rope, lengths, self.checkpoint)
         if self.norm is not None and depth == len(self.blocks):
             x = self.norm(x)
-        return list(x.split(lengths, 1)) if isinstance(keep, (list, tuple)) else x
+        return list(x.split(lengths, 1)) if grouped else x
 
     def flops(self, *lengths):
         """Forward FLOPs of one clip whose groups have these token counts."""
@@ -327,8 +329,8 @@ class Predictor(nn.Module):
 def param_groups(module, weight_decay):
     """Two optimizer groups over all trainable parameters: with weight decay, and without (biases, 1-D tensors, learned positions)."""
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    still = [name.endswith("bias") or name.endswith("pos_embed") or p.ndim < 2 for name, p in named]
-    decay, no_decay = [p for (_, p), s in zip(named, still) if not s], [p for (_, p), s in zip(named, still) if s]
+    still = {name for name, p in named if p.ndim < 2 or name.endswith(("bias", "pos_embed"))}
+    decay, no_decay = [p for name, p in named if name not in still], [p for name, p in named if name in still]
     ids = [id(p) for p in decay + no_decay]
     assert sorted(ids) == sorted({id(p) for p in module.parameters() if p.requires_grad}), "a parameter is in no group or in two"
     return [dict(params=decay, weight_decay=weight_decay, decay=True), dict(params=no_decay, weight_decay=0.0, decay=False)]
@@ -361,15 +363,14 @@ def compile_blocks(module):
 
 def tune_cpu():
     """Two process-wide settings that about halve the time of a training step on a CPU and leave its precision alone. Scripts call it once."""
-    # oneDNN's float32 kernels are twice as fast as MKL's on AMD. torch takes them where bf16 is permitted inside a float32 product. Only CPUs with
-    # AMX then use bf16, so check that this one does not: 1 + 2^-12 is no bf16 number.
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    # oneDNN's float32 kernels are twice as fast as MKL's on AMD. "medium" has torch take them, as it permits bf16 in a float32 product. Only CPUs
+    # with bf16 tiles (AMX) or Arm's bf16 units then use it, so check that this one does not: 1 + 2^-12 is no bf16 number.
+    torch.set_float32_matmul_precision("medium")
     exact = torch.full((256, 256), 1 + 2**-12)
     if not torch.equal(exact @ torch.eye(256), exact):
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-    # Without this, every tensor of 32 MB or more is mapped afresh by the kernel, page by page, and given back after use.
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
+        torch.set_float32_matmul_precision("highest")
+    # Keep freed memory. Otherwise every tensor of 32 MB or more is mapped by the kernel afresh, page by page, and given back after use.
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
@@ -399,6 +400,7 @@ def knn_probe(x, y, xv, k=20, T=0.07):
     return torch.cat(out)
 
 
+@torch.no_grad()
 def linear_probe(x, y, xv, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)):
     """Class predictions (nv,) for xv (nv, D) by ridge regression of x (n, D) on one-hot labels: deterministic, seconds on a CPU.
 
@@ -449,27 +451,30 @@ def save_encoder(path, encoder, config):
     put_in_place(temp, side)
 
 
+def flush(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
 def put_in_place(temp, path):
     """Flush temp to the disk and rename it to path, readable by all (safetensors writes 0600)."""
-    os.chmod(temp, 0o755 if Path(temp).is_dir() else 0o644)
-    for p in (temp, None):
-        if p is None:
-            os.replace(temp, path)
-        fd = os.open(p or path.parent, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+    os.chmod(temp, 0o755 if temp.is_dir() else 0o644)
+    flush(temp)
+    os.replace(temp, path)
+    flush(path.parent)
 
 
 def seal(temp, final):
     """Turn the directory temp into final: hash every file into sha256.json, flush all to the disk, rename."""
     (temp / "sha256.json").write_text(json.dumps({p.name: sha256(p) for p in sorted(temp.iterdir())}))
-    for p in (*temp.iterdir(), temp):
-        fd = os.open(p, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+    for p in temp.iterdir():
+        flush(p)
+    old = final.with_name(f"old_{final.name}")  # a step that is saved again: the first copy goes when the second is there
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(old)
     put_in_place(temp, final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def broken(folder):
@@ -510,10 +515,14 @@ def load_encoder(path, *, seed=0, key="target_encoder", **override):
 
 
 def load_predictor(path, **override):
-    """(Predictor in eval mode, config dict) from a file of Meta's V-JEPA 1 or 2, or HF's VJEPA2Model. override: entries of Predictor's config."""
+    """(Predictor in eval mode, config dict) from a file of Meta's V-JEPA 1 or 2, or HF's VJEPA2Model.
+
+    override: frames= and size= of the clip, or entries of Predictor's config.
+    """
     _, state, config = read_weights(path, "target_encoder", override)
     if state is None:
         raise ValueError(f"{path}: holds no predictor")
+    config.update((k, override.pop(k)) for k in ("frames", "size") if k in override)
     config = apply_override(predictor_shapes_config(state, path, config), override, path)
     with torch.device("meta"):
         predictor = Predictor(**config)
@@ -527,7 +536,7 @@ def apply_override(config, override, path):
         raise ValueError(f"{path}: unknown config entries {unknown}; known are {sorted(config)}")
     config = {**config, **override}
     if config["heads"] is None:
-        raise ValueError(f"{path}: no known size has width {config['width']} and depth {config['depth']}, so the number of heads is unknown: pass heads=")
+        raise ValueError(f"{path}: no known size has width {config['width']} and depth {config['depth']}, so heads are unknown: pass heads=")
     return config
 
 
@@ -573,15 +582,19 @@ def read_safetensors(path):
 
 def shapes_config(state, path, norm_eps=1e-6):
     """What the shapes of an encoder state in our names tell of its config. Heads come from the size table, None where no size fits."""
-    need = ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
-    lacking = [k for k in need if k not in state]
-    if lacking:
-        raise ValueError(f"{path}: missing {', '.join(lacking)}")
-    width, _, tubelet, patch, _ = state[need[0]].shape
+    embed, fc1 = pick(state, path, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    width, _, tubelet, patch, _ = embed.shape
     depth = depth_of(state, "blocks")
     found = [(n, s) for n, s in SIZES.items() if (s["width"], s["depth"]) == (width, depth)]
-    return dict(width=width, depth=depth, heads=found[0][1]["heads"] if found else None, mlp=len(state[need[1]]), patch=patch, tubelet=tubelet,
+    return dict(width=width, depth=depth, heads=found[0][1]["heads"] if found else None, mlp=len(fc1), patch=patch, tubelet=tubelet,
                 rope_quirk=False, cls=False, final_norm=True, act="gelu", eps=norm_eps, model=found[0][0] if found else None, **IMAGENET)
+
+
+def pick(state, path, *names):
+    lacking = [name for name in names if name not in state]
+    if lacking:
+        raise ValueError(f"{path}: missing {', '.join(lacking)}")
+    return [state[name] for name in names]
 
 
 def depth_of(state, name):
@@ -589,14 +602,11 @@ def depth_of(state, name):
 
 
 def predictor_shapes_config(state, path, config):
-    need = ("predictor_embed.weight", "predictor_proj.weight", "predictor_blocks.0.mlp.fc1.weight")
-    lacking = [k for k in need if k not in state]
-    if lacking:
-        raise ValueError(f"{path}: missing {', '.join(lacking)}")
-    width, in_width = state[need[0]].shape
+    embed, proj, fc1 = pick(state, path, "predictor_embed.weight", "predictor_proj.weight", "predictor_blocks.0.mlp.fc1.weight")
+    width, in_width = embed.shape
     grid = [config["frames"] // config["tubelet"], config["size"] // config["patch"], config["size"] // config["patch"]]
     tokens = sum(k.startswith("mask_tokens.") for k in state)
-    return dict(in_width=in_width, out_width=len(state[need[1]]), width=width, depth=depth_of(state, "predictor_blocks"), mlp=len(state[need[2]]),
+    return dict(in_width=in_width, out_width=len(proj), width=width, depth=depth_of(state, "predictor_blocks"), mlp=len(fc1),
                 heads=config["predictor_heads"], grid=grid, pos=config["pos"], rope_quirk=config["rope_quirk"], mask_tokens=tokens, eps=config["eps"])
 
 
@@ -621,8 +631,7 @@ def from_meta_vjepa(path, key, override):
         heads = 22 if config["model"] == "vit_g" else config["heads"]
         config.update(pos="rope", rope_quirk=True, heads=heads, predictor_heads=12, frames=64, size=256)  # its hub's clip; rope takes any other
         return state, pred or None, config
-    if tables["pos_embed"] is None:
-        raise ValueError(f"{path}: missing pos_embed")
+    pick({k: v for k, v in tables.items() if v is not None}, path, "pos_embed")
     frames = override.get("frames", 16)
     slices = frames // config["tubelet"]
     side = math.isqrt(tables["pos_embed"].shape[1] // slices)

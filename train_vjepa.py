@@ -213,6 +213,8 @@ class Run:
         if cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
+        else:
+            M.tune_cpu()
         if "RANK" in os.environ and not args.dry_run:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.dtype == "bf16")

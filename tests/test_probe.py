@@ -340,9 +340,10 @@ def test_poisoned_val_labels_do_not_change_the_choice(world, monkeypatch, tmp_pa
     assert a["value"] + b["value"] == 1
 
 
-@pytest.mark.parametrize("flags", [dict(), dict(data="world", train="x"), dict(train="no_such_list", val="no_such_list"), dict(data="world", epochs=0),
-                                   dict(data="world", grid_lr=(math.nan,)), dict(data="world", layer=99), dict(data="world", frames=3),
-                                   dict(data="world", encoder="no_such_file.safetensors"), dict(data="world", encoder="pixels:diff"),
+@pytest.mark.parametrize("flags", [dict(), dict(data="world", train="x"), dict(train="no_such_list", val="no_such_list"),
+                                   dict(data="world", epochs=0), dict(data="world", grid_lr=(math.nan,)), dict(data="world", layer=99),
+                                   dict(data="world", frames=3), dict(data="world", encoder="no_such_file.safetensors"),
+                                   dict(data="world", encoder="pixels:diff"),
                                    dict(data="world", head="linear", pool="cls")])
 def test_bad_input_is_one_line_and_status_2(flags, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
@@ -353,7 +354,8 @@ def test_bad_input_is_one_line_and_status_2(flags, capsys, tmp_path):
 
 def test_help_needs_no_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    shown = subprocess.run([sys.executable, str(ROOT / "probe.py"), "--help"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    shown = subprocess.run([sys.executable, str(ROOT / "probe.py"), "--help"], capture_output=True, text=True, env=env)
     assert shown.returncode == 0 and "--grid" in shown.stdout
 
 
@@ -391,13 +393,13 @@ def test_the_script_on_the_world(tmp_path, capsys):
 def test_real_files_and_a_damaged_one(tmp_path):
     """Two classes of plain colour; a val file that is no video counts as wrong and is named."""
     for i in range(12):
-        colour = ("red", "blue")[i % 2]
-        subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", f"color={colour}:size=64x48:rate=10:duration=1", str(tmp_path / f"{i}.mp4")], check=True)
+        picture = f"color={('red', 'blue')[i % 2]}:size=64x48:rate=10:duration=1"
+        subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", picture, str(tmp_path / f"{i}.mp4")], check=True)
     (tmp_path / "12.mp4").write_text("this is not a video")
     (tmp_path / "train.csv").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(8)))
     (tmp_path / "val.csv").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(8, 13)))
-    args = arguments(encoder="random:vit_n", train=str(tmp_path / "train.csv"), val=str(tmp_path / "val.csv"), head="knn", frames=4, stride=2, size=32,
-                     workers=0, out_dir=str(tmp_path / "out"))
+    args = arguments(encoder="random:vit_n", train=str(tmp_path / "train.csv"), val=str(tmp_path / "val.csv"), head="knn", frames=4, stride=2,
+                     size=32, workers=0, out_dir=str(tmp_path / "out"))
     result, more = probe.classify(args, CPU)
     assert (result["value"], result["bad"], result["n_val"]) == (0.8, 1, 5) and more["confusion"] == [[2, 0, 1], [0, 2, 0]]
     assert list(more["bad_videos"]) == [str(tmp_path / "12.mp4")]

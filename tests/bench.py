@@ -1,0 +1,260 @@
+"""Speed and memory, never a test: ratios measured in one run, the contestants alternating, medians with their spread.
+
+    python tests/bench.py step   [--model vit_b --batch 2 --dtype bf16 --pos rope --compile]    where a training step's time goes, beside HF's modules
+    python tests/bench.py gpu    [--model vit_l --batch 24]          the same on CUDA, eager and compiled, with MFU and memory
+    python tests/bench.py reader VIDEO [VIDEO ...]                   clips/s from files, beside decord and PyAV (pip install -r tests/requirements.txt)
+    python tests/bench.py world                                      clips/s of the built-in world
+The last line on stdout is one JSON object.
+"""
+import argparse
+import copy
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data as D
+import model as M
+import train_vjepa as V
+
+IMAGENET = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+
+
+def alternate(jobs, rounds, clock):
+    """{name: function} -> {name: [seconds of each round]}, the jobs in turn, so that a slow moment of the machine hits all of them."""
+    for job in jobs.values():
+        job()
+    times = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            begin = clock()
+            job()
+            times[name].append(clock() - begin)
+    return times
+
+
+def ratios(times, base):
+    """Each job's time against `base`, round by round -> {name: {"median", "min", "max"}}; above 1 is faster than base."""
+    out = {}
+    for name, t in times.items():
+        r = sorted(b / a for a, b in zip(t, times[base]))
+        out[name] = {"median": round(statistics.median(r), 3), "min": round(r[0], 3), "max": round(r[-1], 3)}
+    return out
+
+
+# --- the training step ------------------------------------------------------------------------------------------------------------------
+
+class Step:
+    """One V-JEPA training step of train_vjepa.py on random clips, in parts that can be timed."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        torch.manual_seed(0)
+        self.config = V.Args(model=args.model, pos=args.pos, frames=args.frames, size=args.size, dtype=args.dtype, pred_heads=12, checkpoint=args.checkpoint)
+        self.objective = V.VJEPA(self.config).to(device)
+        if args.compile:
+            M.compile_blocks(self.objective)
+        self.optimizer = torch.optim.AdamW(M.param_groups(self.objective, 0.04), lr=1e-4, fused=True)
+        self.x = torch.randn(args.batch, 3, args.frames, args.size, args.size, device=device)
+        keep, pred = D.sample_masks(self.config.masks, 0, 0, args.batch, self.objective.encoder.grid)
+        self.keep, self.pred = [k.to(device) for k in keep], [p.to(device) for p in pred]
+        self.parts = {}
+
+    def timed(self, name, function):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        out = function()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.parts.setdefault(name, []).append(time.perf_counter() - begin)
+        return out
+
+    def __call__(self):
+        o = self.objective
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
+            with torch.no_grad():
+                h = self.timed("target", lambda: F.layer_norm(o.target(self.x), (o.target.width,)))
+            z = self.timed("context", lambda: o.encoder(self.x, self.keep))
+            zhat = self.timed("predictor", lambda: o.predictor(z, self.keep, self.pred))
+            loss = sum((p - h.gather(1, i[..., None].expand(-1, -1, h.shape[-1]))).abs().mean() for p, i in zip(zhat, self.pred)) / len(zhat)
+        self.timed("backward", loss.backward)
+        self.timed("optimizer", lambda: (self.optimizer.step(), self.optimizer.zero_grad(), o.after_step(0)))
+
+
+class HFStep:
+    """The same step with transformers' VJEPA2Model: its encoder takes no context mask, so it encodes full clips and its predictor does the rest."""
+
+    def __init__(self, args, device):
+        from transformers import VJEPA2Config, VJEPA2Model
+        s = M.SIZES[args.model]
+        torch.manual_seed(0)
+        config = VJEPA2Config(patch_size=16, crop_size=args.size, frames_per_clip=args.frames, tubelet_size=2, hidden_size=s["width"],
+                              num_hidden_layers=s["depth"], num_attention_heads=s["heads"], mlp_ratio=s["mlp"] / s["width"], attn_implementation="sdpa")
+        self.model, self.args, self.device = VJEPA2Model(config).to(device), args, device
+        self.target = copy.deepcopy(self.model.encoder).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.x = torch.randn(args.batch, args.frames, 3, args.size, args.size, device=device)
+        grid = (args.frames // 2, args.size // 16, args.size // 16)
+        self.keep, self.pred = ([i.to(device) for i in ids] for ids in D.sample_masks(("8x0.15", "2x0.7"), 0, 0, args.batch, grid))
+
+    def __call__(self):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
+            with torch.no_grad():
+                h = self.target(self.x).last_hidden_state
+                h = F.layer_norm(h, h.shape[-1:])
+            z, loss = self.model.encoder(self.x).last_hidden_state, 0
+            for keep, pred in zip(self.keep, self.pred):
+                zhat = self.model.predictor(z, [keep], [pred]).last_hidden_state
+                loss = loss + (zhat - h.gather(1, pred[..., None].expand(-1, -1, h.shape[-1]))).abs().mean() / 2
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            M.ema_update(list(self.target.parameters()), list(self.model.encoder.parameters()), 0.998)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def step(args):
+    device = torch.device(args.device)
+    ours = Step(args, device)
+    jobs = {"ours": ours}
+    if not args.no_peer:
+        jobs["hf"] = HFStep(args, device)
+    times = alternate(jobs, args.rounds, time.perf_counter)
+    seconds = statistics.median(times["ours"])
+    flops = ours.objective.flops(ours.keep, ours.pred) * args.batch
+    cuda = device.type == "cuda"
+    result = {"model": args.model, "batch": args.batch, "dtype": args.dtype, "compiled": args.compile, "seconds": round(seconds, 4),
+              "clips_per_s": round(args.batch / seconds, 2), "tflops": round(flops / seconds / 1e12, 3), "mfu": round(flops / seconds / 989e12, 3) if cuda else None,
+              "split": {k: round(statistics.median(v[1:]), 4) for k, v in ours.parts.items()},
+              "peak_gb": round((torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30, 2)}
+    if "hf" in jobs:
+        result["faster_than_hf"] = ratios(times, "hf")["ours"]
+    return result
+
+
+def gpu(args):
+    """Eager and compiled, each in its own process, so that neither has the other's memory."""
+    rows = []
+    for compiled in ((), ("--compile",)):
+        flags = ["--device", "cuda", "--model", args.model, "--batch", str(args.batch), "--dtype", args.dtype, "--pos", args.pos, "--no_peer", *compiled]
+        done = subprocess.run([sys.executable, __file__, "step", *flags], capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+        print(rows[-1], flush=True)
+    return {"rows": rows, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------------------------
+
+def peer_transform(frames, box, flip, size=224):
+    """Float, crop, resize, flip, normalise, as the peers' training code does it on whole frames."""
+    top, left, h, w = box
+    x = torch.from_numpy(frames).float().permute(3, 0, 1, 2)[:, :, top : top + h, left : left + w]
+    x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+    x = x.flip(-1) if flip else x
+    return x.permute(1, 2, 3, 0).sub_(IMAGENET[0]).div_(IMAGENET[1]).permute(3, 0, 1, 2)
+
+
+def decord_frames(path, ids):
+    """As V-JEPA 2's data set opens and asks: num_threads=-1, seek(0), get_batch."""
+    import decord
+    reader = decord.VideoReader(path, num_threads=-1, ctx=decord.cpu(0))
+    reader.seek(0)
+    return reader.get_batch(ids).asnumpy()
+
+
+def pyav_frames(path, ids):
+    """Seek to the key frame before the first frame, then decode on one thread until the last."""
+    import av
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        rate, base, got = stream.average_rate, stream.time_base, {}
+        container.seek(int(round(ids[0] / rate / base)), stream=stream)
+        for frame in container.decode(stream):
+            i = round(float(frame.pts * base * rate))
+            if i in ids:
+                got[i] = frame.to_ndarray(format="rgb24")
+            if i >= ids[-1]:
+                break
+    return np.stack([got[int(i)] for i in ids])
+
+
+def reader(args):
+    """16 frames at stride 4, random start and crop to 224 px: one core, one process, CPU time. Packed files are read at the same times."""
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
+    torch.set_num_threads(1)
+    clip, seeds, samples = D.Clip(), range(8), {}
+    for path in args.videos:
+        video = D.open_video(path)
+        for i in seeds:
+            rng = np.random.default_rng(i)
+            ids = D.frame_positions(len(video), clip, rng.random()).astype(int)
+            samples[path, i] = ids, D.random_box(rng, video.metadata.height, video.metadata.width, clip.scale, clip.ratio), i % 2 == 0
+    ids = next(iter(samples.values()))[0]
+    difference = np.abs(D.open_video(args.videos[0]).get_frames_at(ids.tolist()).data.numpy().astype(int) - decord_frames(args.videos[0], ids)).mean()
+
+    def ours(paths, clip, per=1):
+        for path in paths:
+            for i in range(0, len(seeds), per):
+                video = D.read_clips(path, clip, [np.random.default_rng(s) for s in seeds[i : i + per]])
+                D.prepare({"video": video, "flip": torch.arange(len(video)) % 2 == 0})
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "list.txt"
+        rows.write_text("".join(f"{os.path.abspath(p)}\n" for p in args.videos))
+        fps = D.open_video(args.videos[0]).metadata.average_fps
+        packed = {}
+        for name, flags in (("packed", ()), ("packed, fast decode", ("--fast_decode",))):
+            command = ["pack", str(rows), f"{folder}/{name[7:9]}", "--short_side", "256", "--fps", str(fps / clip.stride), "--gop", "8", "--workers", "1", *flags]
+            done = subprocess.run([sys.executable, D.__file__, *command], check=True, capture_output=True, text=True)
+            packed[name] = D.parse_list(json.loads(done.stdout.splitlines()[-1])["list"]).paths
+        jobs = {"decord": lambda: [peer_transform(decord_frames(p, ids), box, flip) for (p, _), (ids, box, flip) in samples.items()],
+                "pyav": lambda: [peer_transform(pyav_frames(p, ids), box, flip) for (p, _), (ids, box, flip) in samples.items()],
+                "ours": lambda: ours(args.videos, clip), "ours, 4 clips a video": lambda: ours(args.videos, D.Clip(clips=4), 4),
+                **{name: lambda paths=paths: ours(paths, D.Clip(stride=1)) for name, paths in packed.items()}}
+        times = alternate(jobs, args.rounds, time.process_time)
+    speed = {name: round(len(samples) / statistics.median(t), 2) for name, t in times.items()}
+    return {"clips_per_s": speed, "against_decord": ratios(times, "decord"), "mean_pixel_difference": round(float(difference), 3)}
+
+
+def world(args):
+    torch.set_num_threads(1)
+    out = {}
+    for frames, size in ((8, 32), (16, 64)):
+        w = D.World("train", frames=frames, size=size)
+        times = alternate({"render": lambda: w.render(list(range(32)))}, args.rounds, time.perf_counter)["render"]
+        out[f"{frames}x{size}px"] = round(32 / statistics.median(times), 1)
+    return {"clips_per_s_on_one_core": out}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["step", "gpu", "reader", "world"])
+    parser.add_argument("videos", nargs="*")
+    parser.add_argument("--model", default="vit_b")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--pos", choices=["rope", "sincos"], default="rope")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--checkpoint", action="store_true")
+    parser.add_argument("--no_peer", action="store_true", help="do not time transformers' modules")
+    arguments = parser.parse_args()
+    print(json.dumps({"step": step, "gpu": gpu, "reader": reader, "world": world}[arguments.what](arguments)))
