@@ -280,15 +280,12 @@ def read_clips(path, clip, rngs=(None,)):
     height, width = frames.shape[1:3]
     square = float(meta.pixel_aspect_ratio or 1) ** (-1 if meta.rotation and meta.rotation % 180 else 1)
     square = square if 0.25 <= square <= 4 else 1.0  # beyond that the header is nonsense
-    frames = frames.unflatten(0, (len(starts), clip.segments * clip.frames))
-    out = torch.empty(len(starts), clip.segments, clip.views, clip.frames, clip.size, clip.size, 3, dtype=torch.uint8)
-    for i, rng in enumerate(rngs):
-        for view in range(clip.views):
-            shown = height, max(round(width * square), 1)
-            top, left, h, w = view_box(*shown, view, clip.views) if rng is None else random_box(rng, *shown, clip.scale, clip.ratio)
-            left, w = min(round(left / square), width - 1), max(round(w / square), 1)
-            out[i, :, view] = crop_resize(frames[i], (top, left, h, w), clip.size).unflatten(0, (clip.segments, clip.frames))
-    return out.flatten(0, 2)
+    shown, out = (height, max(round(width * square), 1)), []
+    for rng, segments in zip(rngs, frames.unflatten(0, (len(rngs), clip.segments, clip.frames))):
+        boxes = [view_box(*shown, v, clip.views) if rng is None else random_box(rng, *shown, clip.scale, clip.ratio) for v in range(clip.views)]
+        boxes = [(top, min(round(left / square), width - 1), h, max(round(w / square), 1)) for top, left, h, w in boxes]
+        out += [crop_resize(segment, box, clip.size) for segment in segments for box in boxes]
+    return torch.stack(out) if len(out) > 1 else out[0][None]  # a copy of a clip costs as much as its resize
 
 
 # --- the plan and the loader ------------------------------------------------------------------------------------------------------------
@@ -438,10 +435,10 @@ def stream(dataset, batches, workers, timeout):
 def prepare(batch, device="cpu", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
     """uint8 video and flip -> float32 (b,3,T,H,W) on the device, flipped and normalised there: a quarter of the bytes cross the bus."""
     x = batch["video"].to(device, non_blocking=True).permute(0, 4, 1, 2, 3).contiguous()  # permuted while it is bytes: 3x faster than as floats
-    flip = batch["flip"].to(device, non_blocking=True).view(-1, 1, 1, 1, 1)
-    x = torch.where(flip, x.flip(-1), x).float()
+    which = batch["flip"].nonzero().flatten().to(device, non_blocking=True)  # found on the CPU, so the device is not waited for
+    x[which] = x[which].flip(-1)
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1, 1) * 255 for v in (mean, std))
-    return x.sub_(mean).div_(std)
+    return x.float().sub_(mean).div_(std)
 
 
 def fingerprint(sources):
@@ -654,7 +651,7 @@ def index(layout: Literal["kinetics", "ssv2", "ucf", "folders"], root: str, out:
     number = {name: k for k, name in enumerate(classes)} | {None: -1}
     for _, name in rows:
         if name not in number:
-            raise DataError(f"class {name!r} is not one of the {len(classes)} of {labels or (known if layout in ('kinetics', 'folders') else 'classInd.txt')}")
+            raise DataError(f"class {name!r} is not one of the {len(classes)} of " + (labels or ("classInd.txt" if layout == "ucf" else str(known))))
     found = [(path, number[name]) for path, name in rows if path]
     if not found:
         raise DataError(f"{root}: {len(files)} videos, and none is " + ("in a class folder" if layout == "folders" else f"named in {annotations}"))
@@ -698,7 +695,8 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     if not shutil.which("ffmpeg"):
         raise DataError("pack needs the ffmpeg program: apt-get install -y ffmpeg")
     short = f"min({short_side},min(iw*sar,ih))/min(iw*sar,ih)/2"  # never larger than it was; pixels become square; even sides
-    encode = ["-an", "-sn", "-dn", "-vf", (f"fps={fps}," if fps else "") + f"scale='2*round(iw*sar*{short})':'2*round(ih*{short})':flags=area,setsar=1",
+    resize = (f"fps={fps}," if fps else "") + f"scale='2*round(iw*sar*{short})':'2*round(ih*{short})':flags=area,setsar=1"
+    encode = ["-an", "-sn", "-dn", "-vf", resize,
               "-pix_fmt", "yuv420p", "-c:v", "libx264", "-crf", str(crf), "-g", str(gop), "-bf", "0"] + ["-tune", "fastdecode"] * fast_decode
     if (folder / "pack.json").exists() and json.loads((folder / "pack.json").read_text("utf-8")) != encode:
         raise DataError(f"{out} was packed with other settings (see its pack.json); choose another folder")
@@ -718,7 +716,7 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
 
 
 def pack_video(job):
-    """Re-encode one file -> None, or the reason why not. The target is renamed into place when it is complete; one that is there is not made again."""
+    """Re-encode one file -> None, or the reason why not. The target is renamed into place when complete; one that is there is not made again."""
     path, target, encode = job
     if target.exists():
         return None
@@ -750,14 +748,14 @@ def main():
 
 
 # --- the built-in world -----------------------------------------------------------------------------------------------------------------
-# the built-in world: random numbers -> Scene (poses, sizes, textures) -> cast() (which object each pixel sees, and where) -> shade() (colour)
+# the built-in world: random numbers -> Scene (poses, sizes, textures) -> cast() (which object each pixel sees, and where) -> shade() (brightness)
 #
 # Axes are OpenCV's: x right, y down, z ahead. A pose is (R, p): world point = R @ local point + p. A pixel's ray is (x, y, 1) in camera
 # coordinates, so the ray parameter of a hit *is* its depth. All that further labels need is in Scene and in what cast() returns: depth, poses,
 # masks, boxes; flow and tracks by carrying a hit's object coordinates to another frame; stereo by a second camera beside the first.
 
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")     # what the picture does; the camera does the opposite
-PLANES, SPHERES, BOXES, WAVES = 2, 2, 2, 8                          # per scene, in this order along the object axis O; waves per texture
+PLANES, SPHERES, BOXES, WAVES = 2, 2, 2, 16  # per scene, in this order along the object axis O; waves per texture
 SPLITS = {"train": 1 << 20, "probe": 2048, "val": 1024}             # clips; `probe` is what an online probe is fitted on, none is shared
 
 
@@ -771,9 +769,6 @@ class Scene:
     size: object     # (n,O,3) half edges of a box, radius of a sphere (three times), ignored for planes
     wave: object     # (n,O,S,3) wave vectors of the texture in object coordinates, rad per unit
     phase: object    # (n,O,S)
-    weight: object   # (n,O,S) amplitude of each wave
-    colour: object   # (n,O,3,3) mean colour, and the colours that the first and the second half of the waves add
-    light: object    # (n,3) direction to the light
 
 
 def rotation(axis, angle):
@@ -796,9 +791,13 @@ class World:
 
     Clip i is a function of (seed, split, i) and of nothing else. Its class is i mod 8, and all else is drawn without looking at the class; the camera
     is at its drawn pose half-way through the clip, so that no single frame tells the class. noise: standard deviation of pixel noise, in [0,1].
+    shift, turn, zoom: range of the motion over a clip, in picture widths, degrees and as a factor; wobble: camera sway, picture widths.
+
+    All textures have the same statistics and no colour. That is deliberate: whatever is constant in a clip and differs between clips is what masked
+    prediction learns first, and with clips that differ in colour or pattern it learns colour and pattern, and in the minutes of a laptop no motion.
     """
 
-    def __init__(self, split="train", seed=0, frames=8, size=32, noise=0.1, shift=(0.25, 0.5), turn=(40.0, 80.0), zoom=(1.5, 2.2), wobble=0.02, device="cpu"):
+    def __init__(self, split="train", seed=0, frames=8, size=32, noise=0.3, shift=(0.3, 0.6), turn=(50.0, 100.0), zoom=(1.6, 2.5), wobble=0.02, device="cpu"):
         self.split, self.seed, self.frames, self.size, self.noise, self.device = split, seed, frames, size, noise, device
         self.shift, self.turn, self.zoom, self.wobble = shift, turn, zoom, wobble      # over a clip: picture widths, degrees, factor; picture widths
         self.field = 0.6                                                               # half the picture's width at depth 1: 62 degrees
@@ -815,7 +814,7 @@ class World:
         n, T, O, S = len(indices), self.frames, PLANES + SPHERES + BOXES, WAVES
         rngs = [np.random.default_rng((self.seed, list(SPLITS).index(self.split), int(i))) for i in indices]
         uniform = np.stack([g.random(256) for g in rngs])
-        normal = np.stack([g.standard_normal(256) for g in rngs])
+        normal = np.stack([g.standard_normal(512) for g in rngs])
         noise = np.stack([g.integers(0, 256, (T, self.size, self.size, 3), np.uint8) for g in rngs]) if self.noise else None
         used = {id(uniform): 0, id(normal): 0}
 
@@ -864,15 +863,12 @@ class World:
         edges = radius * np.concatenate([np.ones((n, SPHERES, 3)), between(0.5, 1.0, BOXES, 3)], 1)
         size = np.concatenate([np.ones((n, 2, 3)), edges], 1)
 
-        # textures: plane waves in object coordinates, half an octave apart, from blotches to stripes
-        length = np.concatenate([between(0.4, 1.6, PLANES) ** 2 * wall[:, None], between(1, 3, M) * radius[..., 0]], 1)         # longest wave
-        direction = take(normal, O, S, 3) + between(0, 1, O, 1, 1) ** 2 * 4 * take(normal, O, 1, 3)
-        step = 2.0 ** (0.5 * np.arange(S))
+        # textures: isotropic waves of 4 to 18 pixels at 32 px, alike in all clips; only directions and phases are drawn (class World says why)
+        length = np.repeat([0.55, 0.4], [PLANES, M]) * width[:, None]                                              # the longest wave, (n,O)
+        direction = take(normal, O, S, 3)
+        step = 2.0 ** (0.125 * np.arange(S))
         wave = 2 * np.pi * step[:, None] / length[..., None, None] * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
-        weight = np.exp(between(0, math.log(5), O, 1)) * between(-1, 1, O, S) * step ** -between(0.3, 1, O, 1)
-        colour = np.concatenate([between(0.2, 0.8, O, 1, 3), between(-0.6, 0.6, O, 2, 3)], 2)
-        light = take(normal, 3) - [0, 1, 1]
-        return Scene(R, p, Ro, po, size, wave, between(0, 2 * np.pi, O, S), weight, colour, light / np.linalg.norm(light, axis=-1, keepdims=True)), noise
+        return Scene(R, p, Ro, po, size, wave, between(0, 2 * np.pi, O, S)), noise
 
     def cast(self, scene):
         """Scene -> depth (n,T,H,W), object id (n,T,H,W), and the tables of the rays in object coordinates: turn (n,T,O,3,3), eye (n,T,O,3).
@@ -907,39 +903,32 @@ class World:
         return depth.clamp_max(50), id, turn, eye
 
     def shade(self, scene, depth, id, turn, eye):
-        """What cast() returned -> colours (n,T,H,W,3) in [0,1] before noise: texture times light. A wave fades where a period spans four to two pixels."""
+        """What cast() returned -> brightness (n,T,H,W) in [0,1] before noise. A wave fades where its period spans four to two pixels."""
         n, T, O, S = *turn.shape[:3], WAVES
-        x = self.pixels()
-        wave, light = self.tensor(scene.wave), self.tensor(product(scene.Ro.swapaxes(-1, -2), scene.light[:, None, None, :, None])[..., 0])
+        x, wave = self.pixels(), self.tensor(scene.wave)
         # phase of wave k at the hit: k.(eye + depth*turn@(x,y,1)) + phase; its four coefficients are the same for all pixels of an object
         along = (wave[:, None, :, :, :, None] * turn[:, :, :, None]).sum(-2)                                       # (n,T,O,S,3)
         at_eye = (wave[:, None] * eye[:, :, :, None]).sum(-1) + self.tensor(scene.phase)[:, None]                  # (n,T,O,S)
         still = lambda v: self.tensor(v)[:, None].expand(n, T, *v.shape[1:])
-        length = np.sqrt((scene.wave ** 2).sum(-1))
-        table = [along[..., 0], along[..., 1], along[..., 2], at_eye, still(scene.weight), still(length), still(scene.colour), turn, eye, light, still(scene.size)]
+        table = [along[..., 0], along[..., 1], along[..., 2], at_eye, still(np.sqrt((scene.wave ** 2).sum(-1))), turn, eye, still(scene.size)]
         table = torch.cat([v.reshape(n * T * O, -1) for v in table], 1).T.contiguous()                             # (values, n*T*O)
         row = id + O * torch.arange(n * T, device=id.device).view(n, T, 1, 1)
-        kx, ky, k1, k0, weight, length, colour, turn, eye, light, size = table.index_select(1, row.flatten()).view(-1, *id.shape).split(
-            [S] * 6 + [9, 9, 3, 3, 3])
+        kx, ky, k1, k0, number, turn, eye, size = table.index_select(1, row.flatten()).view(-1, *id.shape).split([S] * 5 + [9, 3, 3])
 
         xt, yt = depth * x, depth * x[:, None]
         hit = [eye[i] + turn[3 * i] * xt + turn[3 * i + 1] * yt + turn[3 * i + 2] * depth for i in range(3)]       # in object coordinates
         side = [(h / s).abs() for h, s in zip(hit, size)]
         top = torch.maximum(torch.maximum(side[0], side[1]), side[2])
-        flat, round_ = id < PLANES, (id >= PLANES) & (id < PLANES + SPHERES)
-        normal = [torch.where(round_, h / s, (a == top) * h.sign()) for h, s, a in zip(hit, size, side)]
+        flat, ball = id < PLANES, (id >= PLANES) & (id < PLANES + SPHERES)
+        normal = [torch.where(ball, h / s, (a == top) * h.sign()) for h, s, a in zip(hit, size, side)]
         normal = [torch.where(flat, float(i == 2), v) for i, v in enumerate(normal)]
         away = [turn[3 * i] * x + turn[3 * i + 1] * x[:, None] + turn[3 * i + 2] for i in range(3)]
         dot = lambda a, b: a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
         slant = dot(normal, away).abs() / dot(away, away).sqrt()
         pixel = depth * (2 * self.field / self.size) / slant.clamp_min(0.02)                                       # what a pixel covers of the surface, units
-        lit = 0.7 + 0.3 * torch.where(flat, dot(normal, light).abs(), dot(normal, light).clamp_min(0))
-
-        fade = (2 - length * pixel * (2 / math.pi)).clamp(0, 1)
-        value = (kx * xt + ky * yt + k1 * depth + k0).sin_() * (weight * fade)                                     # (S,n,T,H,W)
-        a, b = (sum(part.unbind(0)) for part in value.split(S // 2))
-        a, b = a / (1 + a.abs()), b / (1 + b.abs())                                                                # soft threshold: hard edges at large weights
-        return torch.stack([(colour[c] + a * colour[3 + c] + b * colour[6 + c]) * lit for c in range(3)], -1).clamp_(0, 1)
+        fade = (2 - number * pixel * (2 / math.pi)).clamp(0, 1)
+        value = 0.65 * ((kx * xt + ky * yt + k1 * depth + k0).sin_() * fade).sum(0)
+        return 0.5 + 0.45 * value / (1 + value.abs())                                                              # soft threshold
 
     def pixels(self):
         """Camera coordinates at depth 1 of the pixel centres of a row (and of a column), (size,)."""
@@ -957,10 +946,10 @@ class World:
         parts = []
         for i in range(0, len(indices), at_once):
             part = Scene(**{f.name: getattr(scene, f.name)[i:i + at_once] for f in fields(Scene)})
-            colour = self.shade(part, *self.cast(part)).mul_(255)
+            video = self.shade(part, *self.cast(part)).mul_(255)[..., None].repeat(1, 1, 1, 1, 3)
             if self.noise:                                          # uniform, of the right deviation
-                colour += (self.tensor(noise[i:i + at_once]) - 127.5) * (self.noise * math.sqrt(12))
-            parts.append(colour.round_().clamp_(0, 255).to(torch.uint8))
+                video += (self.tensor(noise[i:i + at_once]) - 127.5) * (self.noise * math.sqrt(12))
+            parts.append(video.round_().clamp_(0, 255).to(torch.uint8))
         return {"video": torch.cat(parts).cpu(), "label": torch.from_numpy(indices % len(MOTIONS))}
 
 

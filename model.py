@@ -159,14 +159,14 @@ def block_flops(width, mlp, lengths):
     return sum(2 * n * (4 * width * width + 2 * width * mlp) + 4 * n * n * width for n in lengths)
 
 
-def init_weights(module, blocks):
-    """Normal 0.02, biases 0; what block i adds to the residual stream is divided by sqrt(2(i+1)) (V-JEPA, SALT).
+def init_weights(module, blocks, std=0.02):
+    """Normal of this deviation, biases 0; what block i adds to the residual stream is divided by sqrt(2(i+1)) (V-JEPA, SALT).
 
     The papers truncate the normal at 100 standard deviations, which changes nothing and takes ten times as long.
     """
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv3d)):
-            nn.init.normal_(m.weight, std=0.02)
+            nn.init.normal_(m.weight, std=std)
             nn.init.zeros_(m.bias)
     with torch.no_grad():
         for i, block in enumerate(blocks):
@@ -209,14 +209,14 @@ class ViT(nn.Module):
     """
 
     def __init__(self, *, width, depth, heads, mlp, patch=16, tubelet=2, frames=16, size=224, pos="rope", rope_quirk=False, cls=False,
-                 final_norm=True, act="gelu", eps=1e-6, checkpoint=False):
+                 final_norm=True, act="gelu", eps=1e-6, init_std=0.02, checkpoint=False):
         super().__init__()
         if pos not in ("rope", "sincos", "learned"):
             raise ValueError(f"pos must be rope, sincos or learned, not {pos!r}")
         if width % heads or frames % tubelet or size % patch:
             raise ValueError(f"not divisible: width {width} by heads {heads}, frames {frames} by tubelet {tubelet} or size {size} by patch {patch}")
         self.config = dict(width=width, depth=depth, heads=heads, mlp=mlp, patch=patch, tubelet=tubelet, frames=frames, size=size, pos=pos,
-                           rope_quirk=rope_quirk, cls=cls, final_norm=final_norm, act=act, eps=eps)
+                           rope_quirk=rope_quirk, cls=cls, final_norm=final_norm, act=act, eps=eps, init_std=init_std)
         self.width, self.heads, self.mlp, self.pos, self.rope_quirk, self.checkpoint = width, heads, mlp, pos, rope_quirk, checkpoint
         self.patch, self.tubelet = patch, tubelet
         self.grid = (frames // tubelet, size // patch, size // patch)
@@ -225,7 +225,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), width)) if pos == "learned" else None
         self.blocks = nn.ModuleList([Block(width, heads, mlp, act, eps) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=eps) if final_norm else None
-        init_weights(self, self.blocks)
+        init_weights(self, self.blocks, init_std)
         for p in (self.cls_token, self.pos_embed):
             if p is not None:
                 nn.init.normal_(p, std=0.02)
@@ -277,7 +277,7 @@ class Predictor(nn.Module):
     """Narrow transformer that fills in features at predicted positions from context features at kept ones."""
 
     def __init__(self, *, in_width, out_width, width=384, depth=12, heads=12, mlp=None, grid=(8, 14, 14), pos="rope", rope_quirk=False, mask_tokens=2,
-                 eps=1e-6, checkpoint=False):
+                 eps=1e-6, init_std=0.02, checkpoint=False):
         super().__init__()
         if pos not in ("rope", "sincos"):
             raise ValueError(f"the predictor's pos must be rope or sincos, not {pos!r}")
@@ -293,7 +293,7 @@ class Predictor(nn.Module):
         self.predictor_blocks = nn.ModuleList([Block(width, heads, mlp, eps=eps) for _ in range(depth)])
         self.predictor_norm = nn.LayerNorm(width, eps=eps)
         self.predictor_proj = nn.Linear(width, out_width)
-        init_weights(self, self.predictor_blocks)
+        init_weights(self, self.predictor_blocks, init_std)
 
     def forward(self, z, keep, pred):
         """z list of (B,K_i,in_width), keep list of (B,K_i), pred list of (B,M_i) -> list of (B,M_i,out_width). Group i uses mask token i, modulo.
@@ -429,7 +429,7 @@ def linear_probe(x, y, xv, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)):
 # --------------------------------------------------------------------------------------------------------------------------------------
 # weight files: ours are safetensors with the config inside; one function per foreign family gives (encoder state, predictor state or None, config)
 
-VIT_KEYS = ("width", "depth", "heads", "mlp", "patch", "tubelet", "frames", "size", "pos", "rope_quirk", "cls", "final_norm", "act", "eps")
+VIT_KEYS = ("width", "depth", "heads", "mlp", "patch", "tubelet", "frames", "size", "pos", "rope_quirk", "cls", "final_norm", "act", "eps", "init_std")
 NOTES = ("model", "stride", "fps", "layer", "mean", "std")  # what a config may say besides: size name, sampling, blocks to read out, pixel statistics
 
 
@@ -501,7 +501,7 @@ def load_encoder(path, *, seed=0, key="target_encoder", **override):
     random = name != str(path)
     if random and name in SIZES:
         state, config = None, dict(SIZES[name], patch=16, tubelet=2, frames=16, size=224, pos="rope", rope_quirk=False, cls=False, final_norm=True,
-                                   act="gelu", eps=1e-6, model=name, **IMAGENET)
+                                   act="gelu", eps=1e-6, init_std=0.02, model=name, **IMAGENET)
     else:
         state, _, config = read_weights(name, key, override)
         config.pop("predictor_heads", None)
@@ -587,7 +587,7 @@ def shapes_config(state, path, norm_eps=1e-6):
     depth = depth_of(state, "blocks")
     found = [(n, s) for n, s in SIZES.items() if (s["width"], s["depth"]) == (width, depth)]
     return dict(width=width, depth=depth, heads=found[0][1]["heads"] if found else None, mlp=len(fc1), patch=patch, tubelet=tubelet,
-                rope_quirk=False, cls=False, final_norm=True, act="gelu", eps=norm_eps, model=found[0][0] if found else None, **IMAGENET)
+                rope_quirk=False, cls=False, final_norm=True, act="gelu", eps=norm_eps, init_std=0.02, model=found[0][0] if found else None, **IMAGENET)
 
 
 def pick(state, path, *names):

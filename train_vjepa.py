@@ -54,6 +54,7 @@ class Args:
     pred_width: int = 384
     pred_heads: int = 0                    # 0: as many as the encoder
     mask_tokens: int = 0                   # learned mask tokens; 0: one for each entry of --masks
+    init_std: float = 0.02                 # of the random weights; 0.02 suits widths near 1000, narrow models want more
     init: str = ""                         # start encoder and target from these weights (any format model.load_encoder reads)
     # masks: BLOCKSxSCALE[xTIME] is a union of blocks over TIME of the clip (1 = all of it); random:R tube:R causal:R hide the share R
     masks: tuple[str, ...] = ("8x0.15", "2x0.7")     # short-range and long-range (section 3); one to three are usual
@@ -100,10 +101,10 @@ PRESETS = {
                    final_weight_decay=0.04, ema=0.99925, final_ema=0.99925, clip_grad=0.0, out_dir="out/vjepa2"),
     "vjepa2_cooldown": dict(pos="rope", size=256, fps=4.0, frames=64, pred_heads=12, mask_tokens=1, steps=12_000, lr=5.25e-4, start_lr=5.25e-4,
                             warmup=0, final_weight_decay=0.04, ema=0.99925, final_ema=0.99925, clip_grad=0.0, out_dir="out/vjepa2_cooldown"),
-    "laptop": dict(data=("world",), probe_data=("world", "world"), model="vit_n", frames=8, size=32, patch=8, pred_depth=2, pred_width=64, pred_heads=4, crop_scale=(1.0, 1.0),
-                   crop_ratio=(1.0, 1.0), flip=False, masks=("4x0.3x0.5", "2x0.7x0.5"), steps=1200, batch_size=16, lr=1e-3, start_lr=1e-4,
-                   warmup=60, final_weight_decay=0.04, ema=0.99, final_ema=0.99, stretch=1.0, dtype="fp32", workers=0, log_every=50,
-                   sample_every=600, out_dir="out/laptop"),
+    "laptop": dict(data=("world",), probe_data=("world", "world"), model="vit_n", frames=8, size=32, patch=8, pos="rope", init_std=0.04, pred_depth=2,
+                   pred_width=64, pred_heads=4, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False, masks=("4x0.3x0.5", "2x0.7x0.5"),
+                   steps=2000, batch_size=16, lr=1e-3, start_lr=1e-4, warmup=60, final_weight_decay=0.04, ema=0.99, final_ema=0.99, stretch=1.0,
+                   dtype="fp32", workers=1, log_every=100, sample_every=1000, out_dir="out/laptop"),
 }
 
 
@@ -139,10 +140,11 @@ class VJEPA(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.args, size = args, M.SIZES[args.model]
-        self.encoder = M.ViT(**size, patch=args.patch, tubelet=args.tubelet, frames=args.frames, size=args.size, pos=args.pos, checkpoint=args.checkpoint)
+        self.encoder = M.ViT(**size, patch=args.patch, tubelet=args.tubelet, frames=args.frames, size=args.size, pos=args.pos,
+                             init_std=args.init_std, checkpoint=args.checkpoint)
         self.predictor = M.Predictor(in_width=size["width"], out_width=size["width"], width=args.pred_width, depth=args.pred_depth,
                                      heads=args.pred_heads or size["heads"], grid=self.encoder.grid, pos=args.pos,
-                                     mask_tokens=args.mask_tokens or len(args.masks), checkpoint=args.checkpoint)
+                                     mask_tokens=args.mask_tokens or len(args.masks), init_std=args.init_std, checkpoint=args.checkpoint)
         if args.init:
             self.encoder.load_state_dict(M.load_encoder(args.init)[0].state_dict())
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)

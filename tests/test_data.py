@@ -23,14 +23,14 @@ def film(path, frames, fps=30, options=()):
     pixels = np.zeros((frames, HEIGHT, WIDTH, 3), np.uint8)
     pixels[..., 0], pixels[..., 1], pixels[..., 2] = np.arange(frames)[:, None, None], 4 * np.arange(WIDTH), 6 * np.arange(HEIGHT)[:, None]
     path.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["ffmpeg", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-framerate", str(fps), "-i", "-", *options,
-                    "-c:v", "libx264rgb", "-qp", "0", "-g", "25", "-y", str(path)], input=pixels.tobytes(), check=True)
+    subprocess.run(["ffmpeg", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-framerate", str(fps),
+                    "-i", "-", *options, "-c:v", "libx264rgb", "-qp", "0", "-g", "25", "-y", str(path)], input=pixels.tobytes(), check=True)
     return str(path)
 
 
 @pytest.fixture(scope="session")
 def films(tmp_path_factory):
-    """A folder of sound films a.mp4 ... h.mp4 (20 frames), long.mp4 (120), slow.mkv (1 s at 30 fps, then 10 fps), a broken one, and a list of the eight."""
+    """A folder: sound films a.mp4 ... h.mp4 (20 to 27 frames) and a list of them, long.mp4 (120), slow.mkv (1 s at 30 fps, then 10), a broken one."""
     folder = tmp_path_factory.mktemp("films")
     for i, name in enumerate("abcdefgh"):
         film(folder / f"{name}.mp4", 20 + i)
@@ -224,7 +224,7 @@ def test_geometry_is_what_a_player_shows(tmp_path):
     wide, turned = str(tmp_path / "wide.mp4"), str(tmp_path / "turned.mp4")
     source = ["ffmpeg", "-v", "error", "-y", "-f", "lavfi", "-i", "color=red:s=32x64:d=0.4[a];color=blue:s=32x64:d=0.4[b];[a][b]hstack,setsar=2"]
     subprocess.run([*source, "-pix_fmt", "yuv444p", wide], check=True)
-    shape = D.read_clips(wide, D.Clip(frames=1, size=64, train=False, views=3))[:, 0]      # shown as 128 x 64: left and right views see one colour each
+    shape = D.read_clips(wide, D.Clip(frames=1, size=64, train=False, views=3))[:, 0]      # 128 x 64: left and right views see one colour each
     assert shape[0, :, :56, 0].min() > 200 and shape[2, :, 8:, 2].min() > 200 and shape[1, :, :24, 0].min() > 200 and shape[1, :, 40:, 2].min() > 200
     subprocess.run(["ffmpeg", "-v", "error", "-y", "-i", wide, "-c", "copy", "-metadata:s:v", "rotate=90", turned], check=True)
     if D.open_video(turned).metadata.rotation:                                             # newer FFmpeg writes it by another option
@@ -298,12 +298,14 @@ def test_the_same_samples_for_any_ranks_and_workers(films):
     sources = [D.parse_list(f"{films}/list.txt:2"), D.parse_list(f"{films}/list.txt:1"), D.parse_list("world:1")]
     clip = D.Clip(frames=4, stride=2, size=16)
     one = collect(sources, clip, start_step=0, steps=3)
-    assert sorted(one) == list(range(24)) and len({video for video, _, _ in one.values()}) == 24 and {flip for _, flip, _ in one.values()} == {True, False}
+    assert sorted(one) == list(range(24)) and len({video for video, _, _ in one.values()}) == 24
+    assert {flip for _, flip, _ in one.values()} == {True, False}
     assert one == collect(sources, clip, ranks=2, start_step=0, steps=3, workers=2) == collect(sources, clip, ranks=4, micro=1, start_step=0, steps=3)
     later = collect(sources, clip, start_step=2, steps=3, workers=2, micro=8)
     assert later == {g: v for g, v in one.items() if g >= 16}
-    pairs = collect(sources[:2], dataclasses.replace(clip, clips=2), start_step=0, steps=2)
-    assert pairs == collect(sources[:2], dataclasses.replace(clip, clips=2), ranks=4, start_step=0, steps=2) and pairs[0] != pairs[1] and pairs[0][2] == pairs[1][2]
+    clip = dataclasses.replace(clip, clips=2)
+    pairs = collect(sources[:2], clip, start_step=0, steps=2)
+    assert pairs == collect(sources[:2], clip, ranks=4, start_step=0, steps=2) and pairs[0] != pairs[1] and pairs[0][2] == pairs[1][2]
 
 
 @ffmpeg
@@ -378,6 +380,12 @@ def test_without_ffmpeg_the_message_names_the_cure_and_the_world_still_works(tmp
         next(iter(D.make_loader([D.parse_list(tmp_path)], D.Clip(), seed=0, batch_size=2, micro_batch=2, steps=1)))
     batch = next(iter(D.make_loader([D.parse_list("world")], D.Clip(frames=4, size=16), seed=0, batch_size=2, micro_batch=2, steps=1)))
     assert batch["video"].shape == (2, 4, 16, 16, 3) and batch["video"].any()
+
+
+def test_the_world_is_not_flipped():
+    """Left and right are two of its classes."""
+    batch = next(iter(D.eval_batches(D.parse_list("world"), D.Clip(frames=4, size=16, segments=2), batch_size=16)))
+    assert batch["video"].shape == (32, 4, 16, 16, 3) and not batch["flip"].any() and batch["ok"].all()
 
 
 def test_fingerprint_notices_a_replaced_file(tmp_path):
@@ -478,7 +486,7 @@ def test_ids_are_sorted_disjoint_and_of_one_length(trim, bucket):
         assert (k.diff(dim=1) > 0).all() and (p.diff(dim=1) > 0).all() and k.min() >= 0 and p.max() < 256 and p.min() >= 0
         assert all(not set(a) & set(b) for a, b in zip(k.tolist(), p.tolist()))
         assert all(n % bucket == 0 or n < bucket for n in (k.shape[1], p.shape[1]))
-        if bucket == 1:                                                                    # the smallest counts of the batch, so one clip is cut nowhere
+        if bucket == 1:                                                                    # the smallest counts of the batch: one clip is not cut
             function, arguments = D.parse_mask(spec)
             counts = function(np.random.default_rng([0, 5, SPECS.index(spec)]), B, grid, **arguments).reshape(B, -1).sum(1)
             assert p.shape[1] == counts.min() and k.shape[1] == 256 - counts.max()
@@ -516,7 +524,8 @@ def test_simple_masks():
     assert abs(D.random_mask(rng, 4000, (1, 4, 4), 0.5).mean(0) - 0.5).max() < 0.04
 
 
-@pytest.mark.parametrize("text", ["", "8", "8x0", "8x1.5", "0x0.5", "ax0.5", "random", "random:0", "random:2", "cube:0.5", "8x0.15x0", "8x0.15x1x1", "8xnan"])
+@pytest.mark.parametrize("text", ["", "8", "8x0", "8x1.5", "0x0.5", "ax0.5", "random", "random:0", "random:2", "cube:0.5", "8x0.15x0",
+                                  "8x0.15x1x1", "8xnan"])
 def test_malformed_masks(text):
     with pytest.raises(D.DataError, match="mask"):
         D.parse_mask(text)
@@ -604,7 +613,7 @@ def test_index_kinetics(tmp_path):
 def test_index_ssv2(tmp_path):
     touch(tmp_path, "v/78687.webm", "v/42326.webm")
     (tmp_path / "labels.json").write_text(json.dumps({"Holding something": "1", "Approaching something with your camera": "0"}))
-    rows = [{"id": "78687", "label": "holding potato", "template": "Holding [something]"}, {"id": "42326"}, {"id": "1", "template": "Holding [something]"}]
+    rows = [{"id": "78687", "label": "holding potato", "template": "Holding [something]"}, {"id": "42326"}, {"id": "1", "template": "Holding something"}]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     summary, _ = D.index("ssv2", str(tmp_path / "v"), str(tmp_path / "train.txt"), str(tmp_path / "train.json"), str(tmp_path / "labels.json"))
     assert (tmp_path / "train.txt").read_text() == "v/78687.webm 1\nv/42326.webm\n" and summary["missing"] == 1
