@@ -356,7 +356,8 @@ def picture(path, x, keep, tokens, grid, mean, std):
     pca = tokens @ torch.linalg.svd(tokens, full_matrices=False).Vh[:3].T
     pca = (pca - pca.amin(0)) / (pca.amax(0) - pca.amin(0)).clamp_min(1e-6)
     rows = [frames, *(frames * s + 0.5 * (1 - s) for s in shown), grow(pca)]
-    D.save_png(path, torch.cat([torch.cat(list(r), 1) for r in rows]).clamp(0, 1).mul(255).byte().numpy())
+    image, zoom = torch.cat([torch.cat(list(r), 1) for r in rows]), max(1, 112 // frames.shape[1])
+    D.save_png(path, image.clamp(0, 1).mul(255).byte().repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
 
 
 def dry_run(args, run):

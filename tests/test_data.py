@@ -613,7 +613,8 @@ def test_index_kinetics(tmp_path):
 def test_index_ssv2(tmp_path):
     touch(tmp_path, "v/78687.webm", "v/42326.webm")
     (tmp_path / "labels.json").write_text(json.dumps({"Holding something": "1", "Approaching something with your camera": "0"}))
-    rows = [{"id": "78687", "label": "holding potato", "template": "Holding [something]"}, {"id": "42326"}, {"id": "1", "template": "Holding something"}]
+    holding = {"template": "Holding [something]", "label": "holding a potato"}
+    rows = [{"id": "78687", **holding}, {"id": "42326"}, {"id": "1", **holding}]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     summary, _ = D.index("ssv2", str(tmp_path / "v"), str(tmp_path / "train.txt"), str(tmp_path / "train.json"), str(tmp_path / "labels.json"))
     assert (tmp_path / "train.txt").read_text() == "v/78687.webm 1\nv/42326.webm\n" and summary["missing"] == 1
