@@ -335,12 +335,15 @@ class Run:
         """Accuracy on the source `val` of a linear probe on features(x) -> (B,D), fitted on the source `train`; all ranks take part."""
         sets = []
         for source in (train, val):
-            batches = D.eval_batches(source, clip, batch_size=64, workers=self.args.workers, rank=self.rank, ranks=self.ranks)
-            rows = [(features(D.prepare(b, self.device)).float().cpu(), b["label"], b["ok"]) for b in batches]
+            padded = np.resize(np.arange(len(source)), -(-len(source) // self.ranks) * self.ranks)      # as many batches on every rank
+            batches = D.eval_batches(source, clip, rows=padded, batch_size=64, workers=self.args.workers, rank=self.rank, ranks=self.ranks)
+            rows = [(features(D.prepare(b, self.device)).float().cpu(), b["label"], b["ok"], b["index"]) for b in batches]
             every = [[torch.cat(r) for r in zip(*rows)]] * self.ranks
             if self.ranks > 1:
                 dist.all_gather_object(every, every[0])
-            sets.append([torch.cat(r) for r in zip(*every)])
+            *values, index = (torch.cat(r) for r in zip(*every))
+            order = torch.from_numpy(np.unique(index.numpy(), return_index=True)[1])                    # list order, each row once
+            sets.append([v[order] for v in values])
         (x, y, ok), (xv, yv, okv) = sets
         return ((M.linear_probe(x[ok], y[ok], xv) == yv) & okv).double().mean().item()      # a video that cannot be read counts as wrong
 # --- end runtime ---

@@ -120,6 +120,15 @@ def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(run, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_the_online_probe_is_the_same_on_any_number_of_ranks(run, tmp_path):
+    """Three ranks do not divide the clips evenly: none waits for another, and no clip counts twice."""
+    probing = [f if f != "--probe_data" else ["--probe_data", "world", "world"] for f in TINY]
+    flags = [x for f in probing for x in (f if isinstance(f, list) else [f])] + ["--steps", 1, "--batch_size", 6]
+    one = run("train_vjepa.py", *flags, "--out_dir", tmp_path / "one")[1]
+    three = run("train_vjepa.py", *flags, "--fsdp", "--out_dir", tmp_path / "three", ranks=3)[1]
+    assert abs(one["random_acc"] - three["random_acc"]) < 3e-3 and one["random_acc"] > 0
+
+
 @pytest.mark.parametrize("flags, message", [
     ((), "no data: give --data"),
     (("--preset", "lapdog"), "--preset lapdog: choose from"),
@@ -162,4 +171,4 @@ def test_a_new_objective_is_a_diff_of_under_60_lines(tmp_path):
     done = subprocess.run([sys.executable, "train_vjepa.py", *flags], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     got = losses(tmp_path / "out")
-    assert np.mean(got[-10:]) < 0.7 * np.mean(got[:5])
+    assert np.mean(got[-10:]) < 0.8 * np.mean(got[:5])
