@@ -83,6 +83,8 @@ class Step:
 
     def __call__(self):
         o = self.objective
+        if self.device.type == "cpu":
+            M.tune_cpu()                                            # as the scripts do
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
             with torch.no_grad():
                 h = self.timed("target", lambda: F.layer_norm(o.target(self.x), (o.target.width,)))
@@ -110,6 +112,8 @@ class HFStep:
         self.keep, self.pred = ([i.to(device) for i in ids] for ids in D.sample_masks(("8x0.15", "2x0.7"), 0, 0, args.batch, grid))
 
     def __call__(self):
+        if self.device.type == "cpu":
+            torch.set_float32_matmul_precision("highest")           # torch's default, which the peer runs with
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
             with torch.no_grad():
                 h = self.target(self.x).last_hidden_state
