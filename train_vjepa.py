@@ -427,7 +427,7 @@ def main(args):
                                 workers=args.workers, start_step=first, steps=last))
     peak = {"H200": 989e12, "H100": 989e12, "A100": 312e12}     # dense bf16 FLOP/s
     peak = next((v for k, v in peak.items() if run.device.type == "cuda" and k in torch.cuda.get_device_name()), None)
-    skips, probe_acc, window, wait, flops, since = 0, None, [], 0.0, 0, time.perf_counter()
+    bad, skips, probe_acc, window, wait, flops, since = 0, 0, None, [], 0.0, 0, time.perf_counter()
 
     for step in tqdm(range(first, last), initial=first, total=args.steps, disable=run.rank > 0 or not sys.stderr.isatty()):
         torch.manual_seed(args.seed * 1_000_003 + step)         # no random state outlives a step, so none needs saving
@@ -448,7 +448,7 @@ def main(args):
             window.append({"loss": loss.detach(), **metrics})
             flops += objective.flops(k, m) * micro * run.ranks
             for path, reason in batch["bad"]:
-                extra["bad"] += 1
+                bad += 1
                 print(f"bad video, replaced: {path}: {reason}", file=sys.stderr)
         norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), args.clip_grad or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -466,7 +466,10 @@ def main(args):
         done = step + 1
         if done == last or done % args.log_every == 0 and window:
             names = list(window[0])
-            means = run.mean(*(sum(w[n] for w in window) / len(window) for n in names))
+            *means, share = run.mean(*(sum(w[n] for w in window) / len(window) for n in names), bad)
+            extra["bad"], bad = extra["bad"] + round(share * run.ranks), 0
+            if extra["bad"] > args.max_bad_fraction * done * args.batch_size / args.clips_per_video:
+                fail(f"{extra['bad']} of the videos opened so far cannot be read, more than --max_bad_fraction {args.max_bad_fraction}: python data.py check")
             span, clips = time.perf_counter() - since, len(window) * micro * run.ranks
             line = {"step": done, **dict(zip(names, means)), **now, "grad_norm": norm, "feature_std": tokens.float().std(0).mean().item(),
                     "rankme": M.rankme(tokens), "clips_per_s": clips / span, "tflops": flops / span / 1e12,
