@@ -501,4 +501,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    try:
+        main(ARGS)
+    except D.DataError as e:                                    # what only reading the data can show, such as a list with no readable video
+        fail(e)
