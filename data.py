@@ -38,8 +38,15 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}  # read as a video of one fr
 ATTEMPTS = 20  # so many damaged videos in a row end the run: at 10 % damage that never happens by chance (1e-20)
 
 
+TOLD = set()  # bad videos that this process has named: each once
+
+
 class DataError(ValueError):
     """What the user must fix, in one line. Scripts print it and exit with status 2 before any work is done."""
+
+
+class WorkerError(RuntimeError):
+    """A loader process that died or hangs, in one line. Scripts print it and exit with status 1."""
 
 
 # --- lists ------------------------------------------------------------------------------------------------------------------------------
@@ -349,7 +356,7 @@ class Clips(torch.utils.data.Dataset):
         many = per * clip.segments * clip.views  # clips read from it
         video = torch.zeros(len(numbers) // per * many, clip.frames, clip.size, clip.size, 3, dtype=torch.uint8)
         flip, label = torch.zeros(len(video), dtype=torch.bool), torch.full((len(numbers),), -1)
-        ok, bad, rendered = torch.ones(len(numbers), dtype=torch.bool), [], {}
+        ok, names, bad, rendered = torch.ones(len(numbers), dtype=torch.bool), [], [], {}
         for i in range(0, len(numbers), per):
             here = slice(i // per * many, (i // per + 1) * many)
             for attempt in range(ATTEMPTS if self.plan else 1):
@@ -373,10 +380,11 @@ class Clips(torch.utils.data.Dataset):
                 ok[i] = False
                 if self.plan:
                     raise DataError(f"{ATTEMPTS} videos in a row cannot be read, the last one {bad[-1][0]}: {bad[-1][1]}")
+            names += [source.paths[row] if source.paths else f"world/{source.split}/{row}"] * per
         for s, rows in rendered.items():  # the world is rendered a batch at a time, which is many times faster than clip by clip
             for (here, _), frames in zip(rows, self.worlds[s].render([row for _, row in rows])["video"]):
                 video[here] = torch.as_tensor(frames)
-        return {"video": video, "flip": flip, "label": label, "index": torch.tensor(numbers), "ok": ok, "bad": bad}
+        return {"video": video, "flip": flip, "label": label, "index": torch.tensor(numbers), "path": names, "ok": ok, "bad": bad}
 
 
 def reason(error):
@@ -390,8 +398,8 @@ def make_loader(sources, clip, *, seed, batch_size, micro_batch, rank=0, ranks=1
 
     Step s holds the samples g = s * batch_size ... (s+1) * batch_size - 1; rank r takes the r-th of `ranks` equal parts. A batch is a dict:
     video uint8 (b,T,H,W,3), flip bool (b,) (done by prepare), label int64 (b,) (of the clip as stored: flipping may turn left into right),
-    index int64 (b,) = g, bad = [(path, reason)] of the videos that could not be read and were replaced. A worker that is silent for `timeout`
-    seconds, or dies, raises RuntimeError.
+    index int64 (b,) = g, path of each clip, bad = [(path, reason)] of the videos that could not be read and were replaced (named on stderr, once).
+    A worker that is silent for `timeout` seconds, or dies, raises WorkerError.
     """
     if batch_size < 1 or micro_batch < 1 or batch_size % (ranks * micro_batch):
         raise DataError(f"batch_size {batch_size} must be a positive multiple of ranks {ranks} x micro_batch {micro_batch}")
@@ -417,6 +425,17 @@ def eval_batches(source, clip, *, batch_size, workers=0, rank=0, ranks=1, rows=N
     return stream(Clips([source], clip, seed), (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), workers, timeout)
 
 
+def labelled_features(read, source, clip, device, *, workers=0, rank=0, ranks=1, gather=lambda value: [value]):
+    """read(x) -> (b, D) over all rows of a source, shared among the ranks -> features (n, D), label (n,), ok (n,), in list order and on every rank.
+    gather(value): the values of all ranks."""
+    padded = np.resize(np.arange(len(source)), -(-len(source) // ranks) * ranks)  # as many batches on every rank
+    batches = eval_batches(source, clip, rows=padded, batch_size=64, workers=workers, rank=rank, ranks=ranks)
+    rows = [(read(prepare(b, device)).float().cpu(), b["label"], b["ok"], b["index"]) for b in batches]
+    *values, index = (torch.cat(r) for r in zip(*(row for part in gather(rows) for row in part)))
+    order = torch.from_numpy(np.unique(index.numpy(), return_index=True)[1])
+    return [v[order] for v in values]
+
+
 def as_it_is(batch):
     return batch
 
@@ -426,10 +445,20 @@ def stream(dataset, batches, workers, timeout):
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
                                          timeout=timeout if workers else 0, pin_memory=workers > 0 and torch.cuda.is_available(),
                                          generator=torch.Generator().manual_seed(dataset.seed))
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            for path, why in batch["bad"]:
+                if path not in TOLD:
+                    TOLD.add(path)
+                    print(f"bad video: {path}: {why}", file=sys.stderr)
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        why = f"no batch for {timeout} s" if "timed out" in str(error) else " ".join(str(error).split())
+        raise WorkerError(f"a loader process died or hangs ({why}); nothing saved is lost: --resume goes on. Out of memory: fewer --workers") from None
 
 
 def prepare(batch, device="cpu", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
@@ -470,10 +499,13 @@ def multiblock(rng, B, grid, blocks, scale, time=1.0, aspect=(0.75, 1.5)):
     """V-JEPA's masks: the union of `blocks` rectangles of `scale` of the frame each, through a share `time` of the slices. The rectangle's shape is
     drawn once for the whole batch (so that lengths vary little), its places for every clip; clips without any context are drawn again."""
     t, h, w = grid
-    area, ratio = int(h * w * scale), rng.uniform(*aspect)
-    bh, bw = (min(max(round(math.sqrt(area * r)), 1), n) for r, n in ((ratio, h), (1 / ratio, w)))
-    bt = min(max(round(t * time), 1), t)
-    if (bt, bh, bw) == (t, h, w):
+    bt = min(max(int(t * time), 1), t)
+    for _ in range(100):  # a large block of an unlucky shape may cover the frame
+        area, ratio = int(h * w * scale), rng.uniform(*aspect)
+        bh, bw = (min(max(round(math.sqrt(area * r)), 1), n) for r, n in ((ratio, h), (1 / ratio, w)))
+        if (bt, bh, bw) != (t, h, w):
+            break
+    else:
         raise DataError(f"blocks of {scale} of a {h}x{w} grid leave no context")
     slices, bt = (1, 1) if bt == t else (t, bt)  # through all of time: one slice stands for all of them
     hidden, todo = np.empty((B, slices, h, w), dtype=bool), np.arange(B)
@@ -490,6 +522,8 @@ def multiblock(rng, B, grid, blocks, scale, time=1.0, aspect=(0.75, 1.5)):
 def random_mask(rng, B, grid, ratio):
     """A share `ratio` of the tokens, chosen at random for each clip."""
     N = math.prod(grid)
+    if N < 2:
+        raise DataError(f"a mask needs two places to tell apart, and the grid has {N}")
     keys = rng.random((B, N), dtype=np.float32)
     count = min(max(round(N * ratio), 1), N - 1)
     return (keys <= np.partition(keys, count - 1, axis=1)[:, count - 1 : count]).reshape(B, *grid)
@@ -502,6 +536,8 @@ def tube_mask(rng, B, grid, ratio):
 
 def causal_mask(rng, B, grid, ratio):
     """The last slices: the context is the beginning of the clip."""
+    if grid[0] < 2:
+        raise DataError("a causal mask needs two slices of time")
     hidden = np.zeros((B, *grid), dtype=bool)
     hidden[:, -min(max(round(grid[0] * ratio), 1), grid[0] - 1) :] = True
     return hidden
@@ -709,9 +745,10 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     for path, why in failed.items():
         print(f"bad: {path}: {why}")
     rows = [(str(jobs[path][1]), int(label)) for path, label in zip(source.paths, source.labels) if path not in failed]
-    write_list(folder / Path(source.name).name, rows)
+    packed = folder / (Path(source.name).name + (".txt" if os.path.isdir(source.name) else ""))  # a folder may have the name of the clips' own
+    write_list(packed, rows)
     before, after = (sum(os.path.getsize(job[k]) for path, job in jobs.items() if path not in failed) / 1e6 for k in (0, 1))
-    summary = {"list": str(folder / Path(source.name).name), "rows": len(rows), "bad": len(failed), "mb_before": before, "mb_after": after}
+    summary = {"list": str(packed), "rows": len(rows), "bad": len(failed), "mb_before": before, "mb_after": after}
     return summary, int(bool(failed))
 
 

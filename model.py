@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import sys
 from functools import lru_cache
@@ -182,10 +183,11 @@ def run_blocks(x, blocks, rope, lengths, checkpoint):
 
 
 class PatchEmbed(nn.Module):
-    """Tubelet embedding. The weight has Conv3d's shape and name, but only the kept patches are multiplied."""
+    """Tubelet embedding. The weight has Conv3d's shape and name, but only the kept patches are multiplied. highpass: see ViT."""
 
-    def __init__(self, width, patch, tubelet):
+    def __init__(self, width, patch, tubelet, highpass=0.0):
         super().__init__()
+        self.highpass = highpass
         self.proj = nn.Conv3d(3, width, (tubelet, patch, patch), (tubelet, patch, patch))
 
     def forward(self, x, ids=None):
@@ -194,33 +196,36 @@ class PatchEmbed(nn.Module):
         t, h, w = T // a, H // p, W // p
         x = x.view(B, C, t, a, h, p, w, p).permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, t, h, w, C, a, p, p), a view
         if ids is None:
-            x = x.reshape(B, t * h * w, -1)  # (B, N, P)
+            x = x.reshape(B, t * h * w, C, a, p, p)
         else:
             batch = torch.arange(B, device=x.device)[:, None]
-            x = x[batch, ids // (h * w), ids // w % h, ids % w].flatten(2)  # (B, K, P)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+            x = x[batch, ids // (h * w), ids // w % h, ids % w]  # (B, K, C, a, p, p)
+        if self.highpass:
+            x = self.highpass * (x - x.mean(3, keepdim=True))
+        return F.linear(x.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class ViT(nn.Module):
     """Video transformer with token dropping.
 
     pos: "rope" (V-JEPA 2, SALT), "sincos" (V-JEPA 1) or "learned" (4DS, TDV). frames, size: the configured clip; sincos and rope accept any other
-    grid. checkpoint: recompute each block in the backward pass. The other keywords are the entries of `config`.
+    grid. highpass: > 0 takes from every pixel its mean over the frames of its tubelet, so that nothing static enters (and no token learns of another),
+    and multiplies the rest by this number. checkpoint: recompute each block in the backward pass. The other keywords are the entries of `config`.
     """
 
-    def __init__(self, *, width, depth, heads, mlp, patch=16, tubelet=2, frames=16, size=224, pos="rope", rope_quirk=False, cls=False,
-                 final_norm=True, act="gelu", eps=1e-6, init_std=0.02, checkpoint=False):
+    def __init__(self, *, width, depth, heads, mlp, patch=16, tubelet=2, frames=16, size=224, pos="rope", rope_quirk=False, highpass=0.0,
+                 cls=False, final_norm=True, act="gelu", eps=1e-6, init_std=0.02, checkpoint=False):
         super().__init__()
         if pos not in ("rope", "sincos", "learned"):
             raise ValueError(f"pos must be rope, sincos or learned, not {pos!r}")
         if width % heads or frames % tubelet or size % patch:
             raise ValueError(f"not divisible: width {width} by heads {heads}, frames {frames} by tubelet {tubelet} or size {size} by patch {patch}")
         self.config = dict(width=width, depth=depth, heads=heads, mlp=mlp, patch=patch, tubelet=tubelet, frames=frames, size=size, pos=pos,
-                           rope_quirk=rope_quirk, cls=cls, final_norm=final_norm, act=act, eps=eps, init_std=init_std)
+                           rope_quirk=rope_quirk, highpass=highpass, cls=cls, final_norm=final_norm, act=act, eps=eps, init_std=init_std)
         self.width, self.heads, self.mlp, self.pos, self.rope_quirk, self.checkpoint = width, heads, mlp, pos, rope_quirk, checkpoint
         self.patch, self.tubelet = patch, tubelet
         self.grid = (frames // tubelet, size // patch, size // patch)
-        self.patch_embed = PatchEmbed(width, patch, tubelet)
+        self.patch_embed = PatchEmbed(width, patch, tubelet, highpass)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if cls else None
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), width)) if pos == "learned" else None
         self.blocks = nn.ModuleList([Block(width, heads, mlp, act, eps) for _ in range(depth)])
@@ -249,7 +254,7 @@ class ViT(nn.Module):
             if self.pos == "learned" and grid != self.grid:
                 raise ValueError(f"learned positions are for the grid {self.grid}, the clip has {grid}")
             table = sincos_table(self.width, grid, x.device) if self.pos == "sincos" else self.pos_embed[0]
-            x = x + (table if ids is None else table[ids]).to(x.dtype)
+            x = x + (table if ids is None else table[ids])  # not cast: under autocast the residual stream is float32 from here on, as in V-JEPA 1's
         if self.cls_token is not None:  # one CLS at the head of each group; id 0 has angle 0, so it is not rotated
             cls = self.cls_token.to(x.dtype).expand(B, 1, -1)
             x = torch.cat([part for group in x.split(lengths, 1) for part in (cls, group)], 1)
@@ -309,7 +314,7 @@ class Predictor(nn.Module):
         tokens = [self.mask_tokens[i % len(self.mask_tokens)].to(context[i].dtype).expand(B, pred[i].shape[1], -1) for i in groups]
         x = torch.cat([part for pair in zip(context, tokens) for part in pair], 1)
         if self.pos == "sincos":
-            x = x + sincos_table(self.width, self.grid, x.device)[ids].to(x.dtype)
+            x = x + sincos_table(self.width, self.grid, x.device)[ids]
         rope = rope_at(ids, self.width // self.heads, self.grid, self.rope_quirk, x) if self.pos == "rope" else None
         x = run_blocks(x, self.predictor_blocks, rope, [keep[i].shape[1] + pred[i].shape[1] for i in groups], self.checkpoint)
         parts = x.split([n for i in groups for n in (keep[i].shape[1], pred[i].shape[1])], 1)
@@ -379,6 +384,13 @@ def tune_cpu():
 # online probes and diagnostics
 
 
+def peak_gb(device):
+    """The most memory this process has held so far: of the GPU, or on a CPU resident, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
 @torch.no_grad()
 def rankme(features):
     """Effective rank of features (n, D): exp of the entropy of the normalised singular values. Falls towards 1 in a collapse."""
@@ -429,7 +441,8 @@ def linear_probe(x, y, xv, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)):
 # --------------------------------------------------------------------------------------------------------------------------------------
 # weight files: ours are safetensors with the config inside; one function per foreign family gives (encoder state, predictor state or None, config)
 
-VIT_KEYS = ("width", "depth", "heads", "mlp", "patch", "tubelet", "frames", "size", "pos", "rope_quirk", "cls", "final_norm", "act", "eps", "init_std")
+SHAPE = ("width", "depth", "heads", "mlp", "patch", "tubelet", "pos", "rope_quirk", "highpass", "cls", "final_norm", "act", "eps")  # what weights fit
+VIT_KEYS = (*SHAPE, "frames", "size", "init_std")
 NOTES = ("model", "stride", "fps", "layer", "mean", "std")  # what a config may say besides: size name, sampling, blocks to read out, pixel statistics
 
 
@@ -465,24 +478,46 @@ def put_in_place(temp, path):
     flush(path.parent)
 
 
-def seal(temp, final):
-    """Turn the directory temp into final: hash every file into sha256.json, flush all to the disk, rename."""
+def write(path, text):
+    """Replace the file's text: a kill or a full disk leaves the old one whole."""
+    temp = Path(f"{path}.tmp")
+    temp.write_text(text)
+    put_in_place(temp, path)
+
+
+def seal(temp, final, keep):
+    """Turn the directory temp into the checkpoint final, point `latest` to it, and delete all but the newest `keep`. In this order: hash every file
+    into sha256.json, flush all to the disk, rename, pointer."""
     (temp / "sha256.json").write_text(json.dumps({p.name: sha256(p) for p in sorted(temp.iterdir())}))
     for p in temp.iterdir():
         flush(p)
-    old = final.with_name(f"old_{final.name}")  # a step that is saved again: the first copy goes when the second is there
-    if final.exists():
-        final.rename(old)
+    if final.exists():  # a damaged one, or one that a return to an older checkpoint left behind: nothing points to it
+        shutil.rmtree(final)
     put_in_place(temp, final)
-    shutil.rmtree(old, ignore_errors=True)
+    write(final.with_name("latest"), final.name)
+    for old in sorted(p for p in final.parent.glob("step_*") if p.name < final.name)[: 1 - keep or None]:
+        shutil.rmtree(old)
+
+
+def newest(folder):
+    """The checkpoint that `latest` names, or the newest before it that is whole; None where there is none, a text that says so where all are damaged."""
+    if not (Path(folder) / "latest").exists():
+        return None
+    name = (Path(folder) / "latest").read_text().strip()
+    for path in sorted({p for p in Path(folder).glob("step_*") if p.name < name} | {Path(folder) / name}, reverse=True):
+        if not (bad := broken(path)):
+            return path
+        print(f"not used, {bad} is damaged or missing: {path}", file=sys.stderr)
+    return f"{folder}: none of its checkpoints is whole"
 
 
 def broken(folder):
     """The first file of a sealed directory that is missing or differs from its hash, or None."""
-    if not (folder / "sha256.json").exists():
+    try:
+        sums = json.loads((folder / "sha256.json").read_text())
+        return next((folder / name for name, digest in sums.items() if not (folder / name).exists() or sha256(folder / name) != digest), None)
+    except (OSError, ValueError, AttributeError):
         return folder / "sha256.json"
-    sums = json.loads((folder / "sha256.json").read_text())
-    return next((folder / name for name, digest in sums.items() if not (folder / name).exists() or sha256(folder / name) != digest), None)
 
 
 def sha256(path):
@@ -500,18 +535,27 @@ def load_encoder(path, *, seed=0, key="target_encoder", **override):
     name = str(path).removeprefix("random:")
     random = name != str(path)
     if random and name in SIZES:
-        state, config = None, dict(SIZES[name], patch=16, tubelet=2, frames=16, size=224, pos="rope", rope_quirk=False, cls=False, final_norm=True,
-                                   act="gelu", eps=1e-6, init_std=0.02, model=name, **IMAGENET)
+        state, config = None, dict(SIZES[name], model=name, **IMAGENET)
     else:
         state, _, config = read_weights(name, key, override)
         config.pop("predictor_heads", None)
     config = apply_override(config, override, name)
     with torch.random.fork_rng(devices=[]), torch.device("cpu" if random else "meta"):
         torch.manual_seed(seed)
-        encoder = ViT(**{k: config[k] for k in VIT_KEYS})
+        encoder = ViT(**{k: config[k] for k in VIT_KEYS if k in config})
     if not random:
         fill(encoder, state, name)
-    return encoder.eval(), config
+    return encoder.eval(), encoder.config | config
+
+
+def load_start(path, shape):
+    """What training starts from: (encoder, shape as the file has it). path: a weight file, or the folder of a run. ValueError where it does not fit."""
+    run = Path(path) / "encoder.safetensors"
+    encoder, config = load_encoder(run if run.exists() else path)
+    differ = [f"{k} is {config[k]} there and {v} here" for k, v in shape.items() if k != "heads" and config[k] != v]
+    if differ:
+        raise ValueError(f"--init {path}: {', '.join(differ)}")
+    return encoder, {k: config[k] for k in SHAPE}
 
 
 def load_predictor(path, **override):
@@ -531,9 +575,9 @@ def load_predictor(path, **override):
 
 
 def apply_override(config, override, path):
-    unknown = [k for k in override if k not in config and k not in NOTES]
+    unknown = [k for k in override if k not in {*config, *VIT_KEYS, *NOTES}]
     if unknown:
-        raise ValueError(f"{path}: unknown config entries {unknown}; known are {sorted(config)}")
+        raise ValueError(f"{path}: unknown config entries {unknown}; known are {sorted({*config, *VIT_KEYS, *NOTES})}")
     config = {**config, **override}
     if config["heads"] is None:
         raise ValueError(f"{path}: no known size has width {config['width']} and depth {config['depth']}, so heads are unknown: pass heads=")
@@ -587,7 +631,7 @@ def shapes_config(state, path, norm_eps=1e-6):
     depth = depth_of(state, "blocks")
     found = [(n, s) for n, s in SIZES.items() if (s["width"], s["depth"]) == (width, depth)]
     return dict(width=width, depth=depth, heads=found[0][1]["heads"] if found else None, mlp=len(fc1), patch=patch, tubelet=tubelet,
-                rope_quirk=False, cls=False, final_norm=True, act="gelu", eps=norm_eps, init_std=0.02, model=found[0][0] if found else None, **IMAGENET)
+                rope_quirk=False, eps=norm_eps, model=found[0][0] if found else None, **IMAGENET)
 
 
 def pick(state, path, *names):

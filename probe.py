@@ -226,8 +226,6 @@ class Features:
         """Read and encode these rows in order -> (features (b, V, S*N, D), ok (b,)), `size` videos at a time. A bad video is told once."""
         for batch in D.eval_batches(self.source, self.clip, rows=rows, batch_size=size, workers=self.args.workers, seed=self.seed(turn)):
             for path, reason in batch["bad"]:
-                if path not in self.bad:
-                    print(f"bad video: {path}: {reason}", file=sys.stderr)
                 self.bad[path] = reason
                 if len(self.bad) == len(set(self.source.paths)):
                     raise D.DataError(f"{self.source.name}: no video can be read; the last one: {reason}")

@@ -13,12 +13,13 @@ The laptop run ends with a linear probe on eight camera motions; README.md state
 """
 import copy
 import dataclasses
+import datetime
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -44,7 +45,8 @@ class Args:
     flip: bool = True                      # horizontal flip of half of the clips
     clips_per_video: int = 1               # clips taken from each opened video: > 1 when decoding is the bottleneck
     workers: int = 8                       # loader processes per rank
-    max_bad_fraction: float = 0.1          # stop when more than this share of the opened videos cannot be read
+    timeout: int = 600                     # seconds without a batch from a loader process, or without an answer from another rank, that end the run
+    max_bad_fraction: float = 0.1          # stop when more than this share of the opened videos (of 100 at least) cannot be read
     # architecture
     model: str = "vit_l"                   # a row of model.SIZES
     patch: int = 16                        # pixels
@@ -55,7 +57,8 @@ class Args:
     pred_heads: int = 0                    # 0: as many as the encoder
     mask_tokens: int = 0                   # learned mask tokens; 0: one for each entry of --masks
     init_std: float = 0.02                 # of the random weights; 0.02 suits widths near 1000, narrow models want more
-    init: str = ""                         # start encoder and target from these weights (any format model.load_encoder reads)
+    highpass: float = 0.0                  # > 0: each patch loses its mean over the tubelet and is multiplied by this: nothing static is seen (not in the paper)
+    init: str = ""                         # start from a run's folder (all its weights), or encoder and target from any file model.load_encoder reads
     # masks: BLOCKSxSCALE[xTIME] is a union of blocks over TIME of the clip (1 = all of it); random:R tube:R causal:R hide the share R
     masks: tuple[str, ...] = ("8x0.15", "2x0.7")     # short-range and long-range (section 3); one to three are usual
     aspect: tuple[float, float] = (0.75, 1.5)        # of a block
@@ -100,7 +103,7 @@ PRESETS = {
     "vjepa2": dict(pos="rope", size=256, fps=4.0, pred_heads=12, mask_tokens=1, lr=5.25e-4, start_lr=1e-4, final_lr=5.25e-4,
                    final_weight_decay=0.04, ema=0.99925, final_ema=0.99925, clip_grad=0.0, out_dir="out/vjepa2"),
     "vjepa2_cooldown": dict(pos="rope", size=256, fps=4.0, frames=64, pred_heads=12, mask_tokens=1, steps=12_000, lr=5.25e-4, start_lr=5.25e-4,
-                            warmup=0, final_weight_decay=0.04, ema=0.99925, final_ema=0.99925, clip_grad=0.0, out_dir="out/vjepa2_cooldown"),
+                            warmup=0, stretch=1.0, final_weight_decay=0.04, ema=0.99925, final_ema=0.99925, clip_grad=0.0, out_dir="out/vjepa2_cooldown"),
     "laptop": dict(data=("world",), probe_data=("world", "world"), model="vit_n", frames=8, size=32, patch=8, pos="rope", init_std=0.04, pred_depth=2,
                    pred_width=64, pred_heads=4, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False, masks=("4x0.3x0.5", "2x0.7x0.5"),
                    steps=2000, batch_size=16, lr=1e-3, start_lr=1e-4, warmup=60, final_weight_decay=0.04, ema=0.99, final_ema=0.99, stretch=1.0,
@@ -139,14 +142,15 @@ class VJEPA(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.args, size = args, M.SIZES[args.model]
-        self.encoder = M.ViT(**size, patch=args.patch, tubelet=args.tubelet, frames=args.frames, size=args.size, pos=args.pos,
-                             init_std=args.init_std, checkpoint=args.checkpoint)
-        self.predictor = M.Predictor(in_width=size["width"], out_width=size["width"], width=args.pred_width, depth=args.pred_depth,
-                                     heads=args.pred_heads or size["heads"], grid=self.encoder.grid, pos=args.pos,
+        self.args, shape = args, M.SIZES[args.model] | dict(patch=args.patch, tubelet=args.tubelet, pos=args.pos, highpass=args.highpass)
+        if args.init:
+            given, shape = M.load_start(args.init, shape)
+        self.encoder = M.ViT(**shape, frames=args.frames, size=args.size, init_std=args.init_std, checkpoint=args.checkpoint)
+        self.predictor = M.Predictor(in_width=shape["width"], out_width=shape["width"], width=args.pred_width, depth=args.pred_depth,
+                                     heads=args.pred_heads or shape["heads"], grid=self.encoder.grid, pos=args.pos, rope_quirk=self.encoder.rope_quirk,
                                      mask_tokens=args.mask_tokens or len(args.masks), init_std=args.init_std, checkpoint=args.checkpoint)
         if args.init:
-            self.encoder.load_state_dict(M.load_encoder(args.init)[0].state_dict())
+            self.encoder.load_state_dict(given.state_dict())
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def forward(self, x, keep=None, pred=None):
@@ -183,9 +187,19 @@ class VJEPA(nn.Module):
 
 
 # --- runtime (identical in every script; python tests/test_runtime.py --fix re-copies it) ---
-def fail(message):
-    """Bad input: one clear line, status 2."""
-    sys.exit(print(f"error: {message}", file=sys.stderr, flush=True) or 2)
+def fail(message, status=2):
+    """One clear line. Status 2: what the user must mend; 1: what broke on the way."""
+    sys.exit(print(f"error: {message}", file=sys.stderr, flush=True) or status)
+
+
+def launch(main, args):
+    """Run main; what can be foreseen ends in one line, all else in a traceback."""
+    try:
+        main(args)
+    except D.DataError as e:
+        fail(e)
+    except (D.WorkerError, OSError, dcp.api.CheckpointException) as e:      # a dead loader process, a full disk
+        fail(str(e) if isinstance(e, D.WorkerError) else f"{args.out_dir}: {' '.join(str(e).split())[:300]}; what was saved before stays valid", 1)
 
 
 def cosine(step, total, first, last):
@@ -195,21 +209,22 @@ def cosine(step, total, first, last):
 
 class Run:
     """What every script needs and no paper claims: ranks, out directory, log, signals, checkpoints, online probe."""
-    FREE = {"out_dir", "resume", "stop_at", "workers", "micro_batch", "save_every", "keep", "log_every", "probe_every", "sample_every", "compile",
+    FREE = {"out_dir", "resume", "stop_at", "workers", "timeout", "micro_batch", "save_every", "keep", "log_every", "probe_every", "sample_every", "compile",
             "fsdp", "checkpoint", "wandb", "max_bad_fraction", "max_skips", "dry_run"}      # flags that a resumed run may change
-
-    POSITIVE = {"steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "log_every", "save_every", "keep"}
+    POSITIVE = {"steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "log_every", "save_every", "keep", "timeout"}
+    SHARES = {"ema", "final_ema", "max_bad_fraction"}
 
     def __init__(self, args):
         self.args, self.out, self.stop, self.start = args, Path(args.out_dir), False, time.time()
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        for f in dataclasses.fields(args):
-            values = getattr(args, f.name)
-            for v in (values if isinstance(values, tuple) else (values,)):
-                if isinstance(v, (int, float)) and not (0 <= v < math.inf and (v > 0 or f.name not in self.POSITIVE)):
-                    fail(f"--{f.name} {v}: a positive finite number is needed")
+        for name, value in vars(args).items():
+            for v in (value if isinstance(value, tuple) else (value,)):
+                if isinstance(v, (int, float)) and not (0 <= v < math.inf and (v > 0 or name not in self.POSITIVE) and (v <= 1 or name not in self.SHARES)):
+                    fail(f"--{name} {v}: {'a share from 0 to 1' if name in self.SHARES else 'a positive finite number'} is needed")
         if args.batch_size % (self.ranks * max(1, args.micro_batch)):
             fail(f"--batch_size {args.batch_size} is not a multiple of {self.ranks} rank(s) x --micro_batch {args.micro_batch or 1}")
+        if args.wandb and not importlib.util.find_spec("wandb"):
+            fail("--wandb needs: pip install wandb")
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
@@ -218,12 +233,15 @@ class Run:
         else:
             M.tune_cpu()
         if "RANK" in os.environ and not args.dry_run:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=args.timeout))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
     def open(self, data_hash):
         """Take the out directory: lock it, refuse to overwrite or to mix runs, write the first log line."""
-        config, error = json.loads(json.dumps(dataclasses.asdict(self.args) | {"data_hash": data_hash})), None
+        config, error = json.loads(json.dumps(vars(self.args) | {"data_hash": data_hash})), None
+        sources = b"".join(Path(f).read_bytes() for f in (__file__, D.__file__, M.__file__))
+        head = {"config": config, "argv": sys.argv, "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
+                "source": hashlib.sha256(sources).hexdigest()[:16], "ranks": self.ranks, "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"}
         if self.rank == 0:
             try:
                 (self.out / "samples").mkdir(parents=True, exist_ok=True)
@@ -234,21 +252,19 @@ class Run:
                     differ = [f"{k} ({old.get(k)} -> {v})" for k, v in config.items() if k not in self.FREE and old.get(k) != v]
                     error = (f"{self.out} was started with other settings: {', '.join(differ)}" if self.args.resume and differ else
                              None if self.args.resume else f"{self.out} holds a run: --resume continues it, another --out_dir starts afresh")
+                if not error:
+                    M.write(self.out / "config.json", json.dumps(head, indent=1))
+                    if (log := self.out / "log.jsonl").exists() and not (text := log.read_bytes()).endswith(b"\n"):
+                        M.write(log, text[: text.rfind(b"\n") + 1].decode())         # half a line: the run was killed as it wrote
             except BlockingIOError:
                 error = f"{self.out} is in use by another run"
             except OSError as e:
                 error = f"--out_dir {self.out}: {e.strerror}"
         if error := self.broadcast(error):
             fail(error)
-        source = b"".join(Path(f).read_bytes() for f in (__file__, D.__file__, M.__file__))
-        head = {"config": config, "argv": sys.argv, "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-                "source": hashlib.sha256(source).hexdigest()[:16], "ranks": self.ranks,
-                "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"}
-        if self.rank == 0:
-            (self.out / "config.json").write_text(json.dumps(head, indent=1))
-            if self.args.wandb:
-                import wandb                                    # optional: pip install wandb
-                wandb.init(project=self.args.wandb, config=config)
+        if self.rank == 0 and self.args.wandb:
+            import wandb
+            wandb.init(project=self.args.wandb, config=config)
         self.log(head, show=False)
         for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(s, self.on_signal)
@@ -264,6 +280,13 @@ class Run:
         if self.ranks > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gather(self, value):
+        """The values of all ranks in a list, on all ranks."""
+        values = [value] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def mean(self, *values):
         """The mean over ranks of each value, the same on all of them."""
@@ -294,35 +317,32 @@ class Run:
         if self.ranks > 1:
             module.set_requires_gradient_sync(on) if self.args.fsdp else setattr(module, "require_backward_grad_sync", on)
 
-    def state(self, module, optimizer):
-        return {"model": dcs.get_model_state_dict(module), "optimizer": dcs.get_optimizer_state_dict(module, optimizer)}
-
     def save(self, step, module, optimizer, extra):
         """All into a temporary directory, hashed and flushed, renamed, then the pointer: a kill at any moment leaves the last good one."""
         final, temp = self.out / f"step_{step:08d}", self.out / "saving"
         if self.rank == 0:
             shutil.rmtree(temp, ignore_errors=True)
         self.broadcast(None)
-        dcp.save(self.state(module, optimizer), checkpoint_id=temp)
+        dcp.save({"model": dcs.get_model_state_dict(module), "optimizer": dcs.get_optimizer_state_dict(module, optimizer)}, checkpoint_id=temp)
         if self.rank == 0:
             (temp / "extra.json").write_text(json.dumps({"step": step, **extra}))
-            M.seal(temp, final)
-            (self.out / "latest.tmp").write_text(final.name)
-            M.put_in_place(self.out / "latest.tmp", self.out / "latest")
-            for old in sorted(self.out.glob("step_*"))[: -self.args.keep]:
-                shutil.rmtree(old)
+            M.seal(temp, final, self.args.keep)
         self.broadcast(None)
 
-    def load(self, module, optimizer):
-        """Resume from the checkpoint that `latest` names, once its hashes agree -> its extras; {} where there is none."""
-        if not (name := self.broadcast((self.out / "latest").read_text() if (self.out / "latest").exists() else "")):
+    def load(self, module, optimizer=None, folder=None):
+        """The checkpoint that `latest` names, or the newest before it whose hashes agree -> its extras; {} where there is none.
+        Without an optimizer only the weights: the start from another run's folder."""
+        found = self.broadcast(M.newest(folder or self.out) if self.rank == 0 else None)
+        if isinstance(found, str):
+            fail(found)
+        if not found:
             return {}
-        if broken := M.broken(self.out / name):
-            fail(f"{broken} is damaged or missing; to go on from an older checkpoint, write its name into {self.out / 'latest'}")
-        state = self.state(module, optimizer)
-        dcp.load(state, checkpoint_id=self.out / name)
-        dcs.set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        return json.loads((self.out / name / "extra.json").read_text())
+        state = {"model": dcs.get_model_state_dict(module)} | ({"optimizer": dcs.get_optimizer_state_dict(module, optimizer)} if optimizer else {})
+        dcp.load(state, checkpoint_id=found)
+        dcs.set_model_state_dict(module, state["model"])
+        if optimizer:
+            dcs.set_optimizer_state_dict(module, optimizer, state["optimizer"])
+        return json.loads((found / "extra.json").read_text())
 
     def export(self, encoder, **config):
         """encoder.safetensors, for probes and for sharing; all ranks take part."""
@@ -333,18 +353,8 @@ class Run:
     @torch.no_grad()
     def probe(self, features, train, val, clip):
         """Accuracy on the source `val` of a linear probe on features(x) -> (B,D), fitted on the source `train`; all ranks take part."""
-        sets = []
-        for source in (train, val):
-            padded = np.resize(np.arange(len(source)), -(-len(source) // self.ranks) * self.ranks)      # as many batches on every rank
-            batches = D.eval_batches(source, clip, rows=padded, batch_size=64, workers=self.args.workers, rank=self.rank, ranks=self.ranks)
-            rows = [(features(D.prepare(b, self.device)).float().cpu(), b["label"], b["ok"], b["index"]) for b in batches]
-            every = [[torch.cat(r) for r in zip(*rows)]] * self.ranks
-            if self.ranks > 1:
-                dist.all_gather_object(every, every[0])
-            *values, index = (torch.cat(r) for r in zip(*every))
-            order = torch.from_numpy(np.unique(index.numpy(), return_index=True)[1])                    # list order, each row once
-            sets.append([v[order] for v in values])
-        (x, y, ok), (xv, yv, okv) = sets
+        (x, y, ok), (xv, yv, okv) = (D.labelled_features(features, source, clip, self.device, workers=self.args.workers, rank=self.rank, ranks=self.ranks,
+                                                         gather=self.gather) for source in (train, val))
         return ((M.linear_probe(x[ok], y[ok], xv) == yv) & okv).double().mean().item()      # a video that cannot be read counts as wrong
 # --- end runtime ---
 
@@ -363,13 +373,10 @@ def picture(path, x, keep, tokens, grid, mean, std):
     D.save_png(path, image.clamp(0, 1).mul(255).byte().repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
 
 
-def dry_run(args, run):
-    """Sizes from the meta device -> one JSON line. Memory is a bound for one GPU: fp32 weights, gradients and Adam, the target, and activations
+def dry_run(args, run, objective, samples):
+    """Sizes from the meta device -> two lines, the last one JSON. Memory is a bound for one GPU: fp32 weights, gradients and Adam, the target, and activations
     of about 16 values a token, block and channel (two bytes each in bf16; --checkpoint keeps one)."""
-    with torch.device("meta"):
-        objective = VJEPA(dataclasses.replace(args, init=""))
     per_rank = args.micro_batch or args.batch_size // run.ranks
-    samples = [D.sample_masks(args.masks, args.seed, s, min(args.batch_size, 64), objective.encoder.grid, args.aspect, args.trim, args.bucket) for s in range(8)]
     flops = sum(objective.flops(*s) for s in samples) / len(samples) * args.batch_size
     k, m = ([sum(i.shape[1] for i in s[j]) for s in samples] for j in (0, 1))
     count = lambda module: sum(p.numel() for p in module.parameters())
@@ -386,31 +393,36 @@ def dry_run(args, run):
 
 def main(args):
     run = Run(args)
-    if args.dry_run:
-        return dry_run(args, run)
-    try:                                                        # everything a user can get wrong is looked at before work starts
-        if not args.data:
-            raise D.DataError("no data: give --data LIST (see README, Data) or --preset laptop")
-        if args.model not in M.SIZES:
-            raise D.DataError(f"--model {args.model}: choose from {', '.join(M.SIZES)}")
-        clip = D.Clip(frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size, scale=args.crop_scale, ratio=args.crop_ratio,
-                      flip=args.flip, clips=args.clips_per_video)
-        sources = [D.parse_list(spec) for spec in args.data]
-        if len(args.probe_data) not in (0, 2):
-            raise D.DataError(f"--probe_data {' '.join(args.probe_data)}: two lists are needed, one to fit the probe and one to test it")
-        probe = [D.parse_list(spec, split, labelled=True) for spec, split in zip(args.probe_data, ("probe", "val"))]
-        for spec in args.masks:
-            D.parse_mask(spec)
-    except D.DataError as e:
+    if args.model not in M.SIZES:                               # everything a user can get wrong is looked at before work starts
+        fail(f"--model {args.model}: choose from {', '.join(M.SIZES)}")
+    if args.mask_tokens > len(args.masks):
+        fail(f"--mask_tokens {args.mask_tokens}: at most one for each of the {len(args.masks)} --masks")
+    torch.manual_seed(args.seed)
+    try:
+        with torch.device("meta" if args.dry_run else "cpu"):
+            objective = VJEPA(dataclasses.replace(args, init="") if args.dry_run else args)
+    except ValueError as e:
         fail(e)
+    grid = objective.encoder.grid
+    samples = [D.sample_masks(args.masks, args.seed, step, min(args.batch_size, 64), grid, args.aspect, args.trim, args.bucket) for step in range(8)]
+    if args.dry_run:
+        return dry_run(args, run, objective, samples)
+    if not args.data:
+        raise D.DataError("no data: give --data LIST (see README, Data) or --preset laptop")
+    if len(args.probe_data) not in (0, 2):
+        raise D.DataError(f"--probe_data {' '.join(args.probe_data)}: two lists are needed, one to fit the probe and one to test it")
+    clip = D.Clip(frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size, scale=args.crop_scale, ratio=args.crop_ratio,
+                  flip=args.flip, clips=args.clips_per_video)
+    sources = [D.parse_list(spec) for spec in args.data]
+    probe = [D.parse_list(spec, split, labelled=True) for spec, split in zip(args.probe_data, ("probe", "val"))]
     run.open(D.fingerprint(sources))
 
-    torch.manual_seed(args.seed)
-    objective = VJEPA(args).to(run.device)
-    model = run.wrap(objective)
+    model = run.wrap(objective.to(run.device))
     optimizer = torch.optim.AdamW(M.param_groups(objective, args.weight_decay), lr=args.lr, betas=args.betas, fused=True)
-    state = run.load(model, optimizer) if args.resume else {}
-    first, extra, grid = state.get("step", 0), {"random_acc": state.get("random_acc"), "bad": state.get("bad", 0)}, objective.encoder.grid
+    if args.init and Path(args.init).is_dir():
+        run.load(model, folder=args.init)
+    extra = {"step": 0, "random_acc": None, "bad": 0, "loss": None, "window": []} | (run.load(model, optimizer) if args.resume else {})
+    first, window = extra.pop("step"), extra["window"]
 
     def features(x):                                            # what the online probe reads: the target's tokens, averaged
         with run.autocast():
@@ -424,10 +436,10 @@ def main(args):
     per_rank, last = args.batch_size // run.ranks, min(args.steps, args.stop_at or args.steps)
     micro, rows = args.micro_batch or per_rank, slice(run.rank * per_rank, (run.rank + 1) * per_rank)
     loader = iter(D.make_loader(sources, clip, seed=args.seed, batch_size=args.batch_size, micro_batch=micro, rank=run.rank, ranks=run.ranks,
-                                workers=args.workers, start_step=first, steps=last))
+                                workers=args.workers, start_step=first, steps=last, timeout=args.timeout))
     peak = {"H200": 989e12, "H100": 989e12, "A100": 312e12}     # dense bf16 FLOP/s
     peak = next((v for k, v in peak.items() if run.device.type == "cuda" and k in torch.cuda.get_device_name()), None)
-    bad, skips, probe_acc, window, wait, flops, since = 0, 0, None, [], 0.0, 0, time.perf_counter()
+    done, skips, clips, wait, flops, since = first, 0, 0, 0.0, 0, time.perf_counter()
 
     for step in tqdm(range(first, last), initial=first, total=args.steps, disable=run.rank > 0 or not sys.stderr.isatty()):
         torch.manual_seed(args.seed * 1_000_003 + step)         # no random state outlives a step, so none needs saving
@@ -435,6 +447,7 @@ def main(args):
         for g in optimizer.param_groups:
             g["lr"], g["weight_decay"] = now["lr"], now["weight_decay"] if g["decay"] else 0.0
         keep, pred = D.sample_masks(args.masks, args.seed, step, args.batch_size, grid, args.aspect, args.trim, args.bucket, rows)
+        seen, bad = [], 0
         for i in range(0, per_rank, micro):
             begin = time.perf_counter()
             batch = next(loader)
@@ -445,38 +458,39 @@ def main(args):
                 loss, metrics = model(x, k, m)
             (loss * (micro / per_rank)).backward()
             tokens = metrics.pop("tokens")
-            window.append({"loss": loss.detach(), **metrics})
+            seen.append(({"loss": loss.detach(), **metrics}, batch["path"]))
             flops += objective.flops(k, m) * micro * run.ranks
-            for path, reason in batch["bad"]:
-                bad += 1
-                print(f"bad video, replaced: {path}: {reason}", file=sys.stderr)
+            bad += len(batch["bad"])
         norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), args.clip_grad or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if math.isfinite(norm):                                 # gradients are reduced, so every rank decides alike
+        terms = {name: sum(float(metrics[name]) for metrics, _ in seen) / len(seen) for name in seen[0][0]}
+        *means, bad, stop = run.mean(*terms.values(), bad, run.stop)                # a signal on one rank stops them all after the same step
+        extra["bad"] += round(bad * run.ranks)
+        if math.isfinite(norm + sum(means)):                    # all ranks have the same numbers, so all decide alike
             optimizer.step()
             objective.after_step(step)
+            window.append(dict(zip(terms, means)))
             skips = 0
         else:
             skips += 1
-            window.clear()
-            run.log({"step": step, "skipped": "loss or gradient is not finite", "clips": batch["index"].tolist()})
+            paths = [p for metrics, paths in seen if not math.isfinite(metrics["loss"]) for p in paths] or [p for _, paths in seen for p in paths]
+            paths = sorted({p for part in run.gather(paths) for p in part})
+            run.log({"step": step, "skipped": "loss or gradient is not finite", "files": paths[:100]})
             if skips >= args.max_skips:
-                fail(f"step {step}: {skips} steps in a row without a finite loss and gradient; the last good checkpoint is in {args.out_dir}")
+                fail(f"step {step}: {skips} steps in a row without a finite loss and gradient, the last one with {', '.join(paths[:3])} ...; "
+                     f"the last good checkpoint is in {args.out_dir}", 1)
         optimizer.zero_grad()
-        done = step + 1
-        if done == last or done % args.log_every == 0 and window:
-            names = list(window[0])
-            *means, share = run.mean(*(sum(w[n] for w in window) / len(window) for n in names), bad)
-            extra["bad"], bad = extra["bad"] + round(share * run.ranks), 0
-            if extra["bad"] > args.max_bad_fraction * done * args.batch_size / args.clips_per_video:
-                fail(f"{extra['bad']} of the videos opened so far cannot be read, more than --max_bad_fraction {args.max_bad_fraction}: python data.py check")
-            span, clips = time.perf_counter() - since, len(window) * micro * run.ranks
-            line = {"step": done, **dict(zip(names, means)), **now, "grad_norm": norm, "feature_std": tokens.float().std(0).mean().item(),
-                    "rankme": M.rankme(tokens), "clips_per_s": clips / span, "tflops": flops / span / 1e12,
-                    "mfu": flops / span / (peak * run.ranks) if peak else None, "wait_pct": 100 * wait / span,
-                    "peak_gb": (torch.cuda.max_memory_allocated() if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30, "bad": extra["bad"]}
-            run.log(line)
-            window, wait, flops, since = [], 0.0, 0, time.perf_counter()
+        done, clips = step + 1, clips + args.batch_size
+        if extra["bad"] > args.max_bad_fraction * max(100, done * args.batch_size / args.clips_per_video):
+            fail(f"{extra['bad']} of the videos opened so far cannot be read, more than --max_bad_fraction {args.max_bad_fraction}; "
+                 f"all of them: python data.py check {' '.join(args.data)}", 1)
+        if window and (done % args.log_every == 0 or done == args.steps):
+            means, span = {name: sum(w[name] for w in window) / len(window) for name in window[0]}, time.perf_counter() - since
+            run.log({"step": done, **means, **now, "grad_norm": norm if math.isfinite(norm) else None, "feature_std": tokens.float().std(0).mean().item(),
+                     "rankme": M.rankme(tokens), "clips_per_s": clips / span, "tflops": flops / span / 1e12, "mfu": flops / span / (peak * run.ranks) if peak else None,
+                     "wait_pct": 100 * wait / span, "peak_gb": M.peak_gb(run.device), "bad": extra["bad"]})
+            extra["loss"], clips, wait, flops, since = means["loss"], 0, 0.0, 0, time.perf_counter()
+            window.clear()
         if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
             with torch.no_grad(), run.autocast():
                 tokens = model(x[:1])[0]
@@ -484,24 +498,23 @@ def main(args):
                 picture(run.out / "samples" / f"step_{done:08d}.png", x[0], [ids[0] for ids in k], tokens, grid, M.IMAGENET['mean'], M.IMAGENET['std'])
         if args.probe_every and done % args.probe_every == 0 and done < args.steps:
             run.log({"step": done, "probe_acc": accuracy()})
-        stop = run.mean(float(run.stop))[0] > 0                 # a signal on one rank stops them all after the same step
         if done % args.save_every == 0 or done == last or stop:
             run.save(done, model, optimizer, extra)
             run.export(objective.target, model=args.model, **M.IMAGENET, stride=args.stride, fps=args.fps, step=done)
         if stop:
             break
 
-    if first < last and done == args.steps:
-        probe_acc = accuracy()
+    if first == last:                                           # resumed at its end: a kill may have come before the export
+        run.export(objective.target, model=args.model, **M.IMAGENET, stride=args.stride, fps=args.fps, step=done)
+    probe_acc = accuracy() if done == args.steps else None
+    if probe_acc is not None:
+        run.log({"step": done, "probe_acc": probe_acc})
     if run.rank == 0:
-        print(json.dumps({"steps": done if first < last else first, "loss": means[0] if first < last else None, "probe_acc": probe_acc,
-                          "random_acc": extra["random_acc"], "bad": extra["bad"], "seconds": round(time.time() - run.start, 1), "out_dir": args.out_dir}), flush=True)
+        print(json.dumps({"steps": done, "loss": extra["loss"], "probe_acc": probe_acc, "random_acc": extra["random_acc"], "bad": extra["bad"],
+                          "seconds": round(time.time() - run.start, 1), "out_dir": args.out_dir}), flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except D.DataError as e:                                    # what only reading the data can show, such as a list with no readable video
-        fail(e)
+    launch(main, ARGS)
