@@ -338,6 +338,8 @@ def hold_out(paths, group, share, seed):
     matches = [re.search(group, path) if group else None for path in paths]
     videos, video = np.unique([m.group() if m else path for m, path in zip(matches, paths)], return_inverse=True)
     held = np.isin(video, np.random.default_rng(seed).permutation(len(videos))[: max(1, round(share * len(videos)))])
+    if held.all():
+        raise D.DataError(f"nothing is left to train on: all {len(paths)} videos are held out (--holdout {share}, --group {group!r})")
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
@@ -442,11 +444,15 @@ def main(args):
                 if not isinstance(v, str) and not (0 <= v < math.inf and (v or not needed)):
                     raise D.DataError(f"--{f.name} {v}: a {'positive' if needed else 'non-negative'} finite number is needed")
         Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            re.compile(args.group)
+            device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except (re.error, RuntimeError) as e:
+            raise D.DataError(f"--group {args.group!r} or --device {args.device!r}: {e}") from None
         if device.type == "cpu":
             M.tune_cpu()
         result, details = TASKS[args.task](args, device)
-    except (D.DataError, OSError) as e:
+    except (D.DataError, D.WorkerError, OSError) as e:
         sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
     result = {"task": args.task, **result, "seed": args.seed, "encoder": args.encoder, "seconds": round(time.time() - begin, 1)}
     with open(Path(args.out_dir) / "probe.jsonl", "a") as f:

@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -109,6 +110,8 @@ PRESETS = {
                    steps=2000, batch_size=16, lr=1e-3, start_lr=1e-4, warmup=60, final_weight_decay=0.04, ema=0.99, final_ema=0.99, stretch=1.0,
                    dtype="fp32", workers=1, log_every=100, sample_every=1000, out_dir="out/laptop"),
 }
+PRESETS["laptop_video"] = PRESETS["laptop"] | dict(     # real video of a still camera: what never moves is hidden, or it is all that is learned (README)
+    data=(), probe_data=(), frames=16, stride=3, size=48, highpass=4.0, crop_scale=(0.3, 0.5), crop_ratio=(0.75, 1.35), steps=3000, out_dir="out/laptop_video")
 
 
 def parse_args(argv=None):
@@ -198,8 +201,13 @@ def launch(main, args):
         main(args)
     except D.DataError as e:
         fail(e)
-    except (D.WorkerError, OSError, dcp.api.CheckpointException) as e:      # a dead loader process, a full disk
-        fail(str(e) if isinstance(e, D.WorkerError) else f"{args.out_dir}: {' '.join(str(e).split())[:300]}; what was saved before stays valid", 1)
+    except D.WorkerError as e:
+        fail(e, 1)
+    except (OSError, dcp.api.CheckpointException) as e:         # a full disk, say
+        why = next(iter(e.failures.values()))[0] if hasattr(e, "failures") else e
+        while why.__context__:                                  # the first cause says it best
+            why = why.__context__
+        fail(f"{args.out_dir}: {' '.join(str(why).split())[:300]}; what was saved before stays valid", 1)
 
 
 def cosine(step, total, first, last):
@@ -234,6 +242,7 @@ class Run:
             M.tune_cpu()
         if "RANK" in os.environ and not args.dry_run:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=args.timeout))
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")          # what checkpointing says to a single process
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
     def open(self, data_hash):

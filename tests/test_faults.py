@@ -1,0 +1,505 @@
+"""What the README promises under "What happens when", one test a promise, each by injecting the fault into a run of the real script."""
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import data as D
+import model as M
+
+ROOT = Path(D.__file__).parent
+TINY = ("--preset", "laptop", "--steps", "6", "--batch_size", "8", "--log_every", "1", "--sample_every", "0", "--probe_data", "--warmup", "2")
+DRIVER = "import os, signal, sys, time\nimport torch\nimport data as D, model as M, train_vjepa as V\n{}\nV.launch(V.main, V.parse_args())\n"
+AT_STEP = "old = V.VJEPA.forward\ndef forward(self, x, keep=None, pred=None):\n    out = old(self, x, keep, pred)\n    if keep is None: return out\n" \
+          "    step = self.step = getattr(self, 'step', -1) + 1\n    rank = os.environ.get('RANK', '0')\n{}\n    return out\nV.VJEPA.forward = forward\n"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(*flags, code=, ranks=) -> a running process: train_vjepa.py, with `code` run before it starts. None of them outlives the test."""
+    begun = []
+
+    def begin(*flags, code="", ranks=1, out=tmp_path / "out", env=()):
+        (driver := tmp_path / f"driver{len(begun)}.py").write_text(DRIVER.format(code))
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks > 1 else []
+        command = [sys.executable, *launcher, str(driver), *map(str, (*TINY, "--out_dir", out, *flags))]
+        begun.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                                      env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **dict(env)}))
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture
+def train(start):
+    """The same, waited for -> (exit status, stderr)."""
+    def call(*flags, timeout=120, **keywords):
+        process = start(*flags, **keywords)
+        err = process.communicate(timeout=timeout)[1]
+        return process.returncode, err
+    return call
+
+
+def lines(out, key="loss"):
+    return [line for line in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if key in line]
+
+
+def losses(out):
+    """By step; of a step that was run twice, the later one."""
+    return {line["step"]: line["loss"] for line in lines(out)}
+
+
+def checkpoint(out, step=6):
+    """All of a checkpoint: weights, EMA, optimizer, and what stands beside them."""
+    dcp_to_torch_save(Path(out) / f"step_{step:08d}", temp := Path(out) / "all.pt")
+    found = {}
+    flat = lambda value, name: [flat(v, f"{name}.{k}") for k, v in (value.items() if isinstance(value, dict) else enumerate(value))] \
+        if isinstance(value, (dict, list, tuple)) else found.update({name: value})
+    flat(torch.load(temp, weights_only=True), "")
+    return found | {"extra": (Path(out) / f"step_{step:08d}" / "extra.json").read_text()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert [k for k in a if not (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])] == []
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def one_line(err, *words):
+    assert "Traceback" not in err and all(w in err for w in words), err[-3000:]
+    assert sum(line.startswith("error: ") for line in err.splitlines()) >= 1, err[-3000:]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run of 6 steps, a checkpoint each."""
+    out = tmp_path_factory.mktemp("whole")
+    subprocess.run([sys.executable, "train_vjepa.py", *TINY, "--out_dir", str(out), "--save_every", "1", "--keep", "9"], cwd=ROOT, check=True,
+                   capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return out
+
+
+def copy_of(whole, tmp_path, steps=5):
+    """The same run, killed after so many steps."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for path in out.glob("step_*"):
+        if int(path.name[5:]) > steps:
+            shutil.rmtree(path)
+    (out / "latest").write_text(f"step_{steps:08d}")
+    return out
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------------------------
+
+def test_killed_at_any_moment_of_saving_a_run_goes_on_from_a_whole_checkpoint(whole, tmp_path):
+    """Promise: SIGKILL at any moment leaves the last good checkpoint. 50 kills in one run; in the end it equals the undisturbed one bit for bit."""
+    out = tmp_path / "out"
+    driver = tmp_path / "kills.py"
+    driver.write_text(f"""
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import data as D, model as M, train_vjepa as V
+out, random = Path({str(out)!r}), random.Random(0)
+flags = {[*TINY]!r} + ["--out_dir", str(out), "--save_every", "1", "--resume", "--workers", "0"]
+span, seen = 0.3, {{}}
+for kill in range(51):
+    stop = kill % 6 + 1 if kill < 50 else 6
+    if kill < 50 and out.exists():                  # from some checkpoint on, so that there is always one to be written
+        names = sorted(p.name for p in out.glob("step_*"))
+        if names: (out / "latest").write_text(names[0] if kill % 5 == 0 else names[-1] if names[-1] != "step_00000006" else names[0])
+    before = M.newest(out) if out.exists() else None
+    pid = os.fork()
+    if not pid:
+        sys.stderr = open(os.devnull, "w")
+        V.launch(V.main, V.parse_args(flags))
+        os._exit(0)
+    if kill == 50:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        break
+    while not (out / "saving").exists() and os.waitpid(pid, os.WNOHANG) == (0, 0): time.sleep(0.0005)
+    time.sleep(random.random() * span)
+    at = "saving" if (out / "saving").exists() else "pointer" if list(out.glob("*.tmp")) else "after"
+    os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+    seen[at] = seen.get(at, 0) + 1
+    found = M.newest(out)
+    assert found is None or isinstance(found, Path) and not M.broken(found), found
+    assert found is None or before is None or found.name >= before.name or kill % 5 == 0, (found, before)
+print(seen)
+""")
+    done = subprocess.run([sys.executable, str(driver)], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    assert_same(checkpoint(out), checkpoint(whole))
+    assert not (out / "saving").exists()
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_the_last_checkpoint_resumes(train, whole, tmp_path):
+    """Promise: disk full leaves the last good checkpoint. Injected: the third save may not write more than 100 kB."""
+    full = "old = V.Run.save\ndef save(self, step, *rest):\n    if step == 3:\n        import resource\n" \
+           "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n    old(self, step, *rest)\nV.Run.save = save\n"
+    status, err = train("--save_every", 1, code=full)
+    assert status == 1 and M.newest(tmp_path / "out").name == "step_00000002"
+    one_line(err, "File too large", "what was saved before stays valid")
+    status, err = train("--save_every", 1, "--resume")
+    assert status == 0, err
+    assert_same(checkpoint(tmp_path / "out"), checkpoint(whole))
+
+
+def test_a_disk_that_is_really_full(train, tmp_path):
+    """The same on a file system of 60 MB."""
+    (small := tmp_path / "small").mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root and its rights")
+    try:
+        status, err = train("--save_every", 1, "--keep", 9, out=small / "out")
+        assert status == 1 and isinstance(M.newest(small / "out"), Path)
+        one_line(err, "No space left on device")
+        for path in sorted((small / "out").glob("step_*"))[:-1]:
+            shutil.rmtree(path)
+        assert train("--save_every", 1, "--keep", 1, "--resume", out=small / "out")[0] == 0
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, os.remove])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "extra.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(whole, tmp_path, capsys, damage, name):
+    """Promise: a truncated file or one flipped bit is refused by its hash, and the newest whole checkpoint is used."""
+    out = copy_of(whole, tmp_path)
+    damage(out / "step_00000005" / name)
+    assert M.newest(out) == out / "step_00000004"
+    assert name in capsys.readouterr().err
+
+
+def test_a_run_with_a_damaged_checkpoint_and_a_stray_directory_ends_like_the_undisturbed_one(train, whole, tmp_path):
+    """Promise: nothing half-written is picked, and nothing is left behind."""
+    out = copy_of(whole, tmp_path)
+    flip(out / "step_00000005" / "__0_0.distcp")
+    (out / "saving").mkdir()
+    (out / "saving" / "__0_0.distcp").write_text("half")
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"step": 6, "lo')
+    status, err = train("--save_every", 1, "--resume")
+    assert status == 0 and "step_00000005/__0_0.distcp is damaged" in err, err
+    assert not (out / "saving").exists() and losses(out) == losses(whole)
+    assert_same(checkpoint(out), checkpoint(whole))
+
+
+def test_when_no_checkpoint_is_whole_nothing_is_started(train, whole, tmp_path):
+    out = copy_of(whole, tmp_path, 1)
+    flip(out / "step_00000001" / "extra.json")
+    status, err = train("--resume")
+    assert status == 2
+    one_line(err, "none of its checkpoints is whole")
+
+
+def test_a_run_killed_after_its_last_checkpoint_still_exports(train, whole, tmp_path):
+    out = copy_of(whole, tmp_path, 6)
+    (out / "encoder.safetensors").unlink()
+    assert train("--resume")[0] == 0 and (out / "encoder.safetensors").exists()
+
+
+# --- exact resume -------------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A list of twelve pictures: an epoch is a step and a half of eight clips."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(12):
+        D.save_png(folder / f"{i}.png", np.kron(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8)))
+    (folder / "list.txt").write_text("".join(f"{i}.png {i % 3}\n" for i in range(12)))
+    return folder / "list.txt"
+
+
+@pytest.mark.parametrize("kind", ["world", "accumulated", "epochs"])
+def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(train, pictures, tmp_path, kind):
+    """Promise: n steps equal k + resume + n - k: weights, EMA, optimizer, losses, log; within an epoch (step 2) and at its end (step 3); with
+    gradient accumulation; with other --workers and --log_every that does not divide."""
+    flags = {"world": (), "accumulated": ("--micro_batch", 2), "epochs": ("--data", pictures)}[kind]
+    for name, stops in (("whole", (0,)), ("parts", (2, 3, 5, 0))):
+        for i, stop in enumerate(stops):
+            status, err = train(*flags, "--log_every", 4, "--resume", "--stop_at", stop, "--workers", i % 3, out=tmp_path / name)
+            assert status == 0, err
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(train, whole, tmp_path, ranks):
+    """Promise: 2 -> 1 and 1 -> 2 ranks see the same samples; losses within 1e-6."""
+    for n, stop in zip(ranks, (3, 0)):
+        status, err = train("--resume", "--stop_at", stop, ranks=n)
+        assert status == 0, err
+    got, want = losses(tmp_path / "out"), losses(whole)
+    assert max(abs(got[s] - want[s]) for s in want) < 1e-6, (got, want)
+
+
+# --- signals and processes ----------------------------------------------------------------------------------------------------------------
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+SLOW = "old = V.VJEPA.after_step\ndef after_step(self, step):\n    old(self, step)\n    time.sleep(0.3)\nV.VJEPA.after_step = after_step\n"
+
+
+def has_lines(out, n=2):
+    return lambda: (out / "log.jsonl").exists() and len(lines(out)) >= n
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_of_two_saves_once_and_ends_all(start, whole, tmp_path, number):
+    """Promise: SIGTERM or SIGUSR1 on one rank: all ranks save the same step, once, and exit with status 0."""
+    process, out = start("--steps", 60, code=SLOW, ranks=2), tmp_path / "out"
+    wait_for(has_lines(out))
+    os.kill(children(process.pid)[1], number)
+    said, err = process.communicate(timeout=60)
+    saved = [p.name for p in out.glob("step_*")]
+    assert process.returncode == 0 and len(saved) == 1 and (out / "latest").read_text() == saved[0], err[-3000:]
+    assert json.loads(said.strip().splitlines()[-1])["steps"] == int(saved[0][5:])
+
+
+def test_the_first_interrupt_saves_and_the_second_leaves_at_once(start, tmp_path):
+    """Promise: Ctrl-C finishes the step and saves; a second one waits for nothing."""
+    for slow, interrupts, status in ((0.3, 1, 0), (600, 2, 130)):
+        out = tmp_path / f"out{interrupts}"
+        process = start("--steps", 60, code=SLOW.replace("0.3", str(slow)), out=out)
+        wait_for(has_lines(out, 2) if slow < 1 else (out / "log.jsonl").exists)
+        time.sleep(1)
+        for _ in range(interrupts):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        process.communicate(timeout=20)
+        assert process.returncode == status and (out / "latest").exists() == (interrupts == 1)
+
+
+def test_a_killed_rank_ends_the_job_within_a_minute(start, tmp_path):
+    """Promise: a rank that dies ends the job with a message, never a hang."""
+    process = start("--steps", 600, code=SLOW, ranks=2)
+    wait_for(has_lines(tmp_path / "out"))
+    begin = time.time()
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode != 0 and time.time() - begin < 60 and "SIGKILL" in err, err[-3000:]
+
+
+def test_a_killed_loader_process_ends_the_run_with_one_line(start, tmp_path):
+    """Promise: a loader process that dies ends the run with a message, never a hang."""
+    process = start("--steps", 600, "--workers", 2, code=SLOW)
+    wait_for(has_lines(tmp_path / "out"))
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 1
+    one_line(err, "a loader process died or hangs", "--resume")
+
+
+def test_a_hanging_loader_process_ends_the_run_after_timeout(train):
+    """Promise: a loader process that is silent for --timeout seconds ends the run. Injected: it sleeps at clip 24."""
+    hang = "old = D.Clips.batch\ndef batch(self, numbers):\n    if 24 in numbers: time.sleep(600)\n    return old(self, numbers)\nD.Clips.batch = batch\n"
+    begin = time.time()
+    status, err = train("--workers", 1, "--timeout", 3, code=hang, timeout=60)
+    assert status == 1 and time.time() - begin < 40
+    one_line(err, "no batch for 3 s")
+
+
+# --- numbers that are not finite ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fault", ["    if step == 2 and rank == '1': out = (out[0] * float('nan'), out[1])",
+                                   "    if step == 2 and rank == '1': out[0].register_hook(lambda g: g * float('inf'))"], ids=["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(train, tmp_path, fault):
+    """Promise: every rank skips alike, weights and EMA stay, the run goes on, the log names the files."""
+    status, err = train("--save_every", 1, "--keep", 9, "--stop_at", 5, code=AT_STEP.format(fault), ranks=2)
+    out = tmp_path / "out"
+    assert status == 0, err[-3000:]
+    skipped, before, after, later = lines(out, "skipped"), *(checkpoint(out, s) for s in (2, 3, 5))
+    assert [s["step"] for s in skipped] == [2] and len(skipped[0]["files"]) in (4, 8) and all(f.startswith("world/train/") for f in skipped[0]["files"])
+    tensors = [k for k in before if torch.is_tensor(before[k])]
+    assert all(torch.equal(before[k], after[k]) for k in tensors) and not all(torch.equal(after[k], later[k]) for k in tensors)
+    assert sorted(losses(out)) == [1, 2, 4, 5]
+
+
+def test_many_skips_in_a_row_end_the_run(train, tmp_path):
+    """Promise: --max_skips skipped steps in a row stop the run, naming step and files."""
+    status, err = train("--max_skips", 3, "--save_every", 1, code=AT_STEP.format("    if step >= 2: out = (out[0] / 0, out[1])"))
+    assert status == 1 and len(lines(tmp_path / "out", "skipped")) == 3
+    one_line(err, "step 4: 3 steps in a row", "world/train/")
+    assert isinstance(M.newest(tmp_path / "out"), Path)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------------------------------
+
+def test_a_video_that_cannot_be_read_is_replaced_counted_and_named_once(train, pictures, tmp_path):
+    """Promise: replaced deterministically: other workers, other ranks, the same losses."""
+    folder = pictures.parent
+    (folder / "broken, one.png").write_bytes(b"not a picture")
+    (folder / "with_bad.txt").write_text(pictures.read_text() + "broken, one.png 0\n")
+    found = []
+    for name, flags, ranks in (("a", (), 1), ("b", ("--workers", 2), 1), ("c", (), 2)):
+        status, err = train("--data", folder / "with_bad.txt", *flags, ranks=ranks, out=tmp_path / name)
+        assert status == 0 and 1 <= err.count("bad video: ") <= ranks and "broken, one.png" in err, err[-3000:]
+        found.append((lines(tmp_path / name)[-1]["bad"], np.array(list(losses(tmp_path / name).values()))))
+    assert found[0][0] == found[1][0] == found[2][0] > 0
+    assert (found[0][1] == found[1][1]).all() and np.abs(found[0][1] - found[2][1]).max() < 1e-6
+
+
+def test_a_list_of_bad_videos_only_ends_before_long(train, tmp_path):
+    """Promise: all bad never loops; over --max_bad_fraction the run stops."""
+    for i in range(30):
+        (tmp_path / f"{i}.mp4").write_text("text named mp4")
+    (tmp_path / "list.txt").write_text("".join(f"{i}.mp4\n" for i in range(30)))
+    status, err = train("--data", tmp_path / "list.txt")
+    assert status == 2
+    one_line(err, "20 videos in a row cannot be read")
+
+
+def test_more_bad_videos_than_allowed_stop_the_run(train, pictures, tmp_path):
+    folder = pictures.parent
+    for i in range(6):
+        (folder / f"bad{i}.png").write_bytes(b"not a picture")
+    (folder / "many_bad.txt").write_text(pictures.read_text() + "".join(f"bad{i}.png 0\n" for i in range(6)))
+    status, err = train("--data", folder / "many_bad.txt", "--steps", 60)
+    assert status == 1
+    one_line(err, "--max_bad_fraction 0.1", "python data.py check")
+
+
+def test_every_awkward_file_has_an_outcome_in_training_and_in_evaluation(video_data, train, tmp_path):
+    """Promise: a list of the awkward files trains (bad ones replaced) and evaluates (bad ones count as wrong, never swapped)."""
+    files = sorted(p for p in (video_data / "odd").iterdir() if p.suffix != ".md")
+    (tmp_path / "odd.txt").write_text("".join(f"{p} {i % 2}\n" for i, p in enumerate(files)))
+    status, err = train("--data", tmp_path / "odd.txt", "--max_bad_fraction", 0.5, "--stride", 1, "--steps", 12)
+    bad = lines(tmp_path / "out")[-1]["bad"]
+    assert status == 0 and bad > 0 and np.isfinite(list(losses(tmp_path / "out").values())).all(), err[-3000:]
+    batches = list(D.eval_batches(D.parse_list(tmp_path / "odd.txt"), D.Clip(frames=8, stride=1, size=32, train=False), batch_size=4))
+    ok, index = torch.cat([b["ok"] for b in batches]), torch.cat([b["index"] for b in batches])
+    assert index.tolist() == list(range(len(files))) and 3 <= (~ok).sum() <= 8
+    for b in batches:
+        assert all(not b["video"][i].any() for i in range(len(b["ok"])) if not b["ok"][i])
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "the list is empty"), ("a.png 1\nmissing.mp4 2\n", "list.txt:2: no file"), ("http://x.org/a.mp4 1\n", "list.txt:1: 'http://x.org/a.mp4' is a URL"),
+    ("sub 1\n", "is a directory"), ("a.png -1\n", "label -1 is out of range"), ("a.png 7\n", "label 7 is out of range (labels run from 0 to 4)"),
+    ("../a.png 1\n", "leads out of the list's folder"), ("path,label\na.png,x\n", "list.txt:2: label 'x' is not an integer")])
+def test_a_bad_row_is_told_with_its_line(tmp_path, text, message):
+    """Promise: empty list, malformed row, unknown label, missing file, URL, directory: one line each, before the model is built."""
+    D.save_png(tmp_path / "a.png", np.zeros((16, 16, 3), np.uint8))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(D.DataError) as e:
+        D.parse_list(tmp_path / "list.txt", classes=5)
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_names_with_blanks_commas_umlauts_and_windows_line_ends_are_fine(tmp_path):
+    names = ["a b.png", "a, b.png", "ü 日本.png", "3 4.png"]
+    for name in names:
+        D.save_png(tmp_path / name, np.zeros((16, 16, 3), np.uint8))
+    (tmp_path / "list.txt").write_bytes("\ufeff".encode() + "".join(f"{n} {i}\r\n" for i, n in enumerate(names)).encode())
+    source = D.parse_list(tmp_path / "list.txt")
+    assert [Path(p).name for p in source.paths] == names and source.labels.tolist() == [0, 1, 2, 3]
+
+
+def test_a_video_shorter_than_the_clip_repeats_its_last_frame(tmp_path):
+    D.save_png(tmp_path / "a.png", np.full((40, 40, 3), 7, np.uint8))
+    clip = D.Clip(frames=8, size=32, train=False)
+    assert (D.read_clips(str(tmp_path / "a.png"), clip) == 7).all()
+    with pytest.raises(ValueError, match="shorter than the clip"):
+        D.read_clips(str(tmp_path / "a.png"), D.Clip(frames=8, size=32, train=False, short="error"))
+
+
+# --- settings -----------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, words", [
+    (("--resume", "--model", "vit_t"), ("model (vit_n -> vit_t)",)), (("--resume", "--data", "PICTURES"), ("data (", "data_hash (")),
+    (("--resume", "--preset", "vjepa2", "--data", "world"), ("preset (laptop -> vjepa2)", "pos")), ((), ("holds a run", "--resume"))])
+def test_a_resumed_run_keeps_its_settings(train, whole, pictures, tmp_path, flags, words):
+    """Promise: a resume with another model, list or preset is refused, naming the fields; a run is not overwritten."""
+    copy_of(whole, tmp_path)
+    status, err = train(*(str(pictures) if f == "PICTURES" else f for f in flags))
+    assert status == 2 and not lines(tmp_path / "out", "nothing")
+    one_line(err, *words)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--batch_size", 0), ("--batch_size 0",)), (("--lr", "nan"), ("--lr nan",)), (("--micro_batch", 3), ("--batch_size 8 is not a multiple",)),
+    (("--ema", 1.5), ("--ema 1.5",)), (("--frames", 7), ("frames 7 by tubelet 2",)), (("--patch", 7), ("size 32 by patch 7",)),
+    (("--mask_tokens", 3), ("--mask_tokens 3",)), (("--init", "nowhere.pt"), ("nowhere.pt",)), (("--masks", "causal:0.5", "2x1.5"), ("2x1.5",)),
+    (("--out_dir", "/proc/nowhere"), ("--out_dir /proc/nowhere",)), (("--out_dir", __file__), (f"--out_dir {__file__}",))])
+def test_what_cannot_work_is_refused_before_the_out_directory_is_touched(train, tmp_path, flags, words):
+    status, err = train(*flags)
+    assert status == 2 and not (tmp_path / "out").exists()
+    one_line(err, *words)
+
+
+def test_a_read_only_out_directory_fails_before_the_first_step(train, tmp_path):
+    if not os.geteuid():
+        pytest.skip("root may write everywhere; /proc stands for it in the test above")
+    (tmp_path / "out").mkdir(mode=0o500)
+    status, err = train()
+    assert status == 2
+    one_line(err, "--out_dir")
+
+
+def test_the_second_run_on_an_out_directory_is_refused(start, train, tmp_path):
+    """Promise: two runs on one out directory: the second refuses, the first goes on."""
+    first = start("--steps", 60, code=SLOW)
+    wait_for(has_lines(tmp_path / "out"))
+    status, err = train("--resume")
+    assert status == 2 and first.poll() is None
+    one_line(err, "in use by another run")
+
+
+def test_a_weight_file_with_code_in_it_is_refused_and_not_run(train, tmp_path):
+    """Promise: weights_only always: a pickle bomb is refused, its payload not run."""
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "payload"),)
+    torch.save({"target_encoder": Bomb()}, tmp_path / "bomb.pt")
+    status, err = train("--init", tmp_path / "bomb.pt")
+    assert status == 2 and not (tmp_path / "payload").exists() and not (tmp_path / "out").exists()
+    one_line(err, "bomb.pt: not a readable weight file")
+
+
+def test_without_ffmpeg_video_names_the_cure_and_the_world_still_trains(train, pictures, tmp_path):
+    """Injected: a torchcodec that fails to load as it does without FFmpeg's libraries."""
+    (tmp_path / "torchcodec").mkdir()
+    (tmp_path / "torchcodec" / "__init__.py").write_text("raise RuntimeError('Could not load libtorchcodec')")
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    status, err = train("--data", pictures, env=env)
+    assert status == 2
+    one_line(err, "apt-get install -y ffmpeg")
+    assert train("--steps", 2, env=env, out=tmp_path / "world")[0] == 0
