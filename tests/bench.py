@@ -4,13 +4,16 @@
     python tests/bench.py gpu    [--model vit_l --batch 24]          the same on CUDA, eager and compiled, with MFU and memory
     python tests/bench.py reader VIDEO [VIDEO ...]                   clips/s from files, beside decord and PyAV (pip install -r tests/requirements.txt)
     python tests/bench.py world                                      clips/s of the built-in world
+    python tests/bench.py soak   [--steps 2000]                      a laptop run killed every 200 steps against an undisturbed one: equal weights?
 The last line on stdout is one JSON object.
 """
 import argparse
 import copy
 import json
 import os
+import random
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -245,9 +248,51 @@ def world(args):
     return {"clips_per_s_on_one_core": out}
 
 
+# --- endurance --------------------------------------------------------------------------------------------------------------------------
+
+def soak(args):
+    """Laptop training with a checkpoint every 50 steps, undisturbed and with a SIGKILL after every 200; memory and open files of the first."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with tempfile.TemporaryDirectory() as root:
+        def begin(out):
+            flags = f"--preset laptop --probe_data --sample_every 0 --log_every 10 --save_every 50 --resume --steps {args.steps} --out_dir {out}"
+            return subprocess.Popen([sys.executable, "train_vjepa.py", *flags.split()], cwd=Path(V.__file__).parent, start_new_session=True,
+                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def step(out):
+            log = Path(out, "log.jsonl")
+            found = [json.loads(x).get("step", 0) for x in log.read_text().splitlines()[-1:] if x.endswith("}")] if log.exists() else []
+            return found[0] if found else 0
+
+        held, kills, states = [], 0, []
+        process, at = begin(f"{root}/a"), 0
+        while process.poll() is None:
+            if step(f"{root}/a") >= at:
+                at += 200
+                pid = process.pid
+                rss = int(next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS")).split()[1])
+                held.append({"step": step(f"{root}/a"), "rss_mb": rss // 1024, "files": len(os.listdir(f"/proc/{pid}/fd"))})
+            time.sleep(0.2)
+        process, at = begin(f"{root}/b"), 200
+        while process.poll() is None:
+            if at < args.steps and step(f"{root}/b") >= at:
+                time.sleep(random.random())                     # anywhere in a step or a save
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                process, at, kills = begin(f"{root}/b"), at + 200, kills + 1
+            time.sleep(0.05)
+        for name in "ab":
+            dcp_to_torch_save(f"{root}/{name}/step_{args.steps:08d}", f"{root}/{name}.pt")
+            states.append(torch.load(f"{root}/{name}.pt", weights_only=True))
+        leaves = [torch.utils._pytree.tree_leaves(s) for s in states]
+        equal = len(leaves[0]) == len(leaves[1]) and all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(*leaves))
+        return {"steps": args.steps, "kills": kills, "tensors": len(leaves[0]), "equal": equal, "held": held}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "gpu", "reader", "world"])
+    parser.add_argument("what", choices=["step", "gpu", "reader", "world", "soak"])
     parser.add_argument("videos", nargs="*")
     parser.add_argument("--model", default="vit_b")
     parser.add_argument("--batch", type=int, default=2)
@@ -256,9 +301,10 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--pos", choices=["rope", "sincos"], default="rope")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint", action="store_true")
     parser.add_argument("--no_peer", action="store_true", help="do not time transformers' modules")
     arguments = parser.parse_args()
-    print(json.dumps({"step": step, "gpu": gpu, "reader": reader, "world": world}[arguments.what](arguments)))
+    print(json.dumps({"step": step, "gpu": gpu, "reader": reader, "world": world, "soak": soak}[arguments.what](arguments)))

@@ -438,14 +438,14 @@ def test_a_video_shorter_than_the_clip_repeats_its_last_frame(tmp_path):
     clip = D.Clip(frames=8, size=32, train=False)
     assert (D.read_clips(str(tmp_path / "a.png"), clip) == 7).all()
     with pytest.raises(ValueError, match="shorter than the clip"):
-        D.read_clips(str(tmp_path / "a.png"), D.Clip(frames=8, size=32, train=False, short="error"))
+        D.frame_positions(5, D.Clip(frames=8, stride=1, short="error"))
 
 
 # --- settings -----------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [
     (("--resume", "--model", "vit_t"), ("model (vit_n -> vit_t)",)), (("--resume", "--data", "PICTURES"), ("data (", "data_hash (")),
-    (("--resume", "--preset", "vjepa2", "--data", "world"), ("preset (laptop -> vjepa2)", "pos")), ((), ("holds a run", "--resume"))])
+    (("--resume", "--preset", "vjepa2", "--data", "world"), ("preset (laptop -> vjepa2)", "frames (8 -> 16)")), ((), ("holds a run", "--resume"))])
 def test_a_resumed_run_keeps_its_settings(train, whole, pictures, tmp_path, flags, words):
     """Promise: a resume with another model, list or preset is refused, naming the fields; a run is not overwritten."""
     copy_of(whole, tmp_path)
