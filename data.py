@@ -173,6 +173,7 @@ class Clip:
     size: int = 224  # pixels of the square the model sees
     scale: tuple = (0.3, 1.0)  # area of the random crop, as a share of the frame
     ratio: tuple = (0.75, 1.35)  # its width / height, log-uniform
+    zoom: float = 0.0  # > 0: instead, a square anywhere, as large as the short side / zoom (4DS: 1.15)
     flip: bool = True
     train: bool = True  # False: no randomness; clips centred in `segments` equal parts of the video, crops as `views` says
     short: str = "repeat"  # a video shorter than the clip: "repeat" its last frame, "loop" it, or "error" (treated as damaged)
@@ -186,6 +187,8 @@ class Clip:
                 raise DataError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise DataError(f"fps must be a positive number, not {self.fps}")
+        if not (self.zoom == 0 or 1 <= self.zoom < math.inf):
+            raise DataError(f"zoom must be 0 or at least 1, not {self.zoom}")
         if self.short not in ("repeat", "loop", "error"):
             raise DataError(f"short must be repeat, loop or error, not {self.short!r}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
@@ -239,6 +242,12 @@ def random_box(rng, height, width, scale, ratio):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def random_square(rng, height, width, zoom):
+    """The same for a square whose side is the short side / zoom."""
+    side = max(round(min(height, width) / zoom), 1)
+    return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1)), side, side
+
+
 def view_box(height, width, view, views):
     """The square of evaluation view `view`: what resizing the short side to 256 and cropping 224 leaves, but in one interpolation."""
     side = max(round(min(height, width) * 224 / 256), 1) if views == 1 else min(height, width)
@@ -289,7 +298,8 @@ def read_clips(path, clip, rngs=(None,)):
     square = square if 0.25 <= square <= 4 else 1.0  # beyond that the header is nonsense
     shown, out = (height, max(round(width * square), 1)), []
     for rng, segments in zip(rngs, frames.unflatten(0, (len(rngs), clip.segments, clip.frames))):
-        boxes = [view_box(*shown, v, clip.views) if rng is None else random_box(rng, *shown, clip.scale, clip.ratio) for v in range(clip.views)]
+        boxes = [view_box(*shown, v, clip.views) if rng is None else random_square(rng, *shown, clip.zoom) if clip.zoom
+                 else random_box(rng, *shown, clip.scale, clip.ratio) for v in range(clip.views)]
         boxes = [(top, min(round(left / square), width - 1), h, max(round(w / square), 1)) for top, left, h, w in boxes]
         out += [crop_resize(segment, box, clip.size) for segment in segments for box in boxes]
     return torch.stack(out) if len(out) > 1 else out[0][None]  # a copy of a clip costs as much as its resize
@@ -425,12 +435,12 @@ def eval_batches(source, clip, *, batch_size, workers=0, rank=0, ranks=1, rows=N
     return stream(Clips([source], clip, seed), (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), workers, timeout)
 
 
-def labelled_features(read, source, clip, device, *, workers=0, rank=0, ranks=1, gather=lambda value: [value]):
+def labelled_features(read, source, clip, device, *, workers=0, rank=0, ranks=1, gather=lambda value: [value], **pixels):
     """read(x) -> (b, D) over all rows of a source, shared among the ranks -> features (n, D), label (n,), ok (n,), in list order and on every rank.
-    gather(value): the values of all ranks."""
+    gather(value): the values of all ranks. pixels: prepare's mean and std."""
     padded = np.resize(np.arange(len(source)), -(-len(source) // ranks) * ranks)  # as many batches on every rank
     batches = eval_batches(source, clip, rows=padded, batch_size=64, workers=workers, rank=rank, ranks=ranks)
-    rows = [(read(prepare(b, device)).float().cpu(), b["label"], b["ok"], b["index"]) for b in batches]
+    rows = [(read(prepare(b, device, **pixels)).float().cpu(), b["label"], b["ok"], b["index"]) for b in batches]
     *values, index = (torch.cat(r) for r in zip(*(row for part in gather(rows) for row in part)))
     order = torch.from_numpy(np.unique(index.numpy(), return_index=True)[1])
     return [v[order] for v in values]
@@ -900,10 +910,11 @@ class World:
         edges = radius * np.concatenate([np.ones((n, SPHERES, 3)), between(0.5, 1.0, BOXES, 3)], 1)
         size = np.concatenate([np.ones((n, 2, 3)), edges], 1)
 
-        # textures: isotropic waves of 4 to 18 pixels at 32 px, alike in all clips; only directions and phases are drawn (class World says why)
-        length = np.repeat([0.55, 0.4], [PLANES, M]) * width[:, None]                                              # the longest wave, (n,O)
+        # textures: isotropic waves over five octaves, alike in all clips; only directions and phases are drawn (class World says why). Their lengths
+        # reach beyond the picture and below a pixel, so that a texture looks alike at every scale and a frame does not tell that it was zoomed
+        length = np.repeat([1.6, 1.2], [PLANES, M]) * width[:, None]                                              # the longest wave, (n,O)
         direction = take(normal, O, S, 3)
-        step = 2.0 ** (0.125 * np.arange(S))
+        step = 2.0 ** (5 / S * np.arange(S))
         wave = 2 * np.pi * step[:, None] / length[..., None, None] * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
         return Scene(R, p, Ro, po, size, wave, between(0, 2 * np.pi, O, S)), noise
 

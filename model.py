@@ -182,6 +182,18 @@ def run_blocks(x, blocks, rope, lengths, checkpoint):
     return x
 
 
+def patches(x, a, p):
+    """x (B,C,T,H,W) -> (B,t,h,w,C,a,p,p): patches of a frames and p x p pixels, a view."""
+    B, C, T, H, W = x.shape
+    return x.view(B, C, T // a, a, H // p, p, W // p, p).permute(0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def unpatch(x, grid, a, p):
+    """The inverse for tokens: x (B, t*h*w, C*a*p*p) -> (B,C,T,H,W)."""
+    t, h, w = grid
+    return x.view(len(x), t, h, w, -1, a, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(len(x), -1, t * a, h * p, w * p)
+
+
 class PatchEmbed(nn.Module):
     """Tubelet embedding. The weight has Conv3d's shape and name, but only the kept patches are multiplied. highpass: see ViT."""
 
@@ -191,12 +203,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, width, (tubelet, patch, patch), (tubelet, patch, patch))
 
     def forward(self, x, ids=None):
-        B, C, T, H, W = x.shape
-        a, p, _ = self.proj.kernel_size
-        t, h, w = T // a, H // p, W // p
-        x = x.view(B, C, t, a, h, p, w, p).permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, t, h, w, C, a, p, p), a view
+        x = patches(x, *self.proj.kernel_size[:2])
+        B, t, h, w = x.shape[:4]
         if ids is None:
-            x = x.reshape(B, t * h * w, C, a, p, p)
+            x = x.flatten(1, 3)  # (B, N, C, a, p, p)
         else:
             batch = torch.arange(B, device=x.device)[:, None]
             x = x[batch, ids // (h * w), ids // w % h, ids % w]  # (B, K, C, a, p, p)
@@ -325,6 +335,33 @@ class Predictor(nn.Module):
         """Forward FLOPs of one clip for groups of (K, M) context and predicted tokens."""
         embed = sum(2 * K * self.config["in_width"] * self.width + 2 * M * self.width * self.config["out_width"] for K, M in groups)
         return embed + len(self.predictor_blocks) * block_flops(self.width, self.mlp, [K + M for K, M in groups])
+
+
+class LatentGridDecoder(nn.Module):
+    """4DS's decoder: a learned grid of latent tokens joins the context for the encoder's last blocks, then each latent is mapped to its patch.
+
+    frames, size: the clip; patch: frames and pixels of an output patch, which may be coarser than the input's. A latent is its content plus its
+    position, two tables of the grid (the paper gives totals only, which this fits: section 3.1, Table 1).
+    """
+
+    def __init__(self, *, width, frames, size, patch=(2, 16), init_std=0.02):
+        super().__init__()
+        self.patch, self.grid = tuple(patch), (frames // patch[0], size // patch[1], size // patch[1])
+        if frames % patch[0] or size % patch[1]:
+            raise ValueError(f"not divisible: frames {frames} or size {size} by the output patch {patch[0]}x{patch[1]}x{patch[1]}")
+        n = math.prod(self.grid)
+        self.latents, self.pos_embed = (nn.Parameter(torch.randn(1, n, width) * 0.02) for _ in range(2))
+        self.proj = nn.Linear(width, 3 * patch[0] * patch[1] ** 2)
+        init_weights(self, [], init_std)
+
+    def forward(self, z, blocks, checkpoint=False):
+        """z (B,K,D) and the blocks that both share -> (B,n,P) values of all patches, in the order of `patches`."""
+        x = torch.cat([z, (self.latents + self.pos_embed).to(z.dtype).expand(len(z), -1, -1)], 1)
+        return self.proj(run_blocks(x, blocks, None, [x.shape[1]], checkpoint)[:, z.shape[1] :])
+
+    def flops(self):
+        """Forward FLOPs of the projection of one clip."""
+        return 2 * self.proj.weight.numel() * self.latents.shape[1]
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------

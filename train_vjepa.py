@@ -7,7 +7,7 @@ Bardes et al. 2024, "Revisiting Feature Prediction for Learning Visual Represent
     L    = mean over masks of mean |zhat - h|;    Ebar <- m Ebar + (1 - m) E   after every optimizer step
 
 Laptop, two cores, five minutes, no download:      python train_vjepa.py --preset laptop
-Eight GPUs, the paper's ViT-L/16 recipe:           torchrun --nproc-per-node 8 train_vjepa.py --data k710.csv:0.5 ssv2.csv:0.1 howto.csv:0.4
+Eight GPUs, the paper's ViT-L/16 recipe:           torchrun --nproc-per-node 8 train_vjepa.py --data k710.csv:0.335 ssv2.csv:0.1 howto.csv:0.565
 V-JEPA 2's recipe (rope, 256 px, constant rates):  torchrun --nproc-per-node 8 train_vjepa.py --preset vjepa2 --data ...
 The laptop run ends with a linear probe on eight camera motions; README.md states what to expect and what to watch.
 """
@@ -360,10 +360,11 @@ class Run:
             M.save_encoder(self.out / "encoder.safetensors", state, encoder.config | config)
 
     @torch.no_grad()
-    def probe(self, features, train, val, clip):
-        """Accuracy on the source `val` of a linear probe on features(x) -> (B,D), fitted on the source `train`; all ranks take part."""
+    def probe(self, features, train, val, clip, **pixels):
+        """Accuracy on the source `val` of a linear probe on features(x) -> (B,D), fitted on the source `train`; all ranks take part.
+        pixels: mean and std of what the encoder was trained on, ImageNet's if it is not said."""
         (x, y, ok), (xv, yv, okv) = (D.labelled_features(features, source, clip, self.device, workers=self.args.workers, rank=self.rank, ranks=self.ranks,
-                                                         gather=self.gather) for source in (train, val))
+                                                         gather=self.gather, **pixels) for source in (train, val))
         return ((M.linear_probe(x[ok], y[ok], xv) == yv) & okv).double().mean().item()      # a video that cannot be read counts as wrong
 # --- end runtime ---
 

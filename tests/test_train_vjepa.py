@@ -40,7 +40,7 @@ def losses(out):
 # --- the objective ------------------------------------------------------------------------------------------------------------------------
 
 def test_loss_is_the_mean_over_masks_of_the_l1_to_layer_normed_targets():
-    """Against the formula of SPEC 2 in float64 on the module's own encoder and predictor outputs."""
+    """Against the formula in float64 on the module's own encoder and predictor outputs."""
     args, objective, x, keep, pred = setting()
     loss, metrics = objective(x, keep, pred)
     h = objective.target(x).detach().double().numpy()
