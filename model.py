@@ -11,6 +11,7 @@ Letters used in every file:
     K kept tokens   M predicted tokens   n tokens in a sequence   D encoder width   Dp predictor width   P values per patch (3*tubelet*patch*patch)
     x pixels or tokens   z student features   h target features   zhat predictions
 """
+import argparse
 import ctypes
 import hashlib
 import json
@@ -23,6 +24,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -59,6 +61,14 @@ def sincos_table(width, grid, device="cpu"):
     """(N, width) fixed position embedding (V-JEPA 1): each axis gets ceil(width/6)*2 channels, sines then cosines, order t,h,w, cut to width."""
     a = math.ceil(width / 6) * 2
     return torch.cat([f(angle) for angle in axis_angles(a, grid) for f in (torch.sin, torch.cos)], 1)[:, :width].float().to(device)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def sinusoid_table(width, grid, device="cpu"):
+    """(N, width) fixed position embedding of the token id alone (VideoMAE): sines in the even channels, cosines in the odd ones."""
+    (angle,) = axis_angles(width, (math.prod(grid),))
+    return torch.stack([angle.sin(), angle.cos()], 2).flatten(1).float().to(device)
 
 
 @lru_cache(maxsize=32)
@@ -129,6 +139,13 @@ class Attention(nn.Module):
         return self.proj(x.reshape(B, n, D))
 
 
+class LayerNorm(nn.LayerNorm):
+    """In float32 on any device, also where weights (FSDP) or inputs (autocast) are bf16."""
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class Mlp(nn.Module):
     def __init__(self, width, hidden, act):
         super().__init__()
@@ -145,9 +162,9 @@ class Block(nn.Module):
 
     def __init__(self, width, heads, mlp, act="gelu", eps=1e-6):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.norm1 = LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, mlp, act)
 
     def forward(self, x, rope=None, lengths=None):
@@ -218,16 +235,17 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Video transformer with token dropping.
 
-    pos: "rope" (V-JEPA 2, SALT), "sincos" (V-JEPA 1) or "learned" (4DS, TDV). frames, size: the configured clip; sincos and rope accept any other
-    grid. highpass: > 0 takes from every pixel its mean over the frames of its tubelet, so that nothing static enters (and no token learns of another),
-    and multiplies the rest by this number. checkpoint: recompute each block in the backward pass. The other keywords are the entries of `config`.
+    pos: "rope" (V-JEPA 2, SALT), "sincos" (V-JEPA 1), "sinusoid1d" (VideoMAE) or "learned" (4DS, TDV). frames, size: the configured clip; sincos and
+    rope accept any other grid. highpass: > 0 takes from every pixel its mean over the frames of its tubelet, so that nothing static enters (and no
+    token learns of another), and multiplies the rest by this number. checkpoint: recompute each block in the backward pass. The other keywords are
+    the entries of `config`.
     """
 
     def __init__(self, *, width, depth, heads, mlp, patch=16, tubelet=2, frames=16, size=224, pos="rope", rope_quirk=False, highpass=0.0,
                  cls=False, final_norm=True, act="gelu", eps=1e-6, init_std=0.02, checkpoint=False):
         super().__init__()
-        if pos not in ("rope", "sincos", "learned"):
-            raise ValueError(f"pos must be rope, sincos or learned, not {pos!r}")
+        if pos not in ("rope", "sincos", "sinusoid1d", "learned"):
+            raise ValueError(f"pos must be rope, sincos, sinusoid1d or learned, not {pos!r}")
         if width % heads or frames % tubelet or size % patch:
             raise ValueError(f"not divisible: width {width} by heads {heads}, frames {frames} by tubelet {tubelet} or size {size} by patch {patch}")
         self.config = dict(width=width, depth=depth, heads=heads, mlp=mlp, patch=patch, tubelet=tubelet, frames=frames, size=size, pos=pos,
@@ -239,7 +257,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if cls else None
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), width)) if pos == "learned" else None
         self.blocks = nn.ModuleList([Block(width, heads, mlp, act, eps) for _ in range(depth)])
-        self.norm = nn.LayerNorm(width, eps=eps) if final_norm else None
+        self.norm = LayerNorm(width, eps=eps) if final_norm else None
         init_weights(self, self.blocks, init_std)
         for p in (self.cls_token, self.pos_embed):
             if p is not None:
@@ -261,10 +279,11 @@ class ViT(nn.Module):
 
         x = self.patch_embed(x, ids)  # (B, n, D)
         if self.pos != "rope":
-            if self.pos == "learned" and grid != self.grid:
-                raise ValueError(f"learned positions are for the grid {self.grid}, the clip has {grid}")
-            table = sincos_table(self.width, grid, x.device) if self.pos == "sincos" else self.pos_embed[0]
-            x = x + (table if ids is None else table[ids])  # not cast: under autocast the residual stream is float32 from here on, as in V-JEPA 1's
+            if self.pos != "sincos" and grid != self.grid:
+                raise ValueError(f"{self.pos} positions are for the grid {self.grid}, the clip has {grid}")
+            fixed = sincos_table if self.pos == "sincos" else sinusoid_table
+            table = self.pos_embed[0] if self.pos == "learned" else fixed(self.width, grid, x.device)
+            x = x + (table if ids is None else table[ids]).float()  # under autocast the residual stream is float32 from here on, as in V-JEPA 1's
         if self.cls_token is not None:  # one CLS at the head of each group; id 0 has angle 0, so it is not rotated
             cls = self.cls_token.to(x.dtype).expand(B, 1, -1)
             x = torch.cat([part for group in x.split(lengths, 1) for part in (cls, group)], 1)
@@ -306,7 +325,7 @@ class Predictor(nn.Module):
         self.predictor_embed = nn.Linear(in_width, width)
         self.mask_tokens = nn.ParameterList([nn.Parameter(torch.zeros(1, 1, width)) for _ in range(mask_tokens)])
         self.predictor_blocks = nn.ModuleList([Block(width, heads, mlp, eps=eps) for _ in range(depth)])
-        self.predictor_norm = nn.LayerNorm(width, eps=eps)
+        self.predictor_norm = LayerNorm(width, eps=eps)
         self.predictor_proj = nn.Linear(width, out_width)
         init_weights(self, self.predictor_blocks, init_std)
 
@@ -385,10 +404,14 @@ def ema_update(targets, sources, m):
 
 
 def shard(module, mesh=None, param_dtype=None):
-    """FSDP2: every Block is one unit, the rest belongs to the root. Call after compile_blocks and before the optimizer is built."""
+    """FSDP2: every Block is one unit, the rest belongs to the root. Call after compile_blocks and before the optimizer is built.
+
+    param_dtype: in which weights travel and work; the shards, gradients and optimizer stay float32. Autocast alone would keep a bf16 copy of every
+    block's weights until the backward pass, on every rank.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for m in list(module.modules()):
         if isinstance(m, Block):
             fully_shard(m, mesh=mesh, mp_policy=policy)
@@ -565,8 +588,9 @@ def sha256(path):
 def load_encoder(path, *, seed=0, key="target_encoder", **override):
     """(encoder in eval mode, float32; config dict) from any weight file of SIZES' families, or with random weights.
 
-    path: our .safetensors (checked against its sha256 where that lies beside it); a directory or .safetensors of HF's VJEPA2Model; a .pt or .pth.tar
-    of Meta's V-JEPA 1 or 2, of which `key` is read; "random:vit_s" or "random:PATH" for random weights (from `seed`) in the shape of a size or file.
+    path: our .safetensors (checked against its sha256 where that lies beside it); a directory or .safetensors of HF's VJEPA2Model or VideoMAEModel; a
+    .pt or .pth.tar of Meta's V-JEPA 1 or 2, of which `key` is read; a .pth of VideoMAE, an .npz of 4DS; "random:vit_s" or "random:PATH" for random
+    weights (from `seed`) in the shape of a size or file.
     override: entries of the config, such as heads=, frames=, size=. ValueError names the file and the missing, unexpected or misshaped keys.
     """
     name = str(path).removeprefix("random:")
@@ -638,13 +662,33 @@ def read_weights(path, key, override):
     if not path.exists():
         raise ValueError(f"{path}: no such weight file, and no size of {', '.join(SIZES)} behind 'random:'")
     if path.is_dir():
-        return from_hf_vjepa2(path)
+        return from_hf(path)
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
-        return (state, None, json.loads(metadata["config"])) if "config" in metadata else from_hf_vjepa2(path)
-    if path.suffix in (".pt", ".pth", ".tar"):
-        return from_meta_vjepa(path, key, override)
-    raise ValueError(f"{path}: not a weight file (.safetensors, .pt, .pth, .pth.tar) or a directory of one")
+        return (state, None, json.loads(metadata["config"])) if "config" in metadata else from_hf(path)
+    if path.suffix not in (".pt", ".pth", ".tar", ".npz"):
+        raise ValueError(f"{path}: not a weight file (.safetensors, .pt, .pth, .pth.tar, .npz) or a directory of one")
+    file = read_foreign(path)
+    if path.suffix == ".npz":
+        return from_4ds(path, file)
+    if not {key, "encoder", "target_encoder"} & {*file} and (parts := [file[k] for k in ("model", "module") if isinstance(file.get(k), dict)]):
+        return from_videomae(path, parts[0])
+    return from_meta_vjepa(path, file, key, override)
+
+
+def read_foreign(path):
+    """The dict in a .pt, .pth or .npz file, read without running any code in it."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as f:
+                return {k: torch.from_numpy(f[k]) for k in f}
+        with torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE's training script saves its flags in one; it is data
+            file = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(f"{path}: not a readable weight file ({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
+    if not isinstance(file, dict):
+        raise ValueError(f"{path}: not a readable weight file (it holds a {type(file).__name__})")
+    return file
 
 
 def read_safetensors(path):
@@ -678,6 +722,32 @@ def pick(state, path, *names):
     return [state[name] for name in names]
 
 
+def rename(state, path, drop, names):
+    """The state without the keys that `drop` matches, under our names: every pattern of `names` is replaced in turn."""
+    out = {}
+    for k in [k for k in state if not (drop and re.match(drop, k))]:
+        ours = k
+        for pattern, new in names.items():
+            ours = re.sub(pattern, new, ours)
+        if ours in out:
+            raise ValueError(f"{path}: holds {ours} twice, the second time as {k}")
+        out[ours] = state[k]
+    return out
+
+
+def fuse_qkv(state, path, zero_key=False):
+    """Join attn.{query,key,value} to attn.qkv in place, where none is missing. zero_key: a key without a bias, as VideoMAE has it, gets zeros."""
+    for q in [k for k in state if ".attn.query." in k]:
+        names = [q.replace("query", part) for part in ("query", "key", "value")]
+        if zero_key and q.endswith(".bias") and names[2] in state:
+            state.setdefault(names[1], torch.zeros_like(state[q]))
+        if all(k in state for k in names):
+            parts = [state.pop(k) for k in names]
+            if len({p.shape for p in parts}) > 1:
+                raise ValueError(f"{path}: wrong shape {', '.join(f'{k} {tuple(p.shape)}' for k, p in zip(names, parts))}")
+            state[q.replace("query", "qkv")] = torch.cat(parts)
+
+
 def depth_of(state, name):
     return 1 + max(int(k.split(".")[1]) for k in state if k.startswith(name + "."))
 
@@ -691,18 +761,14 @@ def predictor_shapes_config(state, path, config):
                 heads=config["predictor_heads"], grid=grid, pos=config["pos"], rope_quirk=config["rope_quirk"], mask_tokens=tokens, eps=config["eps"])
 
 
-def from_meta_vjepa(path, key, override):
+def from_meta_vjepa(path, file, key, override):
     """Meta's V-JEPA 1 (sincos tables stored beside the weights) and V-JEPA 2 (rope with its quirk).
 
     The predictor tells them apart: V-JEPA 1's has a predictor_pos_embed, while a V-JEPA 2 encoder may carry a stale pos_embed it never uses.
     """
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise ValueError(f"{path}: not a readable weight file ({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
-    if not isinstance(file, dict) or not isinstance(file.get(key), dict):
-        raise ValueError(f"{path}: no {key!r} in the file, which holds {sorted(file) if isinstance(file, dict) else type(file).__name__}")
-    state, pred = [{re.sub(r"^(module\.)?(backbone\.)?", "", k): v for k, v in file.get(part, {}).items()} for part in (key, "predictor")]
+    if not isinstance(file.get(key), dict):
+        raise ValueError(f"{path}: no {key!r} in the file, which holds {sorted(map(str, file))}")
+    state, pred = [rename(file.get(part, {}), path, None, {r"^(module\.)?(backbone\.)?": ""}) for part in (key, "predictor")]
     config = shapes_config(state, path)
     tables = {"pos_embed": state.pop("pos_embed", None), "predictor_pos_embed": pred.pop("predictor_pos_embed", None)}
     pos = override.get("pos", "rope" if tables["predictor_pos_embed"] is None else "sincos")
@@ -725,33 +791,80 @@ def from_meta_vjepa(path, key, override):
     return state, pred or None, config
 
 
-def from_hf_vjepa2(path):
-    """VJEPA2Model (or the VJEPA2ForVideoClassification around it) as transformers saves it: safetensors with a config.json beside them."""
+QV_BIAS = {r"attn\.q_bias$": "attn.query.bias", r"attn\.v_bias$": "attn.value.bias"}
+HF = {  # for each model_type: what is not the encoder's or predictor's, and their names -> ours, replaced in this order
+    "vjepa2": (r"(vjepa2\.)?(pooler|classifier)\.", {
+        r"^vjepa2\.": "", r"\.attention\.": ".attn.", r"\.layernorm\.": ".norm.", r"\.layer\.": ".blocks.", r"^encoder\.": "",
+        r"^embeddings\.patch_embeddings\.": "patch_embed.", r"^predictor\.embeddings\.predictor_embeddings\.": "predictor.embed.",
+        r"^predictor\.(embed|blocks|norm|proj)\.": r"predictor.predictor_\1."}),
+    "videomae": (r"(decoder|encoder_to_decoder|fc_norm|classifier)\.|mask_token$", {
+        r"^videomae\.": "", r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.", r"^encoder\.layer\.": "blocks.",
+        r"^layernorm\.": "norm.", r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.", r"\.attention\.attention\.": ".attn.",
+        r"\.attention\.output\.dense\.": ".attn.proj.", r"\.intermediate\.dense\.": ".mlp.fc1.", r"\.output\.dense\.": ".mlp.fc2.",
+        **QV_BIAS}),  # the published files have q_bias and v_bias, transformers 5 has query.bias and value.bias
+}
+
+
+def from_hf(path):
+    """V-JEPA 2 and VideoMAE, bare or with a head around them, as transformers saves them: safetensors with a config.json beside them."""
     folder = path if path.is_dir() else path.parent
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not (folder / "config.json").exists():
         raise ValueError(f"{path}: neither our format nor HF's: no {'config.json' if files else '.safetensors'} in {folder}")
     hf = json.loads((folder / "config.json").read_text())
-    if hf.get("model_type") != "vjepa2":
-        raise ValueError(f"{path}: config.json says model_type {hf.get('model_type')!r}, not 'vjepa2'")
-    state = {k: v for f in files for k, v in read_safetensors(f)[0].items()}
-    if any(k.startswith("vjepa2.") for k in state):  # the classifier's head and pooler are not ours to load
-        state = {k.removeprefix("vjepa2."): v for k, v in state.items() if not k.startswith(("pooler.", "classifier."))}
-    for k in [k for k in state if ".attention.query." in k]:
-        parts = [k.replace("query", part) for part in ("query", "key", "value")]
-        if all(p in state for p in parts):
-            state[k.replace("attention.query", "attn.qkv")] = torch.cat([state.pop(p) for p in parts])
+    kind = hf.get("model_type")
+    if kind not in HF:
+        raise ValueError(f"{path}: config.json says model_type {kind!r}, not one of {', '.join(HF)}")
+    state = rename({k: v for f in files for k, v in read_safetensors(f)[0].items()}, path, *HF[kind])
+    fuse_qkv(state, path, zero_key=kind == "videomae")
+    if kind == "videomae":
+        act, eps, heads, frames, size, pooled = pick(
+            hf, folder / "config.json", "hidden_act", "layer_norm_eps", "num_attention_heads", "num_frames", "image_size", "use_mean_pooling")
+        if act != "gelu" or not isinstance(size, int):
+            raise ValueError(f"{path}: config.json says hidden_act {act!r} and image_size {size!r}; only 'gelu' and one number are supported")
+        if not hf.get("qv_bias", hf.get("qkv_bias", True)):
+            state = {k.replace("weight", "bias"): torch.zeros(len(v)) for k, v in state.items() if k.endswith("attn.qkv.weight")} | state
+        return state, None, dict(shapes_config(state, path, eps), pos="sinusoid1d", heads=heads, final_norm=not pooled, frames=frames, size=size)
     for i, token in enumerate(state.pop("predictor.embeddings.mask_tokens", [])):
         state[f"predictor.mask_tokens.{i}"] = token
-    names = {"attention.": "attn.", "embeddings.patch_embeddings.": "patch_embed.", "encoder.layernorm.": "norm.", "encoder.layer.": "blocks.",
-             "predictor.embeddings.predictor_embeddings.": "predictor.predictor_embed.", "predictor.layer.": "predictor.predictor_blocks.",
-             "predictor.layernorm.": "predictor.predictor_norm.", "predictor.proj.": "predictor.predictor_proj."}
-    encoder, predictor = {}, {}
-    for k, v in state.items():
-        for theirs, ours in names.items():
-            k = k.replace(theirs, ours)
-        part = predictor if k.startswith("predictor.") else encoder
-        part[k.removeprefix("encoder.").removeprefix("predictor.")] = v
+    encoder = {k: v for k, v in state.items() if not k.startswith("predictor.")}
+    predictor = {k.removeprefix("predictor."): v for k, v in state.items() if k not in encoder}
     config = dict(shapes_config(encoder, path, hf["layer_norm_eps"]), pos="rope", rope_quirk=True, heads=hf["num_attention_heads"],
                   predictor_heads=hf["pred_num_attention_heads"], frames=hf["frames_per_clip"], size=hf["crop_size"])
     return encoder, predictor or None, config
+
+
+def from_videomae(path, file):
+    """VideoMAE's own files: in pretraining the encoder lies below `encoder.`; after fine-tuning it is bare, without norm where an fc_norm follows."""
+    state = rename(file, path, r"(decoder|encoder_to_decoder|fc_norm|head)\.|mask_token$", {r"^encoder\.": "", **QV_BIAS})
+    fuse_qkv(state, path, zero_key=True)
+    final_norm = not any(k.startswith("fc_norm.") for k in file)
+    return state, None, dict(shapes_config(state, path), pos="sinusoid1d", final_norm=final_norm, frames=16, size=224)
+
+
+FOURDS_NAMES = {
+    "/": ".", r"\.(kernel|scale)$": ".weight", r"^(.*\.)?patch_embedding\.Conv_0\.": "patch_embed.proj.", r"^(.*\.)?posenc\.embeddings$": "pos_embed",
+    r"^(.*\.)?processor\.layers_(\d+)\.": r"blocks.\2.", r"\.attention_norm\.": ".norm1.", r"\.mlp_norm\.": ".norm2.",
+    r"\.attention\.out\.": ".attn.proj.", r"\.attention\.": ".attn.", r"\.dense_in\.": ".fc1.", r"\.dense_out\.": ".fc2."}
+FOURDS_AXES = {  # flax kernels are (in, out): their axes, a letter for each size (H heads of d channels), and how they become ours
+    r"patch_embed\.proj\.weight": ("appcD", lambda v: v.permute(4, 3, 0, 1, 2)), "pos_embed": ("tssD", lambda v: v.flatten(0, 2)[None]),
+    r"attn\.(query|key|value)\.weight": ("DHd", lambda v: v.flatten(1).T), r"attn\.(query|key|value)\.bias": ("Hd", torch.flatten),
+    r"attn\.proj\.weight": ("HdD", lambda v: v.flatten(0, 1).T),
+    r"mlp\.fc1\.weight": ("DF", torch.t), r"mlp\.fc2\.weight": ("FD", torch.t),
+}
+
+
+def from_4ds(path, file):
+    """4DS: flat flax keys. What precedes the encoder's three parts differs between files; what lies outside them is a readout or a decoder."""
+    state = rename(file, path, r"(?!(.*/)?(patch_embedding|posenc|processor)/)", FOURDS_NAMES)
+    pick(state, path, "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.query.weight", "blocks.0.mlp.fc1.weight")
+    size = {}
+    for pattern, (axes, ours) in FOURDS_AXES.items():
+        for k in [k for k in state if re.search(rf"(^|\.){pattern}$", k)]:
+            want = tuple(size.setdefault(a, n) for a, n in zip(axes, state[k].shape))
+            if state[k].shape != want or len(want) != len(axes):
+                raise ValueError(f"{path}: wrong shape {k} {tuple(state[k].shape)} instead of {tuple(size.get(a, a) for a in axes)}")
+            state[k] = ours(state[k]).contiguous()
+    fuse_qkv(state, path)
+    config = dict(shapes_config(state, path), pos="learned", heads=size["H"], final_norm=False, act="gelu_tanh", mean=[0.0] * 3, std=[1.0] * 3)
+    return state, None, config | dict(frames=size["t"] * size["a"], size=size["s"] * size["p"])

@@ -300,7 +300,7 @@ class Run:
         if self.args.compile:
             M.compile_blocks(module)
         if self.args.fsdp and self.ranks > 1:
-            return M.shard(module)
+            return M.shard(module, param_dtype=torch.bfloat16 if self.args.dtype == "bf16" else None)
         return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.ranks > 1 else module
 
     def sync(self, module, on):
@@ -362,30 +362,30 @@ def picture(path, x, keep, shown, grid):
     D.save_png(path, image.float().clamp(0, 1).mul(255).byte().cpu().repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
 
 
-def dry_run(args, run, objective, samples):
-    """Sizes from the meta device -> a plan of memory and time on 8, 64 and 256 GPUs with --fsdp, and one JSON line for the ranks that this is run with.
-    Sharded: float32 weights, gradients, two Adam moments. Whole: the weights of two blocks, the one at work and the next. Activations: what autograd
-    keeps of the micro-batch, about 16 values a token, block and channel and 2 of the MLP's, or with --checkpoint each block's input and one block."""
-    e, n = objective.encoder, objective.decoder.latents.shape[1]
+def plan(args, objective, K, gpus, micro):
+    """Bytes on each GPU with --fsdp, for K kept tokens and clips of a micro-batch. state: float32 weights, gradients and Adam's two moments, sharded.
+    whole: two blocks' weights, the one at work and the next. activations: what autograd keeps of a token in a block, 10 values a channel and 2 of the
+    MLP's (bf16: 4 bytes a channel more, the float32 residuals), or with --checkpoint one value a channel, and all the rest for one block."""
+    e, n, size = objective.encoder, objective.decoder.latents.shape[1], 2 if args.dtype == "bf16" else 4
+    tokens = [K] * objective.alone + [K + n] * args.dec_blocks
+    kept = lambda count: count * ((10 * e.width + 2 * e.mlp) * size + (4 * e.width if size == 2 else 0))
+    return {"state": sum(p.numel() for p in objective.parameters()) * 16 // gpus,
+            "whole": 2 * size * sum(p.numel() for p in e.blocks[0].parameters()) if gpus > 1 else 0,
+            "activations": micro * (4 * e.width * sum(tokens) + kept(max(tokens)) if args.checkpoint else sum(map(kept, tokens)))}
+
+
+def dry_run(args, run, objective, K):
+    """Sizes from the meta device -> a plan of memory and time on 8, 64 and 256 GPUs, and one JSON line for the ranks that this is run with."""
     count = lambda module: sum(p.numel() for p in module.parameters())
-    K, params, bytes_a_value = samples[0].shape[1], count(objective), 2 if args.dtype == "bf16" else 4
-    flops, tokens = objective.flops(K) * args.batch_size, [K] * objective.alone + [K + n] * args.dec_blocks
-    kept = lambda tokens: tokens * (8 * e.width + 2 * e.mlp)
-    whole = count(e.blocks[0]) * 4 * 2
-
-    def plan(gpus, micro):
-        values = sum(t * e.width for t in tokens) + kept(max(tokens)) if args.checkpoint else sum(map(kept, tokens))
-        return {"gpus": gpus, "state": params * 16 // gpus, "whole": whole if gpus > 1 else 0, "activations": micro * values * bytes_a_value}
-
-    for gpus in (8, 64, 256):
-        if run.rank == 0:
-            p, days = plan(gpus, 1), flops * args.steps / (gpus * 0.5 * 989e12) / 86400
-            print(f"{args.model} on {gpus:3d} GPUs: {' + '.join(f'{p[k] / 2**30:.2f} GiB {k}' for k in ('state', 'whole', 'activations'))} at --micro_batch 1; "
-                  f"{days:.3g} days at 50 % of an H100's or H200's 989 bf16 TFLOP/s")
-    p = plan(run.ranks if args.fsdp else 1, args.micro_batch or args.batch_size // run.ranks)
+    flops = objective.flops(K) * args.batch_size
+    days = lambda gpus: flops * args.steps / (gpus * 0.5 * 989e12) / 86400
+    p = plan(args, objective, K, run.ranks if args.fsdp else 1, args.micro_batch or args.batch_size // run.ranks)
     if run.rank == 0:
-        print(json.dumps({"params": params, "params_encoder": count(e), "flops_per_step": flops, "flops_per_clip": flops / args.batch_size,
-                          "bytes_per_gpu": p["state"] + p["whole"] + p["activations"], "gpus": run.ranks, "days": flops * args.steps / (run.ranks * 0.5 * 989e12) / 86400}))
+        for gpus in (8, 64, 256):
+            parts = " + ".join(f"{v / 2**30:.2f} GiB {k}" for k, v in plan(args, objective, K, gpus, 1).items())
+            print(f"{args.model} on {gpus:3d} GPUs at --micro_batch 1: {parts}; {days(gpus):.3g} days at 50 % of an H100's or H200's 989 bf16 TFLOP/s")
+        print(json.dumps({"params": count(objective), "params_encoder": count(objective.encoder), "flops_per_step": flops, "flops_per_clip": flops / args.batch_size,
+                          "bytes_per_gpu": sum(p.values()), "gpus": run.ranks, "days": days(run.ranks)}))
 
 
 def main(args):
@@ -399,9 +399,9 @@ def main(args):
     except ValueError as e:
         fail(e)
     grid = objective.encoder.grid
-    samples = [D.sample_masks([args.mask], args.seed, step, min(args.batch_size, 64), grid)[0][0] for step in range(2)]
+    K = D.sample_masks([args.mask], args.seed, 0, min(args.batch_size, 64), grid)[0][0].shape[1]
     if args.dry_run:
-        return dry_run(args, run, objective, samples)
+        return dry_run(args, run, objective, K)
     if not args.data:
         raise D.DataError("no data: give --data LIST (see README, Data) or --preset laptop")
     if len(args.probe_data) not in (0, 2):

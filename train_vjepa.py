@@ -164,7 +164,7 @@ class VJEPA(nn.Module):
             return self.target(x)
         with torch.no_grad():                                   # stop-gradient: the argument of Appendix D rests on it
             h = self.target(x)
-            h = F.layer_norm(h, h.shape[-1:])                   # (B,N,D)
+            h = F.layer_norm(h.float(), h.shape[-1:])           # (B,N,D)
         zhat = self.predictor(self.encoder(x, keep), keep, pred)                         # [(B,M,D)]
         terms = [(p - h.gather(1, ids[..., None].expand(-1, -1, h.shape[-1]))).abs().mean() for p, ids in zip(zhat, pred)]
         metrics = {f"loss_{spec}": term.detach() for spec, term in zip(self.args.masks, terms)}
@@ -318,7 +318,7 @@ class Run:
         if self.args.compile:
             M.compile_blocks(module)
         if self.args.fsdp and self.ranks > 1:
-            return M.shard(module)
+            return M.shard(module, param_dtype=torch.bfloat16 if self.args.dtype == "bf16" else None)
         return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.ranks > 1 else module
 
     def sync(self, module, on):

@@ -1,4 +1,5 @@
 """model.py: parity with published code and formats, token dropping, positions, counting, weight files, optimizer groups, sharding, compilation."""
+import argparse
 import copy
 import itertools
 import json
@@ -89,12 +90,13 @@ def test_complex_and_real_rotation_agree():
 
 def test_fixed_positions_are_no_parameters():
     """sincos and rope leave nothing in the state dict and nothing to train; learned positions do."""
-    for pos, count in (("sincos", 0), ("rope", 0), ("learned", 1)):
+    for pos, count in (("sincos", 0), ("sinusoid1d", 0), ("rope", 0), ("learned", 1)):
         model = tiny(pos=pos)
         assert sum("pos_embed" in k for k in model.state_dict()) == count and not list(model.buffers())
     assert tiny(pos="learned").pos_embed.shape == (1, 64, 64)
-    with pytest.raises(ValueError, match="learned positions are for the grid"):
-        tiny(pos="learned")(clip(frames=4))
+    for pos in ("learned", "sinusoid1d"):
+        with pytest.raises(ValueError, match=f"{pos} positions are for the grid"):
+            tiny(pos=pos)(clip(frames=4))
     assert tiny(pos="sincos")(clip(frames=4)).shape == (2, 32, 64)  # another grid: recomputed
 
 
@@ -108,7 +110,7 @@ def test_attention_kernels_agree(monkeypatch):
 # encoder and predictor
 
 
-@pytest.mark.parametrize("pos", ["rope", "sincos", "learned"])
+@pytest.mark.parametrize("pos", ["rope", "sincos", "sinusoid1d", "learned"])
 @pytest.mark.parametrize("cls", [False, True])
 def test_groups_equal_each_mask_alone(pos, cls):
     """A list of masks in one sequence gives what each mask gives alone; keeping all tokens equals keep=None."""
@@ -429,9 +431,11 @@ def test_clear_errors(tmp_path):
     """A missing file, a file of no known kind, text named .pt, a checkpoint without the part, an unknown override: one line with the path."""
     (tmp_path / "a.pt").write_text("hello")
     (tmp_path / "a.bin").write_text("hello")
-    torch.save({"model": {}}, tmp_path / "b.pt")
+    torch.save({"student": {}}, tmp_path / "b.pt")
+    torch.save({"model": {}}, tmp_path / "c.pt")
+    (tmp_path / "a.npz").write_text("hello")
     for name, message in (("none.pt", "no such weight file"), ("a.pt", "not a readable weight file"), ("a.bin", "not a weight file"),
-                          ("b.pt", "'model'"), (".", "no .safetensors")):
+                          ("b.pt", "'student'"), ("c.pt", "missing patch_embed"), ("a.npz", "not a readable weight file"), (".", "no .safetensors")):
         with pytest.raises(ValueError, match=message) as e:
             M.load_encoder(tmp_path / name)
         assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
@@ -486,8 +490,8 @@ def test_hf_files_load_strictly(hf):
     with pytest.raises(ValueError, match="unexpected extra"):
         M.load_encoder(folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "videomae"}))
-    with pytest.raises(ValueError, match="'videomae'"):
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "timesformer"}))
+    with pytest.raises(ValueError, match="'timesformer', not one of vjepa2, videomae"):
         M.load_encoder(folder)
 
 
@@ -569,3 +573,232 @@ def test_meta_checkpoints_load_strictly(version, tmp_path):
     refused(r"no predictor to tell", lambda p: p.pop("predictor"))
     refused(r"holds no predictor", lambda p: (p.pop("predictor"), p["target_encoder"].pop("pos_embed")) if version == 2 else p.pop("predictor"),
             M.load_predictor, frames=8, pos="rope" if version == 2 else "sincos")
+
+
+@pytest.fixture
+def videomae(tmp_path):
+    """save(kind, use_mean_pooling) -> (HF model of that kind with random weights in every tensor, folder it was saved to)."""
+    transformers = pytest.importorskip("transformers", reason="the oracle needs: pip install transformers")
+
+    def save(kind, pooled, **kw):
+        torch.manual_seed(0)
+        oracle = getattr(transformers, kind)(transformers.VideoMAEConfig(**{**dict(
+            image_size=64, num_frames=8, hidden_size=96, num_attention_heads=4, num_hidden_layers=3, intermediate_size=200, use_mean_pooling=pooled,
+            decoder_hidden_size=48, decoder_num_attention_heads=2, decoder_num_hidden_layers=1, decoder_intermediate_size=64), **kw})).eval()
+        for name, p in oracle.named_parameters():
+            torch.nn.init.normal_(p, float("norm" in name and name.endswith("weight")), 0.02 if p.ndim == 5 else 0.1)
+        oracle.save_pretrained(tmp_path / kind)
+        return oracle, tmp_path / kind
+    return save
+
+
+VIDEOMAE = list(itertools.product(["VideoMAEModel", "VideoMAEForPreTraining", "VideoMAEForVideoClassification"], [True, False]))
+
+
+@pytest.mark.parametrize("kind, pooled", VIDEOMAE)
+def test_videomae_features_equal_transformers(videomae, kind, pooled):
+    """The encoder of every kind of HF VideoMAE, with and without a final norm: 1e-5, of all tokens and of kept ones, with old and new bias names."""
+    from safetensors.torch import load_file, save_file
+
+    oracle, folder = videomae(kind, pooled)
+    encoder, config = M.load_encoder(folder)
+    wanted = dict(pos="sinusoid1d", heads=4, eps=1e-12, frames=8, size=64, mlp=200, act="gelu", final_norm=not pooled, **M.IMAGENET)
+    assert {k: config[k] for k in wanted} == wanted
+    x, (keep,) = clip(2, 8, 64), some_ids([20])
+    with torch.no_grad():
+        base = getattr(oracle, "videomae", oracle)
+        full = base(x.transpose(1, 2)).last_hidden_state
+        part = base(x.transpose(1, 2), bool_masked_pos=torch.ones(2, 64, dtype=torch.bool).scatter(1, keep, False)).last_hidden_state
+        z = encoder(x)
+        differences = gap(z, full), gap(encoder(x, keep.sort(1)[0]), part)
+    print(f"max difference to {kind}, pooled {pooled}: all tokens %.1e, kept ones %.1e, of features up to {z.abs().max():.1f}" % differences)
+    assert max(differences) < 1e-5
+    state = load_file(folder / "model.safetensors")
+    swap = ("query.bias", "q_bias"), ("value.bias", "v_bias")
+    for _ in range(2):
+        for new, old in swap:
+            state = {k.replace(f"attention.{new}", f"attention.{old}"): v for k, v in state.items()}
+        save_file(state, folder / "model.safetensors")
+        assert gap(M.load_encoder(folder / "model.safetensors")[0](x), z) == 0
+        swap = [pair[::-1] for pair in swap]
+
+
+def test_videomae_without_biases(videomae):
+    """qv_bias False: no biases in the file, zeros in the encoder."""
+    oracle, folder = videomae("VideoMAEModel", False, qv_bias=False)
+    with torch.no_grad():
+        z = M.load_encoder(folder)[0](clip(2, 8, 64))
+        assert gap(z, oracle(clip(2, 8, 64).transpose(1, 2)).last_hidden_state) < 1e-5
+
+
+def videomae_file(path, state, part, **more):
+    """A file in the layout of VideoMAE's own scripts from a state of HF's VideoMAEModel: qkv in one, biases apart, all prefixed in pretraining."""
+    ours = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "encoder.layer": "blocks", "layernorm_before": "norm1",
+            "layernorm_after": "norm2", "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
+            "layernorm": "norm"}
+    out = {}
+    for k, v in state.items():
+        for theirs, name in ours.items():
+            k = k.replace(theirs, name)
+        if ".query.weight" in k:
+            layer = k.split(".")[1]
+            v = torch.cat([state[f"encoder.layer.{layer}.attention.attention.{n}.weight"] for n in ("query", "key", "value")])
+            out[f"blocks.{layer}.attn.qkv.weight"] = v
+        elif k.endswith((".query.bias", ".value.bias")):
+            out[k.replace("attention.attention.", "attn.").replace("query.bias", "q_bias").replace("value.bias", "v_bias")] = v
+        elif ".key." not in k and ".value." not in k:
+            out[k] = v
+    if part == "model":
+        decoder = ("decoder.blocks.0.norm1.weight", "decoder.norm.bias", "mask_token", "encoder_to_decoder.weight")
+        out = {f"encoder.{k}": v for k, v in out.items()} | {k: torch.randn(3) for k in decoder}
+    else:
+        out |= {k: torch.randn(3) for k in ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")}
+    out = {k: v for k, v in (out | more).items() if v is not None}
+    torch.save({part: out, "optimizer": {"state": {}}, "epoch": 3, "scaler": {"scale": 1.0}, "args": argparse.Namespace(lr=0.1, device="cuda")}, path)
+    return path
+
+
+@pytest.mark.parametrize("part", ["model", "module"])
+def test_videomae_checkpoints(videomae, part, tmp_path):
+    """VideoMAE's own layout from the weights of VideoMAEModel gives its features; missing, extra and misshaped keys are refused by name."""
+    oracle, _ = videomae("VideoMAEModel", part == "module", layer_norm_eps=1e-6)
+    before, where = ("encoder." if part == "model" else ""), dict(heads=4, frames=8, size=64)
+    path = videomae_file(tmp_path / "checkpoint.pth", oracle.state_dict(), part)
+    encoder, config = M.load_encoder(path, **where)
+    assert (config["pos"], config["eps"], config["final_norm"], config["mean"]) == ("sinusoid1d", 1e-6, part == "model", M.IMAGENET["mean"])
+    with torch.no_grad():
+        z = encoder(clip(2, 8, 64))
+        difference = gap(z, oracle(clip(2, 8, 64).transpose(1, 2)).last_hidden_state)
+    print(f"max difference of {part} to VideoMAEModel: {difference:.1e} of features up to {z.abs().max():.1f}")
+    assert difference < 1e-5
+
+    bias = oracle.state_dict()["encoder.layer.1.attention.attention.value.bias"]
+    for name, value, message in (
+            ("blocks.1.attn.v_bias", None, r"missing blocks\.1\.attn\.qkv\.bias; unexpected blocks\.1\.attn\.query\.bias"),
+            ("blocks.1.attn.v_bias", bias[1:], r"wrong shape blocks\.1\.attn\.query\.bias \(96,\), .*value\.bias \(95,\)"),
+            ("blocks.2.mlp.fc1.weight", None, r"missing blocks\.2\.mlp\.fc1\.weight"), ("blocks.2.mlp.fc3", bias, r"unexpected blocks\.2\.mlp\.fc3"),
+            ("gamma", bias, "unexpected gamma"), ("patch_embed.proj.weight", None, "missing patch_embed"), ("pos_embed", bias, "unexpected pos_e"),
+            ("norm.weight", None if part == "model" else bias, f"{'missing' if part == 'model' else 'unexpected'} norm.weight")):
+        videomae_file(path, oracle.state_dict(), part, **{before + name: value})
+        with pytest.raises(ValueError, match=message):
+            M.load_encoder(path, **where)
+    with pytest.raises(ValueError, match="pass heads="):
+        M.load_encoder(path)
+    with pytest.raises(ValueError, match="holds no predictor"):
+        M.load_predictor(videomae_file(path, oracle.state_dict(), part), **where)
+
+
+def test_videomae_directories_load_strictly(videomae):
+    """A key missing from an HF VideoMAE, one too many, one under two names, a foreign activation, a config without an entry."""
+    from safetensors.torch import load_file, save_file
+
+    _, folder = videomae("VideoMAEForPreTraining", False)
+    state, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    part, extra = "videomae.encoder.layer.1.attention.attention.", torch.zeros(96)
+    old = f"{part}q_bias" in state  # which of the two names this version of transformers writes
+    for change, message in (({f"{part}{'v_bias' if old else 'value.bias'}": None}, r"missing blocks\.1\.attn\.qkv\.bias; unexpected .*query\.bias"),
+                            ({f"{part}key.weight": None}, r"missing blocks\.1\.attn\.qkv\.weight; unexpected"),
+                            ({f"{part}{'query.bias' if old else 'q_bias'}": extra}, r"holds blocks\.1\.attn\.query\.bias twice"),
+                            ({"videomae.layernorm.weight": None}, r"missing norm\.weight"), ({"videomae.pooler": extra}, "unexpected pooler")):
+        save_file({k: v for k, v in (state | change).items() if v is not None}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            M.load_encoder(folder)
+    save_file(state, folder / "model.safetensors")
+    for entry, message in ({"hidden_act": "relu"}, "'relu'"), ({"image_size": [64, 32]}, r"\[64, 32\]"):
+        (folder / "config.json").write_text(json.dumps(config | entry))
+        with pytest.raises(ValueError, match=message):
+            M.load_encoder(folder)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "num_frames"}))
+    with pytest.raises(ValueError, match="config.json: missing num_frames"):
+        M.load_encoder(folder)
+
+
+def test_sinusoid1d_is_the_published_table():
+    """Against float64 numpy: angle p / 10000^(2(j//2)/D), sine at even j, cosine at odd j, over all tokens in a row."""
+    p, j = np.arange(1568)[:, None], np.arange(384)
+    angle = p / np.power(10000, 2 * (j // 2) / 384)
+    ours = M.sinusoid_table(384, (8, 14, 14))
+    assert ours.dtype == torch.float32 and np.abs(ours.double().numpy() - np.where(j % 2, np.cos(angle), np.sin(angle))).max() < 1e-6
+
+
+def fourds_arrays(D=48, H=3, hidden=80, depth=2, prefix="params/layers_0/", encoder="encoder/"):
+    """Random arrays under the keys of a 4DS file: grid (3, 4, 4), tubelets of 2, patches of 8, and a readout that is not the encoder's."""
+    rng = np.random.default_rng(0)
+
+    def r(*shape, scale=0.1, shift=0.0):
+        return (shift + scale * rng.standard_normal(shape)).astype(np.float32)
+
+    d = D // H
+    arrays = {f"{encoder}patch_embedding/Conv_0/kernel": r(2, 8, 8, 3, D), f"{encoder}patch_embedding/Conv_0/bias": r(D),
+              f"{encoder}posenc/embeddings": r(3, 4, 4, D)}
+    for i in range(depth):
+        layer = f"processor/layers_{i}/"
+        for name in ("query", "key", "value"):
+            arrays |= {f"{layer}attention/{name}/kernel": r(D, H, d, scale=0.2), f"{layer}attention/{name}/bias": r(H, d)}
+        arrays |= {f"{layer}attention/out/kernel": r(H, d, D), f"{layer}attention/out/bias": r(D), f"{layer}mlp/dense_in/kernel": r(D, hidden),
+                   f"{layer}mlp/dense_in/bias": r(hidden), f"{layer}mlp/dense_out/kernel": r(hidden, D), f"{layer}mlp/dense_out/bias": r(D)}
+        for name in ("attention_norm", "mlp_norm"):
+            arrays |= {f"{layer}{name}/scale": r(D, shift=1.0), f"{layer}{name}/bias": r(D)}
+    readout = {"params/layers_2/query": r(1, 3), "params/layers_2/temporal_posenc/embeddings": r(4, 1, 3), "params/layers_2/LayerNorm_0/scale": r(3)}
+    return {prefix + k: v for k, v in arrays.items()} | readout
+
+
+def fourds_forward(arrays, x, prefix, encoder):
+    """Features (B, N, D) of clips x (B, 3, T, H, W) in [0, 1] from those arrays: numpy, float64, one einsum for every flax layer."""
+    w = {k.removeprefix(prefix): v.astype(np.float64) for k, v in arrays.items()}
+    a, p, _, _, D = w[f"{encoder}patch_embedding/Conv_0/kernel"].shape
+    B, _, T, S, _ = x.shape
+    patches = x.transpose(0, 2, 3, 4, 1).reshape(B, T // a, a, S // p, p, S // p, p, 3)
+    z = np.einsum("btahpwqc,apqcD->bthwD", patches, w[f"{encoder}patch_embedding/Conv_0/kernel"]) + w[f"{encoder}patch_embedding/Conv_0/bias"]
+    z = (z + w[f"{encoder}posenc/embeddings"]).reshape(B, -1, D)
+
+    def norm(z, name):
+        return (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6) * w[f"{name}/scale"] + w[f"{name}/bias"]
+
+    for i in range(sum(k.endswith("mlp_norm/scale") for k in w)):
+        at = f"processor/layers_{i}/"
+        y = norm(z, f"{at}attention_norm")
+        q, k, v = (np.einsum("bnD,DHd->bnHd", y, w[f"{at}attention/{n}/kernel"]) + w[f"{at}attention/{n}/bias"] for n in ("query", "key", "value"))
+        score = np.exp(np.einsum("bnHd,bmHd->bHnm", q, k) / np.sqrt(q.shape[-1]))
+        y = np.einsum("bHnm,bmHd->bnHd", score / score.sum(-1, keepdims=True), v)
+        z = z + np.einsum("bnHd,HdD->bnD", y, w[f"{at}attention/out/kernel"]) + w[f"{at}attention/out/bias"]
+        y = norm(z, f"{at}mlp_norm") @ w[f"{at}mlp/dense_in/kernel"] + w[f"{at}mlp/dense_in/bias"]
+        y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+        z = z + y @ w[f"{at}mlp/dense_out/kernel"] + w[f"{at}mlp/dense_out/bias"]
+    return z
+
+
+@pytest.mark.parametrize("prefix, encoder", [("params/layers_0/", "encoder/"), ("", ""), ("params/model/layers_1/", "tokenizer/")])
+def test_4ds_features_equal_numpy(prefix, encoder, tmp_path):
+    """A 4DS file, with whatever path before its three parts, gives the features of a float64 numpy forward of the same arrays."""
+    arrays = fourds_arrays(prefix=prefix, encoder=encoder)
+    np.savez(tmp_path / "4ds.npz", **arrays)
+    model, config = M.load_encoder(tmp_path / "4ds.npz")
+    wanted = dict(width=48, depth=2, heads=3, mlp=80, patch=8, tubelet=2, frames=6, size=32, pos="learned", act="gelu_tanh", final_norm=False,
+                  eps=1e-6, mean=[0.0] * 3, std=[1.0] * 3)
+    assert {k: config[k] for k in wanted} == wanted
+    x = torch.rand(2, 3, 6, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        z = model(x)
+    theirs = torch.from_numpy(fourds_forward(arrays, x.double().numpy(), prefix, encoder))
+    print(f"max difference of 4DS to numpy: {gap(z, theirs):.1e} of features up to {z.abs().max():.1f}")
+    assert gap(z, theirs) < 1e-5
+
+
+def test_4ds_files_load_strictly(tmp_path):
+    """Missing, extra and misshaped keys are refused by name, as are norms of queries, two encoders in one file and pickled objects."""
+    at, path = "params/layers_0/processor/layers_1/", tmp_path / "4ds.npz"
+    for change, message in (({f"{at}attention/key/bias": None}, r"missing blocks\.1\.attn\.qkv\.bias; unexpected blocks\.1\.attn\.query\.bias"),
+                            ({f"{at}mlp/dense_in/bias": None}, r"missing blocks\.1\.mlp\.fc1\.bias"),
+                            ({"params/layers_0/encoder/posenc/embeddings": None}, "missing pos_embed"),
+                            ({f"{at}attention/query_norm/scale": np.ones(16)}, r"unexpected blocks\.1\.attn\.query_norm\.weight"),
+                            ({"params/layers_0/encoder/patch_embedding/Conv_1/bias": np.ones(48)}, r"unexpected .*Conv_1"),
+                            ({f"{at}attention/value/kernel": np.ones((48, 6, 8))}, r"wrong shape .*value\.weight \(48, 6, 8\) .*\(48, 3, 16\)"),
+                            ({f"{at}attention/out/kernel": np.ones((48, 48))}, r"wrong shape blocks\.1\.attn\.proj\.weight \(48, 48\)"),
+                            ({f"{at}mlp_norm/bias": np.ones(47)}, r"wrong shape blocks\.1\.norm2\.bias \(47,\) instead of \(48,\)"),
+                            ({"params/layers_0/encoder/posenc/embeddings": np.ones((3, 4, 5, 48))}, r"wrong shape pos_embed \(3, 4, 5, 48\)"),
+                            ({"teacher/encoder/posenc/embeddings": np.ones((3, 4, 4, 48))}, "holds pos_embed twice"),
+                            ({"x": np.array([{}], dtype=object)}, "not a readable weight file .*Object arrays")):
+        np.savez(path, **{k: v for k, v in (fourds_arrays() | change).items() if v is not None})
+        with pytest.raises(ValueError, match=message):
+            M.load_encoder(path)

@@ -1,0 +1,152 @@
+"""train_mae4d.py: the loss against float64 numpy, what the first blocks see, the paper's parameter counts, ranks, resume, the memory plan."""
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data as D
+import model as M
+import train_mae4d as T
+from test_train_vjepa import losses
+
+TINY = ("--preset", "laptop", "--steps", 6, "--batch_size", 8, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2)
+
+
+def setting(seed=0, B=3, **changes):
+    args = dataclasses.replace(T.Args(**T.PRESETS["laptop"]), **changes)
+    torch.manual_seed(seed)
+    objective, rng = T.MAE4D(args), np.random.default_rng(seed)
+    x = torch.from_numpy(rng.random((B, 3, args.frames, args.size, args.size), dtype=np.float32))
+    return args, objective, x, D.sample_masks([args.mask], seed, 0, B, objective.encoder.grid)[0][0]
+
+
+def test_patches_and_back():
+    x = torch.randn(2, 3, 4, 8, 8)
+    tokens = M.patches(x, 2, 4)
+    assert torch.equal(tokens[1, 1, 0, 1, 2], x[1, 2, 2:4, :4, 4:]) and torch.equal(M.unpatch(tokens.flatten(1, 3).flatten(2), (2, 2, 2), 2, 4), x)
+
+
+@pytest.mark.parametrize("out_patch", [(2, 8), (4, 16)])
+def test_loss_is_the_mean_squared_error_of_rgb_over_all_patches(out_patch):
+    """Against float64 numpy on the decoded clip, seen and hidden patches alike; also for a grid coarser than the input's."""
+    args, objective, x, keep = setting(out_patch=out_patch)
+    loss, _ = objective(x, keep)
+    shown = objective(x, keep, reconstruct=True)
+    assert shown.shape == x.shape
+    assert abs(loss.item() - np.mean((shown.detach().double().numpy() - x.double().numpy()) ** 2)) < 1e-6
+
+
+def test_the_first_blocks_see_the_kept_tokens_only():
+    """Hidden pixels change: neither the context nor the decoded clip moves by a bit. 78 of 1568 tokens are kept at the paper's setting."""
+    args, objective, x, keep = setting()
+    t, h, w = objective.encoder.grid
+    seen = torch.zeros(len(x), t * h * w).scatter(1, keep, 1.0).view(-1, 1, t, h, w)
+    seen = seen.repeat_interleave(args.tubelet, 2).repeat_interleave(args.patch, 3).repeat_interleave(args.patch, 4)
+    noisy = torch.where(seen > 0, x, torch.rand_like(x))
+    assert torch.equal(objective(x, keep, reconstruct=True), objective(noisy, keep, reconstruct=True))
+    assert objective.encoder(x, keep, blocks=objective.alone).shape[1] == keep.shape[1] == 16
+    assert D.sample_masks(["random:0.95"], 0, 0, 5, (8, 14, 14))[0][0].shape == (5, 78)
+
+
+def test_probes_read_no_latents():
+    args, objective, x, _ = setting()
+    before = objective(x)
+    with torch.no_grad():
+        for p in objective.decoder.parameters():
+            p.add_(1)
+    assert torch.equal(before, objective(x)) and before.shape[1] == math.prod(objective.encoder.grid)
+    assert torch.equal(before, objective.encoder(x, blocks=3)) and objective.layers == {"layer": 4, "layer_classify": 3}
+
+
+def test_gradients_reach_encoder_and_decoder_and_decay_spares_positions():
+    args, objective, x, keep = setting()
+    objective(x, keep)[0].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.parameters())
+    decay, still = ({id(p) for p in g["params"]} for g in M.param_groups(objective, 0.05))
+    assert {id(objective.encoder.pos_embed), id(objective.decoder.pos_embed)} <= still and id(objective.decoder.latents) in decay
+
+
+@pytest.mark.parametrize("model, encoder, total", [("vit_s", 23, 24), ("vit_b", 88, 91), ("vit_l", 306, 310), ("vit_h", 634, 639), ("vit_G", 1848, 1854),
+                                                   ("vit_e", 3811, 3817), ("vit_j", 21495, 21509)])
+def test_parameter_counts_of_table_1(model, encoder, total):
+    """In millions, to 1 % or to the table's rounding."""
+    with torch.device("meta"):
+        objective = T.MAE4D(T.Args(**({"model": model} if model != "vit_j" else T.PRESETS["j"])))
+    count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
+    assert abs(count(objective.encoder) - encoder) < max(0.01 * encoder, 0.6) and abs(count(objective) - total) < max(0.01 * total, 0.6)
+
+
+def test_two_ranks_log_the_losses_of_one_process(run, tmp_path):
+    want = None
+    for name, ranks, extra in (("one", 1, ()), ("accumulated", 1, ("--micro_batch", 2)), ("ddp", 2, ()), ("fsdp", 2, ("--fsdp", "--checkpoint"))):
+        status, last, err = run("train_mae4d.py", *TINY, "--out_dir", tmp_path / name, *extra, ranks=ranks)
+        assert status == 0 and last["steps"] == 6, err[-2000:]
+        got = losses(tmp_path / name)
+        want = want or got
+        assert np.abs(np.array(got) - want).max() < 1e-6, (name, got, want)
+
+
+def test_stopped_and_resumed_equals_undisturbed_and_the_export_says_where_to_read(run, tmp_path):
+    for name, stops in (("whole", (0,)), ("parts", (4, 0))):
+        for stop in stops:
+            assert run("train_mae4d.py", *TINY, "--out_dir", tmp_path / name, "--resume", "--stop_at", stop, "--sample_every", 3)[0] == 0
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    a, b = (M.load_encoder(tmp_path / name / "encoder.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(v, b[0].state_dict()[k]) for k, v in a[0].state_dict().items())
+    assert a[1]["layer"] == 4 and a[1]["layer_classify"] == 3 and a[1]["mean"] == [0, 0, 0] and a[1]["act"] == "gelu_tanh"
+    assert (tmp_path / "whole" / "samples" / "step_00000006.png").stat().st_size > 1000
+
+
+MEASURE = """
+import json, sys
+import torch, torch.distributed as dist
+import data as D, model as M, train_mae4d as T
+args = T.parse_args()
+run = T.Run(args)
+objective = T.MAE4D(args)
+model = run.wrap(objective)
+optimizer = torch.optim.AdamW(M.param_groups(objective, 0.05), fused=True)
+keep = D.sample_masks([args.mask], 0, 0, 1, objective.encoder.grid)[0][0]
+loss, _ = model(torch.rand(1, 3, args.frames, args.size, args.size), keep)
+loss.backward()
+optimizer.step()
+tensors = [t for p in objective.parameters() for t in (p, p.grad, *(v for v in optimizer.state[p].values() if v.ndim))]
+print(json.dumps({"state": sum(t.to_local().nbytes for t in tensors), "whole": 8 * sum(p.numel() for p in objective.encoder.blocks[0].parameters())}))
+dist.destroy_process_group()
+"""
+
+
+def test_the_memory_plan_is_what_a_sharded_step_holds(run, tmp_path):
+    """State: the bytes that a rank of two holds after a real FSDP2 step. Activations: the bytes that autograd keeps, attention scores apart, which
+    a GPU's kernels do not keep."""
+    (tmp_path / "measure.py").write_text(MEASURE)
+    flags = ("--model", "vit_s", "--frames", 4, "--size", 64, "--dtype", "fp32", "--fsdp", "--batch_size", 2)
+    status, got, err = run(tmp_path / "measure.py", *flags, ranks=2, env={"PYTHONPATH": str(Path(T.__file__).parent)})
+    assert status == 0, err[-2000:]
+    for checkpoint in (False, True):
+        args = dataclasses.replace(T.Args(), model="vit_s", frames=8, size=96, dtype="fp32", checkpoint=checkpoint, mask="random:0.5")
+        objective, seen = T.MAE4D(args), {}
+        keep = D.sample_masks([args.mask], 0, 0, 1, objective.encoder.grid)[0][0]
+        weights = {p.untyped_storage().data_ptr() for p in objective.parameters()}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = 0 if storage.data_ptr() in weights else storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            objective(torch.rand(1, 3, 8, 96, 96), keep)
+        K, n = keep.shape[1], objective.decoder.latents.shape[1]
+        scores = 0 if checkpoint else 6 * 4 * sum(t * t for t in [K] * 8 + [K + n] * 4)
+        plan = T.plan(args, objective, keep.shape[1], gpus=1, micro=1)
+        if not checkpoint:
+            assert sum(seen.values()) - scores == pytest.approx(plan["activations"], rel=0.1)
+        else:
+            assert sum(seen.values()) < plan["activations"] < 2 * sum(seen.values()) + 72 * 384 * (K + n)
+    args = dataclasses.replace(T.Args(), model="vit_s", frames=4, size=64, dtype="fp32")
+    plan = T.plan(args, T.MAE4D(args), 2, gpus=2, micro=1)
+    assert got["state"] == pytest.approx(plan["state"], rel=0.02) and got["whole"] == plan["whole"]
