@@ -503,7 +503,7 @@ def linear_probe(x, y, xv, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)):
 
 SHAPE = ("width", "depth", "heads", "mlp", "patch", "tubelet", "pos", "rope_quirk", "highpass", "cls", "final_norm", "act", "eps")  # what weights fit
 VIT_KEYS = (*SHAPE, "frames", "size", "init_std")
-NOTES = ("model", "stride", "fps", "layer", "mean", "std")  # what a config may say besides: size name, sampling, blocks to read out, pixel statistics
+NOTES = ("model", "stride", "fps", "layer", "layer_classify", "mean", "std")  # what a config may say besides: size name, sampling, blocks to read out, pixel statistics
 
 
 def save_encoder(path, encoder, config):
@@ -801,7 +801,7 @@ HF = {  # for each model_type: what is not the encoder's or predictor's, and the
         r"^videomae\.": "", r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.", r"^encoder\.layer\.": "blocks.",
         r"^layernorm\.": "norm.", r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.", r"\.attention\.attention\.": ".attn.",
         r"\.attention\.output\.dense\.": ".attn.proj.", r"\.intermediate\.dense\.": ".mlp.fc1.", r"\.output\.dense\.": ".mlp.fc2.",
-        **QV_BIAS}),  # the published files have q_bias and v_bias, transformers 5 has query.bias and value.bias
+        **QV_BIAS}),  # files have q_bias and v_bias; query.bias and value.bias are what the modules of transformers 5 have
 }
 
 

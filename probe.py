@@ -9,6 +9,7 @@
     python probe.py classify --encoder out/laptop/encoder.safetensors --data world --head attentive
     python probe.py classify --encoder random:out/laptop/encoder.safetensors --data world --head attentive      before any learning
     python probe.py classify --encoder pixels:diff --data world --head linear                                   without any encoder
+    python probe.py reconstruct --encoder out/laptop_mae4d --data world                             a folder of train_mae4d.py: error and a picture
     python probe.py classify --encoder vitl.pt --train k400_train.csv --val k400_val.csv --head attentive4 --segments 8 --views 3 --train_passes 20
 
 Accuracy is a mean over all rows of the val list, where a video that cannot be read counts as wrong. The best head of a grid is chosen on videos
@@ -34,10 +35,10 @@ import tyro
 @dataclasses.dataclass
 class Args:
     """Defaults are V-JEPA's (appendix B.1, Table 6) unless the comment names another source."""
-    task: tyro.conf.Positional[Literal["classify"]]   # a row of TASKS
+    task: tyro.conf.Positional[Literal["classify", "reconstruct"]]   # a row of TASKS
     # encoder
     encoder: str = ""                  # a weight file; random:vit_s or random:PATH for random weights; pixels:frame or pixels:diff for none
-    layer: int = 0                     # blocks to run before reading out; 0: all of them and the final norm
+    layer: int = 0                     # blocks to run before reading out; 0: what the encoder's file says, else all of them and the final norm
     heads: int = 0                     # attention heads of an encoder whose file and size do not tell them
     pool: Literal["mean", "cls"] = "mean"   # for linear and knn: the mean over patch tokens, or the CLS token of an encoder that has one
     # data
@@ -189,8 +190,8 @@ class Features:
     """The frozen features of a list's videos, (V, S*N, D) each, by row: read from disk after store(), else computed at every use.
     Turn t is the t-th random pass over the list; where nothing is random there is one turn."""
 
-    def __init__(self, args, encoder, config, source, clip, device):
-        self.args, self.encoder, self.config, self.source, self.clip, self.device = args, encoder, config, source, clip, device
+    def __init__(self, args, encoder, config, source, layer, clip, device):
+        self.args, self.encoder, self.config, self.source, self.layer, self.clip, self.device = args, encoder, config, source, layer, clip, device
         self.bf16 = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
         self.pooled = HEADS[args.head]["pooled"]
         self.turns = max(1, args.train_passes) if clip.train else 1
@@ -214,7 +215,7 @@ class Features:
         for some in torch.arange(len(batch["video"])).split(self.args.micro_batch):
             x = D.prepare({k: batch[k][some] for k in ("video", "flip")}, self.device, self.config["mean"], self.config["std"])
             with self.autocast():
-                z = self.encoder(x, blocks=self.args.layer or None).float()         # (b, N, D)
+                z = self.encoder(x, blocks=self.layer or None).float()         # (b, N, D)
             if self.pooled:
                 cls = int(self.config.get("cls", False))
                 z = z[:, :1] if self.args.pool == "cls" else z[:, cls:].mean(1, keepdim=True)
@@ -234,7 +235,7 @@ class Features:
     def name(self, turn):
         """A hash of all that the features depend on: weights, config, list and files, clip settings, and the pixels that these give for one video."""
         a, clip = self.args, dataclasses.asdict(self.clip)
-        facts = [self.config, a.layer, self.pooled and a.pool, self.bf16, clip, self.clip.train and self.seed(turn), D.fingerprint([self.source])]
+        facts = [self.config, self.layer, self.pooled and a.pool, self.bf16, clip, self.clip.train and self.seed(turn), D.fingerprint([self.source])]
         digest = hashlib.sha256(json.dumps(facts).encode())
         for key, value in sorted(self.encoder.state_dict().items()):
             digest.update(key.encode() + value.cpu().numpy().tobytes())
@@ -390,6 +391,7 @@ def frozen(args, train, val, device):
     depth, pooled = config.get("depth", 0), HEADS[args.head]["pooled"]
     if args.layer > depth:
         raise D.DataError(f"--layer {args.layer}: the encoder has {depth} blocks")
+    layer = args.layer or config.get(f"layer_{args.task}") or config.get("layer") or depth
     if not pooled and not depth:
         raise D.DataError(f"--encoder {args.encoder} gives one vector a clip: use --head linear or knn")
     if pooled and args.pool == "cls" and not config.get("cls", False):
@@ -398,8 +400,8 @@ def frozen(args, train, val, device):
     clip = D.Clip(args.frames or config.get("frames", 16), args.stride or config.get("stride", 4), fps, args.size or config.get("size", 224),
                   args.crop_scale, args.crop_ratio, args.flip, segments=args.segments)
     try:
-        both = (Features(args, encoder, config, train, dataclasses.replace(clip, train=args.train_passes > 0), device),
-                Features(args, encoder, config, val, dataclasses.replace(clip, train=False, views=args.views), device))
+        both = (Features(args, encoder, config, train, layer, dataclasses.replace(clip, train=args.train_passes > 0), device),
+                Features(args, encoder, config, val, layer, dataclasses.replace(clip, train=False, views=args.views), device))
     except ValueError as e:
         raise D.DataError(f"--encoder {args.encoder} cannot take these clips: {e}") from e
     folder = Path(args.cache_dir or Path(args.out_dir) / "features")
@@ -407,7 +409,7 @@ def frozen(args, train, val, device):
     if sum(x.bytes for x in both) <= min(args.cache_gb * 1e9, 0.9 * shutil.disk_usage(folder).free):
         for x in both:
             x.store(folder)
-    return *both, args.layer or depth
+    return *both, layer
 
 
 def classify(args, device):
@@ -432,7 +434,38 @@ def classify(args, device):
     return result, {"per_class": per_class, "confusion": confusion.tolist(), "tried": tried, "bad_videos": bad}
 
 
-TASKS = {"classify": classify}      # (args, device) -> what is printed, what else is logged
+def reconstruct(args, device):
+    """Mean squared error of a train_mae4d.py run's decoded clips (--encoder: its folder) beside predicting the clip's mean colour, and a picture."""
+    import train_mae4d as T
+    folder = Path(args.encoder)
+    if not (folder / "latest").exists() or not (folder / "config.json").exists():
+        raise D.DataError(f"--encoder {folder}: reconstruct needs the folder of a train_mae4d.py run; decoders are not in encoder files")
+    said = json.loads((folder / "config.json").read_text())["config"]
+    known = {f.name: tuple(said[f.name]) if isinstance(said.get(f.name), list) else said.get(f.name) for f in dataclasses.fields(T.Args)}
+    if "dec_blocks" not in said:
+        raise D.DataError(f"--encoder {folder}: not a run of train_mae4d.py")
+    objective, found = T.MAE4D(dataclasses.replace(T.Args(**known), init="")), M.newest(folder)
+    state = {"model": objective.state_dict()}
+    torch.distributed.checkpoint.load(state, checkpoint_id=found)
+    objective.load_state_dict(state["model"])
+    objective.to(device).eval()
+    _, val = lists(args)
+    config, grid = objective.args, objective.encoder.grid
+    clip = D.Clip(args.frames or config.frames, args.stride or config.stride, args.fps or config.fps or None, args.size or config.size, train=False)
+    errors, means, shown = [], [], None
+    for i, batch in enumerate(D.eval_batches(val, clip, batch_size=args.micro_batch, workers=args.workers)):
+        x = D.prepare(batch, device, **T.RGB)
+        keep = D.sample_masks([config.mask], args.seed, i, len(x), grid)[0][0].to(device)
+        with torch.no_grad():
+            y = objective(x, keep, reconstruct=True)
+        errors += (y - x).square().mean((1, 2, 3, 4)).tolist()
+        means += (x - x.mean((2, 3, 4), keepdim=True)).square().mean((1, 2, 3, 4)).tolist()
+        if shown is None:
+            shown = T.picture(Path(args.out_dir) / "reconstruct.png", x[:3], keep[:3], y[:3], grid)
+    return {"metric": "mse", "value": float(np.mean(errors)), "mean_colour": float(np.mean(means)), "n_val": len(val)}, {"checkpoint": found.name}
+
+
+TASKS = {"classify": classify, "reconstruct": reconstruct}      # (args, device) -> what is printed, what else is logged
 
 
 def main(args):

@@ -55,6 +55,7 @@ class Args:
     dec_blocks: int = 4                    # last blocks of the encoder, which the latents join (2 for 22B)
     out_patch: tuple[int, int] = (2, 16)   # frames and pixels of a decoded patch (4 32 for 22B: a coarser grid of latents)
     init_std: float = 0.02                 # of the random weights (the paper is silent)
+    pos_std: float = 0.02                  # of the initial positions and latents; small models learn sooner where positions are not drowned by the pixels
     readout: float = 0.95                  # probes read after this share of the blocks ...
     readout_classify: float = 0.75         # ... and after this one for classification (section 4.1), as the exported file says
     init: str = ""                         # start from a run's folder (all its weights), or the encoder from any file model.load_encoder reads
@@ -134,6 +135,9 @@ class MAE4D(nn.Module):
             given, shape = M.load_start(args.init, shape)
         self.encoder = M.ViT(**shape, frames=args.frames, size=args.size, init_std=args.init_std, checkpoint=args.checkpoint)
         self.decoder = M.LatentGridDecoder(width=shape["width"], frames=args.frames, size=args.size, patch=args.out_patch, init_std=args.init_std)
+        with torch.no_grad():
+            for p in (self.encoder.pos_embed, self.decoder.pos_embed, self.decoder.latents):
+                p.mul_(args.pos_std / 0.02)
         if args.init:
             M.fill(self.encoder, given.state_dict(), args.init)
         depth = len(self.encoder.blocks)
