@@ -92,9 +92,9 @@ class Args:
 
 PRESETS = {
     "j": dict(model="vit_j", size=256, dec_blocks=2, out_patch=(4, 32), steps=1_000_000, lr=2e-4, warmup=100_000, fsdp=True, checkpoint=True, out_dir="out/mae4d_j"),
-    "laptop": dict(data=("world",), probe_data=("world", "world"), model="vit_n", frames=8, size=32, patch=8, out_patch=(2, 8), dec_blocks=1, zoom=0.0,
-                   crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False, mask="random:0.75", steps=2000, batch_size=32, lr=1e-3, warmup=100,
-                   dtype="fp32", workers=1, log_every=100, sample_every=1000, out_dir="out/laptop_mae4d"),
+    "laptop": dict(data=("world",), probe_data=("world", "world"), model="vit_n", frames=8, size=32, patch=8, out_patch=(2, 8), dec_blocks=2, zoom=0.0,
+                   init_std=0.06, pos_std=0.5, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False, mask="random:0.5", steps=2000, batch_size=16,
+                   lr=2e-3, warmup=100, dtype="fp32", workers=1, log_every=100, sample_every=1000, out_dir="out/laptop_mae4d"),
 }
 
 

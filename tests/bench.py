@@ -1,7 +1,7 @@
 """Speed and memory, never a test: ratios measured in one run, the contestants alternating, medians with their spread.
 
-    python tests/bench.py step   [--model vit_b --batch 2 --dtype bf16 --pos rope --compile]    where a training step's time goes, beside HF's modules
-    python tests/bench.py gpu    [--model vit_l --batch 24]          the same on CUDA, eager and compiled, with MFU and memory
+    python tests/bench.py step   [--method mae4d --model vit_b --batch 2 --dtype bf16 --compile]    where a training step's time goes, beside HF's modules
+    python tests/bench.py gpu    [--method mae4d --model vit_l --batch 24]    the same on CUDA, eager and compiled, with MFU and memory
     python tests/bench.py reader VIDEO [VIDEO ...]                   clips/s from files, beside decord and PyAV (pip install -r tests/requirements.txt)
     python tests/bench.py world                                      clips/s of the built-in world
     python tests/bench.py soak   [--steps 2000]                      a laptop run killed every 200 steps against an undisturbed one: equal weights?
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 import data as D
 import model as M
+import train_mae4d as E
 import train_vjepa as V
 
 IMAGENET = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
@@ -97,6 +98,63 @@ class Step:
         self.timed("backward", loss.backward)
         self.timed("optimizer", lambda: (self.optimizer.step(), self.optimizer.zero_grad(), o.after_step(0)))
 
+    def flops(self):
+        return self.objective.flops(self.keep, self.pred)
+
+
+class MAEStep(Step):
+    """One training step of train_mae4d.py."""
+
+    def __init__(self, args, device):
+        self.args, self.device, self.parts = args, device, {}
+        torch.manual_seed(0)
+        self.config = E.Args(model=args.model, frames=args.frames, size=args.size, dtype=args.dtype, checkpoint=args.checkpoint)
+        self.objective = E.MAE4D(self.config).to(device)
+        if args.compile:
+            M.compile_blocks(self.objective)
+        self.optimizer = torch.optim.AdamW(M.param_groups(self.objective, 0.05), lr=1e-4, fused=True)
+        self.x = torch.rand(args.batch, 3, args.frames, args.size, args.size, device=device)
+        self.keep = D.sample_masks([self.config.mask], 0, 0, args.batch, self.objective.encoder.grid)[0][0].to(device)
+
+    def __call__(self):
+        if self.device.type == "cpu":
+            M.tune_cpu()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
+            loss = self.timed("forward", lambda: self.objective(self.x, self.keep)[0])
+        self.timed("backward", loss.backward)
+        self.timed("optimizer", lambda: (self.optimizer.step(), self.optimizer.zero_grad()))
+
+    def flops(self):
+        return self.objective.flops(self.keep.shape[1])
+
+
+class HFMAEStep:
+    """The same with transformers' VideoMAEForPreTraining: the same encoder and kept tokens, its separate decoder of 4 blocks of 384 channels."""
+
+    def __init__(self, args, device):
+        from transformers import VideoMAEConfig, VideoMAEForPreTraining
+        s = M.SIZES[args.model]
+        torch.manual_seed(0)
+        config = VideoMAEConfig(image_size=args.size, num_frames=args.frames, hidden_size=s["width"], num_hidden_layers=s["depth"], num_attention_heads=s["heads"],
+                                intermediate_size=s["mlp"], norm_pix_loss=False, attn_implementation="sdpa")
+        self.model, self.args, self.device = VideoMAEForPreTraining(config).to(device), args, device
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.x = torch.rand(args.batch, args.frames, 3, args.size, args.size, device=device)
+        grid = (args.frames // 2, args.size // 16, args.size // 16)
+        keep = D.sample_masks(["random:0.95"], 0, 0, args.batch, grid)[0][0].to(device)
+        self.hidden = torch.ones(args.batch, grid[0] * grid[1] * grid[2], dtype=torch.bool, device=device).scatter(1, keep, False)
+
+    def __call__(self):
+        if self.device.type == "cpu":
+            torch.set_float32_matmul_precision("highest")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
+            loss = self.model(self.x, bool_masked_pos=self.hidden).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
 
 class HFStep:
     """The same step with transformers' VJEPA2Model: its encoder takes no context mask, so it encodes full clips and its predictor does the rest."""
@@ -134,20 +192,23 @@ class HFStep:
             torch.cuda.synchronize()
 
 
+METHODS = {"vjepa": {"ours": Step, "hf": HFStep}, "mae4d": {"ours": MAEStep, "hf": HFMAEStep}}
+
+
 def step(args):
     device = torch.device(args.device)
-    ours = Step(args, device)
-    jobs = {"ours": ours}
-    if not args.no_peer:
-        jobs["hf"] = HFStep(args, device)
-    times = alternate(jobs, args.rounds, time.perf_counter)
-    seconds = statistics.median(times["ours"])
-    flops = ours.objective.flops(ours.keep, ours.pred) * args.batch
     cuda = device.type == "cuda"
+    peak = lambda: round((torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30, 2)
+    jobs = {name: method(args, device) for name, method in METHODS[args.method].items() if args.only in ("", name)}
+    times = alternate(jobs, args.rounds, time.perf_counter)
+    if args.only == "hf":
+        return {"model": args.model, "seconds": round(statistics.median(times["hf"]), 4), "peak_gb": peak()}
+    ours, seconds = jobs["ours"], statistics.median(times["ours"])
+    flops = ours.flops() * args.batch
     result = {"model": args.model, "batch": args.batch, "dtype": args.dtype, "compiled": args.compile, "seconds": round(seconds, 4),
               "clips_per_s": round(args.batch / seconds, 2), "tflops": round(flops / seconds / 1e12, 3), "mfu": round(flops / seconds / 989e12, 3) if cuda else None,
               "split": {k: round(statistics.median(v[1:]), 4) for k, v in ours.parts.items()},
-              "peak_gb": round((torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30, 2)}
+              "peak_gb": peak()}
     if "hf" in jobs:
         result["faster_than_hf"] = ratios(times, "hf")["ours"]
     return result
@@ -157,7 +218,8 @@ def gpu(args):
     """Eager and compiled, each in its own process, so that neither has the other's memory."""
     rows = []
     for compiled in ((), ("--compile",)):
-        flags = ["--device", "cuda", "--model", args.model, "--batch", str(args.batch), "--dtype", args.dtype, "--pos", args.pos, "--no_peer", *compiled]
+        flags = ["--device", "cuda", "--method", args.method, "--model", args.model, "--batch", str(args.batch), "--dtype", args.dtype, "--pos", args.pos,
+                 "--only", "ours", *compiled]
         done = subprocess.run([sys.executable, __file__, "step", *flags], capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(rows[-1], flush=True)
@@ -305,6 +367,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint", action="store_true")
-    parser.add_argument("--no_peer", action="store_true", help="do not time transformers' modules")
+    parser.add_argument("--method", choices=METHODS, default="vjepa")
+    parser.add_argument("--only", choices=["", "ours", "hf"], default="", help="time one side alone: its own peak memory")
     arguments = parser.parse_args()
     print(json.dumps({"step": step, "gpu": gpu, "reader": reader, "world": world, "soak": soak}[arguments.what](arguments)))

@@ -48,7 +48,7 @@ def test_the_first_blocks_see_the_kept_tokens_only():
     seen = seen.repeat_interleave(args.tubelet, 2).repeat_interleave(args.patch, 3).repeat_interleave(args.patch, 4)
     noisy = torch.where(seen > 0, x, torch.rand_like(x))
     assert torch.equal(objective(x, keep, reconstruct=True), objective(noisy, keep, reconstruct=True))
-    assert objective.encoder(x, keep, blocks=objective.alone).shape[1] == keep.shape[1] == 16
+    assert objective.encoder(x, keep, blocks=objective.alone).shape[1] == keep.shape[1] == 32
     assert D.sample_masks(["random:0.95"], 0, 0, 5, (8, 14, 14))[0][0].shape == (5, 78)
 
 
