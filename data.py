@@ -120,8 +120,9 @@ def file_rows(name):
     root = os.path.dirname(os.path.abspath(name))
     lines = text.split("\n")  # not splitlines(), which also splits at characters that may stand in a file name
     header = [column.strip().lower() for column in next(csv.reader(lines[:1]), [])]
-    if "youtube_id" in header:
-        raise DataError(f"{name}: an annotation file, not a list; make one with: python data.py index kinetics ROOT --annotations {name}")
+    if "youtube_id" in header or text.lstrip()[:1] in ("[", "{"):
+        layout = "kinetics" if "youtube_id" in header else "ssv2"
+        raise DataError(f"{name}: an annotation file, not a list; make one with: python data.py index {layout} ROOT --annotations {name}")
     if "path" in header:
         reader = csv.DictReader((line.rstrip("\r") for line in lines[1:]), fieldnames=header)
         found = ((reader.line_num + 1, row["path"] or "", row.get("label")) for row in reader)

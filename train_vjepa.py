@@ -417,6 +417,8 @@ def main(args):
     samples = [D.sample_masks(args.masks, args.seed, step, min(args.batch_size, 64), grid, args.aspect, args.trim, args.bucket) for step in range(8)]
     if args.dry_run:
         return dry_run(args, run, objective, samples)
+    if args.preset == "vjepa2_cooldown" and not args.init:
+        fail("--preset vjepa2_cooldown goes on from a trained model: give --init RUN")
     if not args.data:
         raise D.DataError("no data: give --data LIST (see README, Data) or --preset laptop")
     if len(args.probe_data) not in (0, 2):
