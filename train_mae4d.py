@@ -96,6 +96,8 @@ PRESETS = {
                    init_std=0.06, pos_std=0.5, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False, mask="random:0.5", steps=2000, batch_size=16,
                    lr=2e-3, warmup=100, dtype="fp32", workers=1, log_every=100, sample_every=1000, out_dir="out/laptop_mae4d"),
 }
+PRESETS["laptop_video"] = PRESETS["laptop"] | dict(data=(), probe_data=(), frames=16, stride=3, size=48, zoom=1.15, mask="random:0.75", steps=3000,
+                                                   out_dir="out/laptop_video_mae4d")
 
 
 def parse_args(argv=None):
