@@ -240,7 +240,7 @@ class Run:
             torch.set_float32_matmul_precision("high")
         else:
             M.tune_cpu()
-        if "RANK" in os.environ and not args.dry_run:
+        if "RANK" in os.environ and not args.dry_run and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=args.timeout))
         warnings.filterwarnings("ignore", "torch.distributed is disabled")          # what checkpointing says to a single process
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
@@ -358,6 +358,7 @@ class Run:
         state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in encoder.state_dict().items()}
         if self.rank == 0:
             M.save_encoder(self.out / "encoder.safetensors", state, encoder.config | config)
+        self.broadcast(None)                                    # whoever reads it next, on any rank, finds it
 
     @torch.no_grad()
     def probe(self, features, train, val, clip, **pixels):
