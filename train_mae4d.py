@@ -423,7 +423,7 @@ def main(args):
     optimizer = torch.optim.AdamW(M.param_groups(objective, args.weight_decay), lr=args.lr, betas=args.betas, fused=True)
     if args.init and Path(args.init).is_dir():
         run.load(model, folder=args.init)
-    extra = {"step": 0, "random_acc": None, "bad": 0, "loss": None, "window": []} | (run.load(model, optimizer) if args.resume else {})
+    extra = {"step": 0, "random_acc": None, "bad": 0, "loss": None, "window": [], "flops": 0.0} | (run.load(model, optimizer) if args.resume else {})
     first, window = extra.pop("step"), extra["window"]
 
     def features(x):                                            # what the online probe reads: the encoder's tokens, averaged
@@ -441,7 +441,7 @@ def main(args):
                                 workers=args.workers, start_step=first, steps=last, timeout=args.timeout))
     peak = {"H200": 989e12, "H100": 989e12, "A100": 312e12}     # dense bf16 FLOP/s
     peak = next((v for k, v in peak.items() if run.device.type == "cuda" and k in torch.cuda.get_device_name()), None)
-    done, skips, clips, wait, flops, since = first, 0, 0, 0.0, 0, time.perf_counter()
+    done, skips, clips, wait, mark, since = first, 0, 0, 0.0, extra["flops"], time.perf_counter()
 
     for step in tqdm(range(first, last), initial=first, total=args.steps, disable=run.rank > 0 or not sys.stderr.isatty()):
         torch.manual_seed(args.seed * 1_000_003 + step)         # no random state outlives a step, so none needs saving
@@ -461,7 +461,7 @@ def main(args):
             (loss * (micro / per_rank)).backward()
             tokens = metrics.pop("tokens")
             seen.append(({"loss": loss.detach(), **metrics}, batch["path"]))
-            flops += objective.flops(k.shape[1]) * micro * run.ranks
+            extra["flops"] += objective.flops(k.shape[1]) * micro * run.ranks
             bad += len(batch["bad"])
         norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), args.clip_grad or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -489,9 +489,10 @@ def main(args):
         if window and (done % args.log_every == 0 or done == args.steps):
             means, span = {name: sum(w[name] for w in window) / len(window) for name in window[0]}, time.perf_counter() - since
             run.log({"step": done, **means, **now, "grad_norm": norm if math.isfinite(norm) else None, "feature_std": tokens.float().std(0).mean().item(),
-                     "rankme": M.rankme(tokens), "clips_per_s": clips / span, "tflops": flops / span / 1e12, "mfu": flops / span / (peak * run.ranks) if peak else None,
-                     "wait_pct": 100 * wait / span, "peak_gb": M.peak_gb(run.device), "bad": extra["bad"]})
-            extra["loss"], clips, wait, flops, since = means["loss"], 0, 0.0, 0, time.perf_counter()
+                     "rankme": M.rankme(tokens), "flops": extra["flops"],
+                     "clips_per_s": clips / span, "tflops": (extra["flops"] - mark) / span / 1e12,
+                     "mfu": (extra["flops"] - mark) / span / (peak * run.ranks) if peak else None, "wait_pct": 100 * wait / span, "peak_gb": M.peak_gb(run.device), "bad": extra["bad"]})
+            extra["loss"], clips, wait, mark, since = means["loss"], 0, 0.0, extra["flops"], time.perf_counter()
             window.clear()
         if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
             with torch.no_grad(), run.autocast():

@@ -533,7 +533,7 @@ def train(number, args, teacher, before):
                                 workers=args.workers, start_step=first, steps=last, timeout=args.timeout))
     peak = {"H200": 989e12, "H100": 989e12, "A100": 312e12}     # dense bf16 FLOP/s
     peak = next((v for k, v in peak.items() if run.device.type == "cuda" and k in torch.cuda.get_device_name()), None)
-    done, skips, clips, wait, flops, since = first, 0, 0, 0.0, 0, time.perf_counter()
+    done, skips, clips, wait, mark, since = first, 0, 0, 0.0, extra["flops"], time.perf_counter()
 
     for step in tqdm(range(first, last), initial=first, total=args.steps, disable=run.rank > 0 or not sys.stderr.isatty()):
         torch.manual_seed(args.seed * 1_000_003 + step)         # no random state outlives a step, so none needs saving
@@ -553,7 +553,6 @@ def train(number, args, teacher, before):
             (loss * (micro / per_rank)).backward()
             tokens, targets = metrics.pop("tokens"), metrics.pop("targets")
             seen.append(({"loss": loss.detach(), **metrics}, batch["path"]))
-            flops += objective.flops(k, m) * micro * run.ranks
             extra["ledger"] += objective.ledger(k, m) * micro * run.ranks
             extra["flops"] += objective.flops(k, m) * micro * run.ranks
             bad += len(batch["bad"])
@@ -583,9 +582,9 @@ def train(number, args, teacher, before):
             means, span = {name: sum(w[name] for w in window) / len(window) for name in window[0]}, time.perf_counter() - since
             run.log({"step": done, **means, **now, "grad_norm": norm if math.isfinite(norm) else None, "feature_std": tokens.float().std(0).mean().item(),
                      "rankme": M.rankme(tokens), "rankme_targets": M.rankme(targets), "flops": extra["flops"], "ledger": extra["ledger"],
-                     "clips_per_s": clips / span, "tflops": flops / span / 1e12, "mfu": flops / span / (peak * run.ranks) if peak else None,
-                     "wait_pct": 100 * wait / span, "peak_gb": M.peak_gb(run.device), "bad": extra["bad"]})
-            extra["loss"], clips, wait, flops, since = means["loss"], 0, 0.0, 0, time.perf_counter()
+                     "clips_per_s": clips / span, "tflops": (extra["flops"] - mark) / span / 1e12,
+                     "mfu": (extra["flops"] - mark) / span / (peak * run.ranks) if peak else None, "wait_pct": 100 * wait / span, "peak_gb": M.peak_gb(run.device), "bad": extra["bad"]})
+            extra["loss"], clips, wait, mark, since = means["loss"], 0, 0.0, extra["flops"], time.perf_counter()
             window.clear()
         if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
             with torch.no_grad(), run.autocast():
