@@ -10,6 +10,7 @@
     python probe.py classify --encoder random:out/laptop/encoder.safetensors --data world --head attentive      before any learning
     python probe.py classify --encoder pixels:diff --data world --head linear                                   without any encoder
     python probe.py reconstruct --encoder out/laptop_mae4d --data world                             a folder of train_mae4d.py: error and a picture
+    python probe.py plot --runs out/laptop out/laptop_salt out/laptop_salt/stage1                   accuracy against loss and FLOPs
     python probe.py classify --encoder vitl.pt --train k400_train.csv --val k400_val.csv --head attentive4 --segments 8 --views 3 --train_passes 20
 
 Accuracy is a mean over all rows of the val list, where a video that cannot be read counts as wrong. The best head of a grid is chosen on videos
@@ -35,12 +36,13 @@ import tyro
 @dataclasses.dataclass
 class Args:
     """Defaults are V-JEPA's (appendix B.1, Table 6) unless the comment names another source."""
-    task: tyro.conf.Positional[Literal["classify", "reconstruct"]]   # a row of TASKS
+    task: tyro.conf.Positional[Literal["classify", "reconstruct", "plot"]]   # a row of TASKS
     # encoder
     encoder: str = ""                  # a weight file; random:vit_s or random:PATH for random weights; pixels:frame or pixels:diff for none
     layer: int = 0                     # blocks to run before reading out; 0: what the encoder's file says, else all of them and the final norm
     heads: int = 0                     # attention heads of an encoder whose file and size do not tell them
     pool: Literal["mean", "cls"] = "mean"   # for linear and knn: the mean over patch tokens, or the CLS token of an encoder that has one
+    runs: tuple[str, ...] = ()         # plot: folders of training runs
     # data
     data: str = ""                     # world: both splits of the built-in world, instead of --train and --val
     train: str = ""                    # list of `path label` lines
@@ -465,7 +467,40 @@ def reconstruct(args, device):
     return {"metric": "mse", "value": float(np.mean(errors)), "mean_colour": float(np.mean(means)), "n_val": len(val)}, {"checkpoint": found.name}
 
 
-TASKS = {"classify": classify, "reconstruct": reconstruct}      # (args, device) -> what is printed, what else is logged
+def plot(args, device):
+    """Online-probe accuracy against training loss and against FLOPs, a curve a run of --runs; R^2 is that of a line through all points of the left panel."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise D.DataError("plot needs: pip install matplotlib") from None
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    points = []
+    for run in args.runs:
+        if not (log := Path(run) / "log.jsonl").exists():
+            raise D.DataError(f"--runs {run}: no log.jsonl in this folder")
+        rows, last = {}, {}
+        for line in map(json.loads, log.read_text().splitlines()):          # of a step that was run twice, the later line counts
+            last = line if "loss" in line else last
+            if line.get("probe_acc") is not None and last:
+                rows[line["step"]] = (last["loss"], last["flops"], line["probe_acc"])
+        if not rows:
+            raise D.DataError(f"--runs {run}: no probe_acc in its log (train with --probe_data and --probe_every)")
+        loss, flops, accuracy = zip(*(rows[s] for s in sorted(rows)))
+        points += zip(loss, accuracy)
+        axes[0].plot(loss, accuracy, "o-", label=run)
+        axes[1].semilogx(flops, accuracy, "o-", label=run)
+    for axis, name in zip(axes, ("training loss", "training FLOPs")):
+        axis.set(xlabel=name, ylabel="online probe, top-1")
+        axis.legend(fontsize=7)
+    figure.savefig(Path(args.out_dir) / "plot.png", dpi=120)
+    plt.close(figure)
+    r2 = float(np.corrcoef(np.array(points).T)[0, 1] ** 2) if len(points) > 2 else None
+    return {"metric": "r2", "value": r2, "points": len(points), "picture": str(Path(args.out_dir) / "plot.png")}, {}
+
+
+TASKS = {"classify": classify, "reconstruct": reconstruct, "plot": plot}      # (args, device) -> what is printed, what else is logged
 
 
 def main(args):

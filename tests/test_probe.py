@@ -403,3 +403,16 @@ def test_real_files_and_a_damaged_one(tmp_path):
     result, more = probe.classify(args, CPU)
     assert (result["value"], result["bad"], result["n_val"]) == (0.8, 1, 5) and more["confusion"] == [[2, 0, 1], [0, 2, 0]]
     assert list(more["bad_videos"]) == [str(tmp_path / "12.mp4")]
+
+
+def test_plot_draws_accuracy_against_loss_and_flops(run, tmp_path):
+    """Two runs whose points lie on a line: R^2 is 1. A step that was run twice counts once."""
+    for r in range(2):
+        (tmp_path / f"r{r}").mkdir()
+        lines = [{"step": s, "loss": 1 - 0.1 * s - 0.01 * r, "flops": 1e9 * s} for s in (1, 2, 2, 3)]
+        lines = [x for line in lines for x in (line, {"step": line["step"], "probe_acc": 2 - 2 * line["loss"]})]
+        (tmp_path / f"r{r}" / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    status, said, err = run("probe.py", "plot", "--runs", tmp_path / "r0", tmp_path / "r1", "--out_dir", tmp_path / "out")
+    assert status == 0 and said["points"] == 6 and said["value"] == pytest.approx(1) and (tmp_path / "out" / "plot.png").stat().st_size > 5000, err
+    status, _, err = run("probe.py", "plot", "--runs", tmp_path / "none", "--out_dir", tmp_path / "out")
+    assert status == 2 and "no log.jsonl" in err
