@@ -670,6 +670,8 @@ def index(layout: Literal["kinetics", "ssv2", "ucf", "folders"], root: str, out:
         annotations: kinetics: csv with label, youtube_id, time_start, time_end; ssv2: train.json; ucf: trainlist01.txt (classInd.txt beside it)
         labels: ssv2: labels.json
     """
+    if not os.path.isdir(root):
+        raise DataError(f"{root}: no such folder")
     out, note = Path(out or f"{layout}.txt"), Path(annotations)
     known, files = out.parent / "classes.txt", {path.stem: path for path in media(root)}
     if layout != "folders" and not note.is_file():
@@ -738,6 +740,8 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     if not (short_side >= 16 and 0 <= fps < 1000 and gop >= 1 and 0 <= crf <= 51):
         raise DataError(f"short_side {short_side} (16 or more), fps {fps} (0 to 1000), gop {gop} (1 or more) or crf {crf} (0 to 51) is out of range")
     source, folder = parse_list(path), Path(out)
+    if os.path.isdir(path) and folder.resolve().is_relative_to(Path(path).resolve()):
+        raise DataError(f"{out} lies in {path}, whose next reading would find every video twice; choose a folder outside")
     import_torchcodec()
     if not shutil.which("ffmpeg"):
         raise DataError("pack needs the ffmpeg program: apt-get install -y ffmpeg")

@@ -246,8 +246,9 @@ class ViT(nn.Module):
         super().__init__()
         if pos not in ("rope", "sincos", "sinusoid1d", "learned"):
             raise ValueError(f"pos must be rope, sincos, sinusoid1d or learned, not {pos!r}")
-        if width % heads or frames % tubelet or size % patch:
-            raise ValueError(f"not divisible: width {width} by heads {heads}, frames {frames} by tubelet {tubelet} or size {size} by patch {patch}")
+        for name, value, by, divisor in (("width", width, "heads", heads), ("frames", frames, "tubelet", tubelet), ("size", size, "patch", patch)):
+            if value % divisor:
+                raise ValueError(f"{name} {value} is not divisible by {by} {divisor}")
         self.config = dict(width=width, depth=depth, heads=heads, mlp=mlp, patch=patch, tubelet=tubelet, frames=frames, size=size, pos=pos,
                            rope_quirk=rope_quirk, highpass=highpass, cls=cls, final_norm=final_norm, act=act, eps=eps, init_std=init_std)
         self.width, self.heads, self.mlp, self.pos, self.rope_quirk, self.checkpoint = width, heads, mlp, pos, rope_quirk, checkpoint
@@ -588,7 +589,7 @@ def sha256(path):
 def load_encoder(path, *, seed=0, key="target_encoder", **override):
     """(encoder in eval mode, float32; config dict) from any weight file of SIZES' families, or with random weights.
 
-    path: our .safetensors (checked against its sha256 where that lies beside it); a directory or .safetensors of HF's VJEPA2Model or VideoMAEModel; a
+    path: our .safetensors or the folder of the run that made it (checked against its sha256 where that lies beside it); a directory or .safetensors of HF's VJEPA2Model or VideoMAEModel; a
     .pt or .pth.tar of Meta's V-JEPA 1 or 2, of which `key` is read; a .pth of VideoMAE, an .npz of 4DS; "random:vit_s" or "random:PATH" for random
     weights (from `seed`) in the shape of a size or file.
     override: entries of the config, such as heads=, frames=, size=. ValueError names the file and the missing, unexpected or misshaped keys.
@@ -611,8 +612,7 @@ def load_encoder(path, *, seed=0, key="target_encoder", **override):
 
 def load_start(path, shape):
     """What training starts from: (encoder, shape as the file has it). path: a weight file, or the folder of a run. ValueError where it does not fit."""
-    run = Path(path) / "encoder.safetensors"
-    encoder, config = load_encoder(run if run.exists() else path)
+    encoder, config = load_encoder(path)
     differ = [f"{k} is {config[k]} there and {v} here" for k, v in shape.items() if k != "heads" and config[k] != v]
     if differ:
         raise ValueError(f"--init {path}: {', '.join(differ)}")
@@ -658,7 +658,11 @@ def fill(module, state, path):
 
 def read_weights(path, key, override):
     """Find the family of a weight file -> (encoder state, predictor state or None, config)."""
+    if not str(path):
+        raise ValueError("no weight file is given")
     path = Path(path)
+    if (path / "encoder.safetensors").exists():  # the folder of a run
+        path = path / "encoder.safetensors"
     if not path.exists():
         raise ValueError(f"{path}: no such weight file, and no size of {', '.join(SIZES)} behind 'random:'")
     if path.is_dir():

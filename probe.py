@@ -27,6 +27,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +39,7 @@ class Args:
     """Defaults are V-JEPA's (appendix B.1, Table 6) unless the comment names another source."""
     task: tyro.conf.Positional[Literal["classify", "reconstruct", "plot"]]   # a row of TASKS
     # encoder
-    encoder: str = ""                  # a weight file; random:vit_s or random:PATH for random weights; pixels:frame or pixels:diff for none
+    encoder: str = ""                  # a weight file or the folder of a run or HF model; random:vit_s or random:PATH for random weights; pixels:frame or pixels:diff for none
     layer: int = 0                     # blocks to run before reading out; 0: what the encoder's file says, else all of them and the final norm
     heads: int = 0                     # attention heads of an encoder whose file and size do not tell them
     pool: Literal["mean", "cls"] = "mean"   # for linear and knn: the mean over patch tokens, or the CLS token of an encoder that has one
@@ -179,6 +180,8 @@ class Pixels(nn.Module):
 
 def load(args):
     """--encoder -> (module, its config)."""
+    if not args.encoder:
+        raise D.DataError("give --encoder FILE (or random:vit_s, pixels:diff)")
     if args.encoder in ("pixels:frame", "pixels:diff"):
         return Pixels(args.encoder[7:]), dict(model=args.encoder, mean=[0.0] * 3, std=[1.0] * 3, **(dict(frames=8, size=32) if args.data else {}))
     override = ({"seed": args.seed} if args.encoder.startswith("random:") else {}) | ({"heads": args.heads} if args.heads else {})
@@ -422,6 +425,9 @@ def classify(args, device):
         for i in np.flatnonzero((source.labels < 0) | ~np.isin(source.labels, known)):
             label = source.labels[i]
             raise D.DataError(f"{flag}: {source.paths[i]}: " + ("no label" if label < 0 else f"label {label} is not in --train (0 to {known[-1]})"))
+    overlap = len({os.path.realpath(p) for p in train.paths} & {os.path.realpath(p) for p in val.paths})
+    if overlap:
+        print(f"warning: {overlap} of the {len(val)} val videos are also in --train: this is not accuracy on held-out videos", file=sys.stderr)
     train_x, val_x, layer = frozen(args, train, val, device)
     classes = int(known[-1]) + 1
     head, chosen, tried = fit(args, train_x, train.labels, classes)
@@ -432,7 +438,7 @@ def classify(args, device):
     majority = float((val.labels == np.bincount(train.labels).argmax()).mean())
     bad = train_x.bad | val_x.bad
     result = {"metric": "top1", "value": top1, "top5": top5, "chance": 1 / len(known), "majority": majority, "head": args.head, **chosen,
-              "params": sum(p.numel() for p in head.parameters()), "layer": layer, "n_train": len(train), "n_val": len(val), "bad": len(bad)}
+              "params": sum(p.numel() for p in head.parameters()), "layer": layer, "n_train": len(train), "n_val": len(val), "overlap": overlap, "bad": len(bad)}
     return result, {"per_class": per_class, "confusion": confusion.tolist(), "tried": tried, "bad_videos": bad}
 
 
@@ -448,7 +454,9 @@ def reconstruct(args, device):
         raise D.DataError(f"--encoder {folder}: not a run of train_mae4d.py")
     objective, found = T.MAE4D(dataclasses.replace(T.Args(**known), init="")), M.newest(folder)
     state = {"model": objective.state_dict()}
-    torch.distributed.checkpoint.load(state, checkpoint_id=found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                         # torch's word that this is a single process
+        torch.distributed.checkpoint.load(state, checkpoint_id=found)
     objective.load_state_dict(state["model"])
     objective.to(device).eval()
     _, val = lists(args)

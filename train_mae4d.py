@@ -6,9 +6,10 @@ Carreira et al. 2024, "Scaling 4D Representations".
     rgbhat = Linear(zhat of the latents)                      -> (B,n,P)                 each latent is one patch
     L      = mean (rgbhat - rgb)^2 over all patches, hidden and seen, of raw RGB in [0,1]
 
-Laptop, two cores, minutes, no download:           python train_mae4d.py --preset laptop
-Eight GPUs, the paper's 4DS-L:                     torchrun --nproc-per-node 8 train_mae4d.py --data videos.csv --micro_batch 64 --compile
-The 22B model, planned for 256 GPUs:               python train_mae4d.py --preset j --dry_run
+    Laptop, two cores, minutes, no download:           python train_mae4d.py --preset laptop
+    Eight GPUs, the paper's 4DS-L:                     torchrun --nproc-per-node 8 train_mae4d.py --data videos.csv --micro_batch 64 --compile
+    The 22B model, planned for 256 GPUs:               python train_mae4d.py --preset j --dry_run
+
 Probes read the encoder without latents after 95 % of its blocks (75 % for classification); pictures show masked | reconstructed | original.
 """
 import dataclasses
@@ -49,7 +50,7 @@ class Args:
     timeout: int = 600                     # seconds without a batch from a loader process, or without an answer from another rank, that end the run
     max_bad_fraction: float = 0.1          # stop when more than this share of the opened videos (of 100 at least) cannot be read
     # architecture
-    model: str = "vit_l"                   # a row of model.SIZES
+    model: str = "vit_l"                   # vit_n, t, s, b, l, h, g, G, e, j: a row of model.SIZES
     patch: int = 16                        # pixels
     tubelet: int = 2                       # frames
     dec_blocks: int = 4                    # last blocks of the encoder, which the latents join (2 for 22B)
@@ -72,7 +73,7 @@ class Args:
     clip_grad: float = 0.0                 # global norm; 0: off
     max_skips: int = 10                    # stop after so many steps in a row with a loss or gradient that is not finite
     # the run
-    preset: str = ""                       # see PRESETS in this file; its values become the defaults of all flags
+    preset: str = ""                       # j, laptop, laptop_video: values that become the defaults of all flags
     out_dir: str = "out/mae4d"
     seed: int = 0
     dtype: Literal["bf16", "fp32"] = "bf16"

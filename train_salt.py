@@ -5,9 +5,10 @@ Li et al. 2025, "Rethinking JEPA: Compute-Efficient Video SSL with Frozen Teache
     stage 2   zhat   = P(E(x[keep]), mask tokens at pred)   (B,M,D of the teacher)     L = mean |zhat - LN(teacher(x))[pred]|; the teacher never changes
     stage 3   optional: the student is the next student's teacher
 
-Both stages, laptop, no download:                  python train_salt.py --preset laptop
-Eight GPUs, a ViT-L teacher for a ViT-G student:   torchrun --nproc-per-node 8 train_salt.py --model vit_G --teacher_model vit_l --data ...
-Only the student, of any encoder at hand:          python train_salt.py --teacher vitl.pt --data ...
+    Both stages, laptop, no download:                  python train_salt.py --preset laptop
+    Eight GPUs, a ViT-L teacher for a ViT-G student:   torchrun --nproc-per-node 8 train_salt.py --model vit_G --teacher_model vit_l --data ...
+    Only the student, of any encoder at hand:          python train_salt.py --teacher vitl.pt --data ...
+
 There is no EMA, no stop-gradient trick and no collapse: the student's loss is a proper one, and tells how good its features will be (section 5.5).
 """
 import dataclasses
@@ -48,7 +49,7 @@ class Args:
     timeout: int = 600                     # seconds without a batch from a loader process, or without an answer from another rank, that end the run
     max_bad_fraction: float = 0.1          # stop when more than this share of the opened videos (of 100 at least) cannot be read
     # architecture
-    model: str = "vit_l"                   # a row of model.SIZES, of the last student
+    model: str = "vit_l"                   # vit_n, t, s, b, l, h, g, G, e, j: a row of model.SIZES, of the last student
     teacher_model: str = ""                # of the stages before it; empty: --model
     teacher: str = ""                      # an encoder file that teaches instead of what the stages before the last would make
     patch: int = 16                        # pixels
@@ -60,8 +61,7 @@ class Args:
     mask_tokens: int = 0                   # learned mask tokens; 0: one for each entry of --masks
     init_std: float = 0.02                 # of the random weights; 0.02 suits widths near 1000, narrow models want more
     highpass: float = 0.0                  # > 0: each patch loses its mean over the tubelet and is multiplied by this: nothing static is seen (not in the paper)
-    # masks: BLOCKSxSCALE[xTIME] is a union of blocks over TIME of the clip (1 = all of it); random:R tube:R causal:R hide the share R
-    masks: tuple[str, ...] = ("8x0.15", "2x0.7")     # short-range and long-range (section 3); one to three are usual
+    masks: tuple[str, ...] = ("8x0.15", "2x0.7")     # BLOCKSxSCALE[xTIME]: a union of blocks over TIME of the clip (1: all of it); random:R tube:R causal:R hide the share R
     teacher_masks: tuple[str, ...] = ()    # of stage 1; empty: --masks. The paper's others: random:0.9, tube:0.9 (once or twice), causal:0.9
     aspect: tuple[float, float] = (0.75, 1.5)        # of a block
     trim: Literal["random", "prefix"] = "random"     # how ids are cut to the batch minimum; prefix is the official code's way
@@ -82,7 +82,7 @@ class Args:
     clip_grad: float = 0.02                # global norm; 0: off
     max_skips: int = 10                    # stop after so many steps in a row with a loss or gradient that is not finite
     # the run
-    preset: str = ""                       # see PRESETS in this file; its values become the defaults of all flags
+    preset: str = ""                       # laptop, laptop_video: values that become the defaults of all flags
     out_dir: str = "out/salt"               # the last stage's; those before it are in its folders stage1, stage2
     seed: int = 0
     dtype: Literal["bf16", "fp32"] = "bf16"

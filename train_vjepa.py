@@ -6,9 +6,10 @@ Bardes et al. 2024, "Revisiting Feature Prediction for Learning Visual Represent
     h    = LN(Ebar(x))[pred]                   -> (B,M,D)                 targets: the full clip, once for all masks, no gradient
     L    = mean over masks of mean |zhat - h|;    Ebar <- m Ebar + (1 - m) E   after every optimizer step
 
-Laptop, two cores, five minutes, no download:      python train_vjepa.py --preset laptop
-Eight GPUs, the paper's ViT-L/16 recipe:           torchrun --nproc-per-node 8 train_vjepa.py --data k710.csv:0.335 ssv2.csv:0.1 howto.csv:0.565
-V-JEPA 2's recipe (rope, 256 px, constant rates):  torchrun --nproc-per-node 8 train_vjepa.py --preset vjepa2 --data ...
+    Laptop, two cores, five minutes, no download:      python train_vjepa.py --preset laptop
+    Eight GPUs, the paper's ViT-L/16 recipe:           torchrun --nproc-per-node 8 train_vjepa.py --data k710.csv:0.335 ssv2.csv:0.1 howto.csv:0.565
+    V-JEPA 2's recipe (rope, 256 px, constant rates):  torchrun --nproc-per-node 8 train_vjepa.py --preset vjepa2 --data ...
+
 The laptop run ends with a linear probe on eight camera motions; README.md states what to expect and what to watch.
 """
 import copy
@@ -49,7 +50,7 @@ class Args:
     timeout: int = 600                     # seconds without a batch from a loader process, or without an answer from another rank, that end the run
     max_bad_fraction: float = 0.1          # stop when more than this share of the opened videos (of 100 at least) cannot be read
     # architecture
-    model: str = "vit_l"                   # a row of model.SIZES
+    model: str = "vit_l"                   # vit_n, t, s, b, l, h, g, G, e, j: a row of model.SIZES
     patch: int = 16                        # pixels
     tubelet: int = 2                       # frames
     pos: Literal["sincos", "rope"] = "sincos"
@@ -60,8 +61,7 @@ class Args:
     init_std: float = 0.02                 # of the random weights; 0.02 suits widths near 1000, narrow models want more
     highpass: float = 0.0                  # > 0: each patch loses its mean over the tubelet and is multiplied by this: nothing static is seen (not in the paper)
     init: str = ""                         # start from a run's folder (all its weights), or encoder and target from any file model.load_encoder reads
-    # masks: BLOCKSxSCALE[xTIME] is a union of blocks over TIME of the clip (1 = all of it); random:R tube:R causal:R hide the share R
-    masks: tuple[str, ...] = ("8x0.15", "2x0.7")     # short-range and long-range (section 3); one to three are usual
+    masks: tuple[str, ...] = ("8x0.15", "2x0.7")     # BLOCKSxSCALE[xTIME]: a union of blocks over TIME of the clip (1: all of it); random:R tube:R causal:R hide the share R
     aspect: tuple[float, float] = (0.75, 1.5)        # of a block
     trim: Literal["random", "prefix"] = "random"     # how ids are cut to the batch minimum; prefix is the official code's way
     bucket: int = 1                        # > 1: token counts are multiples of it, so that fewer shapes reach the kernels
@@ -82,7 +82,7 @@ class Args:
     clip_grad: float = 10.0                # global norm; 0: off (the paper is silent, 10 is the official config's)
     max_skips: int = 10                    # stop after so many steps in a row with a loss or gradient that is not finite
     # the run
-    preset: str = ""                       # see PRESETS in this file; its values become the defaults of all flags
+    preset: str = ""                       # vjepa2, vjepa2_cooldown, laptop, laptop_video: values that become the defaults of all flags
     out_dir: str = "out/vjepa"
     seed: int = 0
     dtype: Literal["bf16", "fp32"] = "bf16"

@@ -456,7 +456,7 @@ def test_a_resumed_run_keeps_its_settings(train, whole, pictures, tmp_path, flag
 
 @pytest.mark.parametrize("flags, words", [
     (("--batch_size", 0), ("--batch_size 0",)), (("--lr", "nan"), ("--lr nan",)), (("--micro_batch", 3), ("--batch_size 8 is not a multiple",)),
-    (("--ema", 1.5), ("--ema 1.5",)), (("--frames", 7), ("frames 7 by tubelet 2",)), (("--patch", 7), ("size 32 by patch 7",)),
+    (("--ema", 1.5), ("--ema 1.5",)), (("--frames", 7), ("frames 7 is not divisible by tubelet 2",)), (("--patch", 7), ("size 32 is not divisible by patch 7",)),
     (("--mask_tokens", 3), ("--mask_tokens 3",)), (("--init", "nowhere.pt"), ("nowhere.pt",)), (("--masks", "causal:0.5", "2x1.5"), ("2x1.5",)),
     (("--out_dir", "/proc/nowhere"), ("--out_dir /proc/nowhere",)), (("--out_dir", __file__), (f"--out_dir {__file__}",))])
 def test_what_cannot_work_is_refused_before_the_out_directory_is_touched(train, tmp_path, flags, words):

@@ -175,7 +175,7 @@ def test_shapes_that_do_not_fit_are_refused():
     """One line each for a clip that does not divide into patches and for impossible sizes."""
     with pytest.raises(ValueError, match="7 frames, 32x32 px"):
         tiny()(clip(frames=7))
-    with pytest.raises(ValueError, match="width 64 by heads 3"):
+    with pytest.raises(ValueError, match="width 64 is not divisible by heads 3"):
         tiny(heads=3)
     with pytest.raises(ValueError, match="pos must be"):
         tiny(pos="alibi")

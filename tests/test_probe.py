@@ -254,7 +254,7 @@ def features(clip=None, args=None, encoder=None, names="abcdefgh"):
     encoder = encoder or M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16)
     args = args or arguments(encoder="-", micro_batch=3)
     source = D.Source("list", [f"{n}.mp4" for n in names], np.arange(len(names)))
-    return probe.Features(args, encoder.eval(), encoder.config | M.IMAGENET, source, clip or D.Clip(frames=4, size=16, train=False), CPU)
+    return probe.Features(args, encoder.eval(), encoder.config | M.IMAGENET, source, args.layer, clip or D.Clip(frames=4, size=16, train=False), CPU)
 
 
 def test_tokens_of_temporal_clips_are_joined_and_views_kept_apart(world):
