@@ -25,3 +25,11 @@ def test_readme_command(command):
 
 def test_readme_has_commands():
     assert len(COMMANDS) >= 6
+
+
+def test_line_counts_in_the_table_of_files_are_true():
+    """To 5 %."""
+    rows = re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", README, re.M)
+    assert len(rows) >= 6
+    for name, said in rows:
+        assert abs(len((ROOT / name).read_text().splitlines()) - int(said)) < 0.05 * int(said), name
