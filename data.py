@@ -45,10 +45,6 @@ class DataError(ValueError):
     """What the user must fix, in one line. Scripts print it and exit with status 2 before any work is done."""
 
 
-class WorkerError(RuntimeError):
-    """A loader process that died or hangs, in one line. Scripts print it and exit with status 1."""
-
-
 # --- lists ------------------------------------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -410,7 +406,7 @@ def make_loader(sources, clip, *, seed, batch_size, micro_batch, rank=0, ranks=1
     Step s holds the samples g = s * batch_size ... (s+1) * batch_size - 1; rank r takes the r-th of `ranks` equal parts. A batch is a dict:
     video uint8 (b,T,H,W,3), flip bool (b,) (done by prepare), label int64 (b,) (of the clip as stored: flipping may turn left into right),
     index int64 (b,) = g, path of each clip, bad = [(path, reason)] of the videos that could not be read and were replaced (named on stderr, once).
-    A worker that is silent for `timeout` seconds, or dies, raises WorkerError.
+    A worker that is silent for `timeout` seconds, or dies, raises RuntimeError (see dead_worker).
     """
     if batch_size < 1 or micro_batch < 1 or batch_size % (ranks * micro_batch):
         raise DataError(f"batch_size {batch_size} must be a positive multiple of ranks {ranks} x micro_batch {micro_batch}")
@@ -456,20 +452,21 @@ def stream(dataset, batches, workers, timeout):
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
                                          timeout=timeout if workers else 0, pin_memory=workers > 0 and torch.cuda.is_available(),
                                          generator=torch.Generator().manual_seed(dataset.seed))
-    try:
-        for batch in loader:
-            if isinstance(batch, DataError):
-                raise batch
-            for path, why in batch["bad"]:
-                if path not in TOLD:
-                    TOLD.add(path)
-                    print(f"bad video: {path}: {why}", file=sys.stderr)
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        why = f"no batch for {timeout} s" if "timed out" in str(error) else " ".join(str(error).split())
-        raise WorkerError(f"a loader process died or hangs ({why}); nothing saved is lost: --resume goes on. Out of memory: fewer --workers") from None
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        for path, why in batch["bad"]:
+            if path not in TOLD:
+                TOLD.add(path)
+                print(f"bad video: {path}: {why}", file=sys.stderr)
+        yield batch
+
+
+def dead_worker(error):
+    """One line on a loader process that died or hangs, or None where the error says something else. PyTorch raises it in the main thread wherever that
+    happens to be, so scripts ask at their outermost level."""
+    text = " ".join(str(error).split())
+    return f"a loader process died or hangs ({text}); nothing saved is lost: --resume goes on. Out of memory: fewer --workers" if "DataLoader" in text else None
 
 
 def prepare(batch, device="cpu", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):

@@ -190,8 +190,10 @@ def launch(main, args):
         main(args)
     except D.DataError as e:
         fail(e)
-    except D.WorkerError as e:
-        fail(e, 1)
+    except RuntimeError as e:
+        if not (why := D.dead_worker(e)):
+            raise
+        fail(why, 1)
     except (OSError, dcp.api.CheckpointException) as e:         # a full disk, say
         why = next(iter(e.failures.values()))[0] if hasattr(e, "failures") else e
         while why.__context__:                                  # the first cause says it best

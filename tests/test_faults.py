@@ -333,7 +333,7 @@ def test_a_hanging_loader_process_ends_the_run_after_timeout(train):
     begin = time.time()
     status, err = train("--workers", 1, "--timeout", 3, code=hang, timeout=60)
     assert status == 1 and time.time() - begin < 40
-    one_line(err, "no batch for 3 s")
+    one_line(err, "timed out after 3 seconds")
 
 
 # --- numbers that are not finite ----------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ loss, _ = model(torch.rand(1, 3, args.frames, args.size, args.size), keep)
 loss.backward()
 optimizer.step()
 tensors = [t for p in objective.parameters() for t in (p, p.grad, *(v for v in optimizer.state[p].values() if v.ndim))]
-print(json.dumps({"state": sum(t.to_local().nbytes for t in tensors), "whole": 8 * sum(p.numel() for p in objective.encoder.blocks[0].parameters())}))
+if run.rank == 0: print(json.dumps({"state": sum(t.to_local().nbytes for t in tensors), "whole": 8 * sum(p.numel() for p in objective.encoder.blocks[0].parameters())}))
 dist.destroy_process_group()
 """
 
