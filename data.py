@@ -432,11 +432,11 @@ def eval_batches(source, clip, *, batch_size, workers=0, rank=0, ranks=1, rows=N
     return stream(Clips([source], clip, seed), (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), workers, timeout)
 
 
-def labelled_features(read, source, clip, device, *, workers=0, rank=0, ranks=1, gather=lambda value: [value], **pixels):
+def labelled_features(read, source, clip, device, *, workers=0, rank=0, ranks=1, gather=lambda value: [value], timeout=600, **pixels):
     """read(x) -> (b, D) over all rows of a source, shared among the ranks -> features (n, D), label (n,), ok (n,), in list order and on every rank.
     gather(value): the values of all ranks. pixels: prepare's mean and std."""
     padded = np.resize(np.arange(len(source)), -(-len(source) // ranks) * ranks)  # as many batches on every rank
-    batches = eval_batches(source, clip, rows=padded, batch_size=64, workers=workers, rank=rank, ranks=ranks)
+    batches = eval_batches(source, clip, rows=padded, batch_size=64, workers=workers, rank=rank, ranks=ranks, timeout=timeout)
     rows = [(read(prepare(b, device, **pixels)).float().cpu(), b["label"], b["ok"], b["index"]) for b in batches]
     *values, index = (torch.cat(r) for r in zip(*(row for part in gather(rows) for row in part)))
     order = torch.from_numpy(np.unique(index.numpy(), return_index=True)[1])

@@ -46,7 +46,7 @@ class Args:
     flip: bool = True                      # horizontal flip of half of the clips
     clips_per_video: int = 1               # clips taken from each opened video: > 1 when decoding is the bottleneck
     workers: int = 8                       # loader processes per rank
-    timeout: int = 600                     # seconds without a batch from a loader process, or without an answer from another rank, that end the run
+    timeout: int = 600                     # seconds without a batch from a loader process that end the run
     max_bad_fraction: float = 0.1          # stop when more than this share of the opened videos (of 100 at least) cannot be read
     # architecture
     model: str = "vit_l"                   # vit_n, t, s, b, l, h, g, G, e, j: a row of model.SIZES, of the last student
@@ -172,7 +172,8 @@ class VPixel(nn.Module):
         terms = [self.error(p.float() - h.gather(1, ids[..., None].expand(-1, -1, h.shape[-1]))).mean() for p, ids in zip(zhat, pred)]
         tokens = torch.cat(z, 1).detach().flatten(0, 1)
         metrics = {f"loss_{spec}": term.detach() for spec, term in zip(self.args.masks, terms)}
-        return sum(terms) / len(terms), metrics | {"tokens": tokens[:: max(1, len(tokens) // 2048)], "targets": h.flatten(0, 1)[:: max(1, h.shape[0] * h.shape[1] // 2048)]}
+        some = lambda rows: rows[:: max(1, len(rows) // 2048)]
+        return sum(terms) / len(terms), metrics | {"tokens": some(tokens), "targets": some(h.flatten(0, 1))}
 
     def schedules(self, step):
         """Functions of the step alone; nothing is stretched."""
@@ -201,8 +202,9 @@ class Student(VPixel):
         self.args, self.teacher = args, teacher.eval().requires_grad_(False)
         self.encoder, self.predictor = build(args, teacher.width)
         grid = (args.frames // teacher.tubelet, args.size // teacher.patch, args.size // teacher.patch)
-        if grid != self.encoder.grid or teacher.pos in ("learned", "sinusoid1d") and teacher.grid != grid:
-            raise ValueError(f"the teacher's tokens lie on a grid of {teacher.grid if teacher.pos in ('learned', 'sinusoid1d') else grid}, the student's on {self.encoder.grid}")
+        grid = teacher.grid if teacher.pos in ("learned", "sinusoid1d") else grid
+        if grid != self.encoder.grid:
+            raise ValueError(f"the teacher's tokens lie on a grid of {grid}, the student's on {self.encoder.grid}")
         scale = [torch.tensor(v).view(3, 1, 1, 1) for v in (M.IMAGENET["mean"], M.IMAGENET["std"], config["mean"], config["std"])]
         self.pixels = None if config["mean"] == M.IMAGENET["mean"] and config["std"] == M.IMAGENET["std"] else scale
 
@@ -263,12 +265,13 @@ def cosine(step, total, first, last):
 class Run:
     """What every script needs and no paper claims: ranks, out directory, log, signals, checkpoints, online probe."""
     FREE = {"out_dir", "resume", "stop_at", "workers", "timeout", "micro_batch", "save_every", "keep", "log_every", "probe_every", "sample_every", "compile",
-            "fsdp", "checkpoint", "wandb", "max_bad_fraction", "max_skips", "dry_run"}      # flags that a resumed run may change
+            "fsdp", "checkpoint", "wandb", "max_bad_fraction", "max_skips", "dry_run", "stage"}     # flags that a resumed run may change
     POSITIVE = {"steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "log_every", "save_every", "keep", "timeout"}
     SHARES = {"ema", "final_ema", "max_bad_fraction"}
+    stop = False                                                # of the process: a signal between two stages counts for the next one
 
     def __init__(self, args):
-        self.args, self.out, self.stop, self.start = args, Path(args.out_dir), False, time.time()
+        self.args, self.out, self.start = args, Path(args.out_dir), time.time()
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for name, value in vars(args).items():
             for v in (value if isinstance(value, tuple) else (value,)):
@@ -286,7 +289,7 @@ class Run:
         else:
             M.tune_cpu()
         if "RANK" in os.environ and not args.dry_run and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=args.timeout))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=max(1800, args.timeout)))
         warnings.filterwarnings("ignore", "torch.distributed is disabled")          # what checkpointing says to a single process
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
@@ -326,7 +329,7 @@ class Run:
     def on_signal(self, number, frame):
         if number == signal.SIGINT and self.stop:
             os._exit(130)                                       # a second Ctrl-C waits for nothing
-        self.stop = True
+        Run.stop = True
 
     def broadcast(self, value):
         """Rank 0's value on all ranks; also a barrier."""
@@ -410,7 +413,7 @@ class Run:
         """Accuracy on the source `val` of a linear probe on features(x) -> (B,D), fitted on the source `train`; all ranks take part.
         pixels: mean and std of what the encoder was trained on, ImageNet's if it is not said."""
         (x, y, ok), (xv, yv, okv) = (D.labelled_features(features, source, clip, self.device, workers=self.args.workers, rank=self.rank, ranks=self.ranks,
-                                                         gather=self.gather, **pixels) for source in (train, val))
+                                                         gather=self.gather, timeout=self.args.timeout, **pixels) for source in (train, val))
         return ((M.linear_probe(x[ok], y[ok], xv) == yv) & okv).double().mean().item()      # a video that cannot be read counts as wrong
 # --- end runtime ---
 
@@ -431,21 +434,16 @@ def picture(path, x, keep, tokens, grid, mean, std):
 
 def dry_run(args, run):
     """Sizes from the meta device -> a line of Appendix F's ledger for each stage, and one JSON line for the whole."""
-    total, counted, rows = 0.0, 0.0, stages(args)
-    with torch.device("meta"):
-        teacher = None
-        if args.teacher:
-            teacher = M.load_encoder(args.teacher)[0]
-        for number, a in rows:
-            objective = VPixel(a) if number == 1 else Student(a, teacher, M.IMAGENET)
-            N, clips = math.prod(objective.encoder.grid), a.steps * a.batch_size
-            samples = [D.sample_masks(a.masks, a.seed, s, min(a.batch_size, 64), objective.encoder.grid, a.aspect, a.trim, a.bucket) for s in range(8)]
-            flops = sum(objective.flops(*s) for s in samples) / len(samples)
-            said = published(count(objective.encoder), count(objective.predictor), count(objective.teacher), N, clips)
-            total, counted, teacher = total + said, counted + flops * clips, objective.encoder
-            if run.rank == 0:
-                print(f"stage {number}: {a.model}, {a.steps} steps, {clips / 1e6:.4g}M clips of {N} tokens; encoder {count(objective.encoder) / 1e6:.4g}M, predictor "
-                      f"{count(objective.predictor) / 1e6:.4g}M, teacher {count(objective.teacher) / 1e6:.4g}M parameters: {said:.3g} FLOPs by Appendix F, {flops * clips:.3g} counted")
+    total, counted = 0.0, 0.0
+    for number, a, objective, samples in sketch(args):
+        N, clips = math.prod(objective.encoder.grid), a.steps * a.batch_size
+        flops = sum(objective.flops(*s) for s in samples) / len(samples)
+        parameters = [count(part) for part in (objective.encoder, objective.predictor, objective.teacher)]
+        said = published(*parameters, N, clips)
+        total, counted = total + said, counted + flops * clips
+        if run.rank == 0:
+            print(f"stage {number}: {a.model}, {a.steps} steps, {clips / 1e6:.4g}M clips of {N} tokens; encoder, predictor, teacher of "
+                  f"{', '.join(f'{p / 1e6:.4g}M' for p in parameters)} parameters: {said:.3g} FLOPs by Appendix F, {flops * clips:.3g} counted")
     trained = count(objective.encoder) + count(objective.predictor)
     shards, per_rank, size = run.ranks if args.fsdp else 1, args.micro_batch or args.batch_size // run.ranks, M.SIZES[a.model]
     k, m = ([sum(i.shape[1] for i in s[j]) for s in samples] for j in (0, 1))
@@ -473,12 +471,38 @@ def stages(args):
     return rows
 
 
+def sketch(args):
+    """Every stage on the meta device -> [(number, arguments, objective, masks of eight steps)]; what a user can get wrong in any of them ends here."""
+    rows, teacher = [], None
+    for number, a in stages(args):
+        if a.model not in M.SIZES:
+            raise D.DataError(f"--model or --teacher_model {a.model}: choose from {', '.join(M.SIZES)}")
+        if a.mask_tokens > len(a.masks):
+            raise D.DataError(f"--mask_tokens {a.mask_tokens}: at most one for each of the {len(a.masks)} --masks")
+        try:
+            file = args.teacher or f"{args.out_dir}/stage{number - 1}/encoder.safetensors"
+            given, config = (teacher, M.IMAGENET) if teacher is not None else M.load_encoder(file) if number > 1 else (None, None)
+            with torch.device("meta"):
+                objective = Student(a, given, config) if number > 1 else VPixel(a)
+        except ValueError as e:
+            raise D.DataError(str(e)) from e
+        samples = [D.sample_masks(a.masks, a.seed, s, min(a.batch_size, 64), objective.encoder.grid, a.aspect, a.trim, a.bucket) for s in range(8)]
+        rows.append((number, a, objective, samples))
+        teacher = objective.encoder
+    return rows
+
+
 def main(args):
-    rows = stages(args)
     run = Run(args)
     if args.dry_run:
         return dry_run(args, run)
-    done, line = True, {}
+    if not args.data:
+        raise D.DataError("no data: give --data LIST (see README, Data) or --preset laptop")
+    if len(args.probe_data) not in (0, 2):
+        raise D.DataError(f"--probe_data {' '.join(args.probe_data)}: two lists are needed, one to fit the probe and one to test it")
+    line, rows = {}, [(number, a) for number, a, _, _ in sketch(args)]     # everything a user can get wrong, in any stage, is looked at before work starts
+    for spec in {spec for _, a in rows for spec in a.data}:
+        D.parse_list(spec)
     for number, a in rows:
         taught = f"{args.out_dir}/stage{number - 1}/encoder.safetensors"
         line = train(number, a, args.teacher or taught if number > 1 else "", line)
@@ -494,21 +518,12 @@ def main(args):
 def train(number, args, teacher, before):
     """One stage -> its last line. teacher: the encoder file that teaches it; before: the last line of the stage before."""
     run = Run(args)
-    if args.model not in M.SIZES:                               # everything a user can get wrong is looked at before work starts
-        fail(f"--model {args.model}: choose from {', '.join(M.SIZES)}")
-    if args.mask_tokens > len(args.masks):
-        fail(f"--mask_tokens {args.mask_tokens}: at most one for each of the {len(args.masks)} --masks")
     torch.manual_seed(args.seed)
     try:
         objective = Student(args, *M.load_encoder(teacher)) if teacher else VPixel(args)
     except ValueError as e:
         fail(e)
     grid = objective.encoder.grid
-    D.sample_masks(args.masks, args.seed, 0, min(args.batch_size, 64), grid, args.aspect, args.trim, args.bucket)
-    if not args.data:
-        raise D.DataError("no data: give --data LIST (see README, Data) or --preset laptop")
-    if len(args.probe_data) not in (0, 2):
-        raise D.DataError(f"--probe_data {' '.join(args.probe_data)}: two lists are needed, one to fit the probe and one to test it")
     clip = D.Clip(frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size, scale=args.crop_scale, ratio=args.crop_ratio,
                   flip=args.flip, clips=args.clips_per_video)
     sources = [D.parse_list(spec) for spec in args.data]
@@ -517,7 +532,8 @@ def train(number, args, teacher, before):
 
     model = run.wrap(objective.to(run.device))
     optimizer = torch.optim.AdamW(M.param_groups(objective, args.weight_decay), lr=args.lr, betas=args.betas, fused=True)
-    extra = {"step": 0, "random_acc": None, "bad": 0, "loss": None, "window": [], "flops": before.get("flops", 0.0), "ledger": before.get("ledger", 0.0)} | (run.load(model, optimizer) if args.resume else {})
+    extra = {"step": 0, "random_acc": None, "bad": 0, "loss": None, "window": [], "flops": before.get("flops", 0.0), "ledger": before.get("ledger", 0.0)}
+    extra |= run.load(model, optimizer) if args.resume else {}
     first, window = extra.pop("step"), extra["window"]
 
     def features(x):                                            # what the online probe reads: the encoder's tokens, averaged

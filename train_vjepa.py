@@ -47,7 +47,7 @@ class Args:
     flip: bool = True                      # horizontal flip of half of the clips
     clips_per_video: int = 1               # clips taken from each opened video: > 1 when decoding is the bottleneck
     workers: int = 8                       # loader processes per rank
-    timeout: int = 600                     # seconds without a batch from a loader process, or without an answer from another rank, that end the run
+    timeout: int = 600                     # seconds without a batch from a loader process that end the run
     max_bad_fraction: float = 0.1          # stop when more than this share of the opened videos (of 100 at least) cannot be read
     # architecture
     model: str = "vit_l"                   # vit_n, t, s, b, l, h, g, G, e, j: a row of model.SIZES
@@ -220,12 +220,13 @@ def cosine(step, total, first, last):
 class Run:
     """What every script needs and no paper claims: ranks, out directory, log, signals, checkpoints, online probe."""
     FREE = {"out_dir", "resume", "stop_at", "workers", "timeout", "micro_batch", "save_every", "keep", "log_every", "probe_every", "sample_every", "compile",
-            "fsdp", "checkpoint", "wandb", "max_bad_fraction", "max_skips", "dry_run"}      # flags that a resumed run may change
+            "fsdp", "checkpoint", "wandb", "max_bad_fraction", "max_skips", "dry_run", "stage"}     # flags that a resumed run may change
     POSITIVE = {"steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "log_every", "save_every", "keep", "timeout"}
     SHARES = {"ema", "final_ema", "max_bad_fraction"}
+    stop = False                                                # of the process: a signal between two stages counts for the next one
 
     def __init__(self, args):
-        self.args, self.out, self.stop, self.start = args, Path(args.out_dir), False, time.time()
+        self.args, self.out, self.start = args, Path(args.out_dir), time.time()
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for name, value in vars(args).items():
             for v in (value if isinstance(value, tuple) else (value,)):
@@ -243,7 +244,7 @@ class Run:
         else:
             M.tune_cpu()
         if "RANK" in os.environ and not args.dry_run and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=args.timeout))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=max(1800, args.timeout)))
         warnings.filterwarnings("ignore", "torch.distributed is disabled")          # what checkpointing says to a single process
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
@@ -283,7 +284,7 @@ class Run:
     def on_signal(self, number, frame):
         if number == signal.SIGINT and self.stop:
             os._exit(130)                                       # a second Ctrl-C waits for nothing
-        self.stop = True
+        Run.stop = True
 
     def broadcast(self, value):
         """Rank 0's value on all ranks; also a barrier."""
@@ -367,7 +368,7 @@ class Run:
         """Accuracy on the source `val` of a linear probe on features(x) -> (B,D), fitted on the source `train`; all ranks take part.
         pixels: mean and std of what the encoder was trained on, ImageNet's if it is not said."""
         (x, y, ok), (xv, yv, okv) = (D.labelled_features(features, source, clip, self.device, workers=self.args.workers, rank=self.rank, ranks=self.ranks,
-                                                         gather=self.gather, **pixels) for source in (train, val))
+                                                         gather=self.gather, timeout=self.args.timeout, **pixels) for source in (train, val))
         return ((M.linear_probe(x[ok], y[ok], xv) == yv) & okv).double().mean().item()      # a video that cannot be read counts as wrong
 # --- end runtime ---
 
