@@ -139,6 +139,19 @@ class Attention(nn.Module):
         return self.proj(x.reshape(B, n, D))
 
 
+class CrossAttention(nn.Module):
+    """Queries from x (B,n,D), keys and values from z (B,m,D) as it comes -> (B,n,D)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x, z):
+        q, (k, v) = self.q(x).unflatten(2, (self.heads, -1)), self.kv(z).unflatten(2, (2, self.heads, -1)).unbind(2)
+        return self.proj(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2))
+
+
 class LayerNorm(nn.LayerNorm):
     """In float32 on any device, also where weights (FSDP) or inputs (autocast) are bf16."""
 
@@ -236,27 +249,30 @@ class ViT(nn.Module):
     """Video transformer with token dropping.
 
     pos: "rope" (V-JEPA 2, SALT), "sincos" (V-JEPA 1), "sinusoid1d" (VideoMAE) or "learned" (4DS, TDV). frames, size: the configured clip; sincos and
-    rope accept any other grid. highpass: > 0 takes from every pixel its mean over the frames of its tubelet, so that nothing static enters (and no
-    token learns of another), and multiplies the rest by this number. checkpoint: recompute each block in the backward pass. The other keywords are
-    the entries of `config`.
+    rope accept any other grid. images: an image encoder (TDV, DINOv2) that sees each frame alone, in clips of any length and size (learned positions
+    are interpolated); the tokens of all frames make one sequence, their CLS tokens first. highpass: > 0 takes from every pixel its mean over the
+    frames of its tubelet, so that nothing static enters (and no token learns of another), and multiplies the rest by this number. checkpoint:
+    recompute each block in the backward pass. The other keywords are the entries of `config`.
     """
 
     def __init__(self, *, width, depth, heads, mlp, patch=16, tubelet=2, frames=16, size=224, pos="rope", rope_quirk=False, highpass=0.0,
-                 cls=False, final_norm=True, act="gelu", eps=1e-6, init_std=0.02, checkpoint=False):
+                 images=False, cls=False, final_norm=True, act="gelu", eps=1e-6, init_std=0.02, checkpoint=False):
         super().__init__()
         if pos not in ("rope", "sincos", "sinusoid1d", "learned"):
             raise ValueError(f"pos must be rope, sincos, sinusoid1d or learned, not {pos!r}")
         for name, value, by, divisor in (("width", width, "heads", heads), ("frames", frames, "tubelet", tubelet), ("size", size, "patch", patch)):
             if value % divisor:
                 raise ValueError(f"{name} {value} is not divisible by {by} {divisor}")
+        if images and tubelet > 1:
+            raise ValueError(f"an image encoder has tubelets of 1 frame, not {tubelet}")
         self.config = dict(width=width, depth=depth, heads=heads, mlp=mlp, patch=patch, tubelet=tubelet, frames=frames, size=size, pos=pos,
-                           rope_quirk=rope_quirk, highpass=highpass, cls=cls, final_norm=final_norm, act=act, eps=eps, init_std=init_std)
+                           rope_quirk=rope_quirk, highpass=highpass, images=images, cls=cls, final_norm=final_norm, act=act, eps=eps, init_std=init_std)
         self.width, self.heads, self.mlp, self.pos, self.rope_quirk, self.checkpoint = width, heads, mlp, pos, rope_quirk, checkpoint
-        self.patch, self.tubelet = patch, tubelet
+        self.patch, self.tubelet, self.images = patch, tubelet, images
         self.grid = (frames // tubelet, size // patch, size // patch)
         self.patch_embed = PatchEmbed(width, patch, tubelet, highpass)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if cls else None
-        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), width)) if pos == "learned" else None
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid[images:]), width)) if pos == "learned" else None
         self.blocks = nn.ModuleList([Block(width, heads, mlp, act, eps) for _ in range(depth)])
         self.norm = LayerNorm(width, eps=eps) if final_norm else None
         init_weights(self, self.blocks, init_std)
@@ -264,35 +280,21 @@ class ViT(nn.Module):
             if p is not None:
                 nn.init.normal_(p, std=0.02)
 
-    def forward(self, x, keep=None, blocks=None):
-        """x (B,3,T,H,W) float, normalised -> (B,N,D); keep (B,K) -> (B,K,D); a list of (B,K_i) -> a list of (B,K_i,D). With cls, token 0 is CLS.
+    def forward(self, x, keep=None, blocks=None, fill=None):
+        """x (B,3,T,H,W) float, normalised -> (B,N,D); keep (B,K) -> (B,K,D); a list of (B,K_i) -> a list of (B,K_i,D). With cls, token 0 is CLS
+        (images: the first T).
 
-        blocks: run only that many blocks and return their output, without the final norm unless all were run.
+        blocks: run only that many blocks and return their output, without the final norm unless all were run. fill: (bool (B,N), values (D,)) puts
+        the values in the place of patches (iBOT's mask token); of an image encoder, for clips of one frame.
         """
-        B, _, T, H, W = x.shape
-        if T % self.tubelet or H % self.patch or W % self.patch:
-            raise ValueError(f"clip of {T} frames, {H}x{W} px does not divide into tubelets of {self.tubelet} and patches of {self.patch}")
-        grid = (T // self.tubelet, H // self.patch, W // self.patch)
+        if self.images and x.shape[2] > 1:
+            if keep is not None or fill is not None:
+                raise ValueError("an image encoder sees whole frames: no keep, and fill for clips of one frame only")
+            B, T = len(x), x.shape[2]
+            z = self(x.transpose(1, 2).flatten(0, 1)[:, :, None], blocks=blocks).unflatten(0, (B, T))       # (B, T, 1+h*w, D)
+            return torch.cat([part.flatten(1, 2) for part in z.tensor_split([int(self.cls_token is not None)], 2)], 1)
         grouped = isinstance(keep, (list, tuple))
-        keeps = keep if grouped else [keep]
-        ids = None if keep is None else torch.cat(keeps, 1)  # (B, sum of K_i)
-        lengths = [math.prod(grid)] if keep is None else [k.shape[1] for k in keeps]
-
-        x = self.patch_embed(x, ids)  # (B, n, D)
-        if self.pos != "rope":
-            if self.pos != "sincos" and grid != self.grid:
-                raise ValueError(f"{self.pos} positions are for the grid {self.grid}, the clip has {grid}")
-            fixed = sincos_table if self.pos == "sincos" else sinusoid_table
-            table = self.pos_embed[0] if self.pos == "learned" else fixed(self.width, grid, x.device)
-            x = x + (table if ids is None else table[ids]).float()  # under autocast the residual stream is float32 from here on, as in V-JEPA 1's
-        if self.cls_token is not None:  # one CLS at the head of each group; id 0 has angle 0, so it is not rotated
-            cls = self.cls_token.to(x.dtype).expand(B, 1, -1)
-            x = torch.cat([part for group in x.split(lengths, 1) for part in (cls, group)], 1)
-            ids = torch.arange(lengths[0], device=x.device)[None] if ids is None else ids
-            ids = torch.cat([F.pad(group, (1, 0)) for group in ids.split(lengths, 1)], 1)
-            lengths = [1 + n for n in lengths]
-        rope = rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x) if self.pos == "rope" else None
-
+        x, rope, lengths = self.embed(x, [keep] if keep is not None and not grouped else keep, fill)
         depth = len(self.blocks) if blocks is None else blocks
         if not 0 <= depth <= len(self.blocks):
             raise ValueError(f"blocks must be 0 to {len(self.blocks)}, not {blocks}")
@@ -301,11 +303,124 @@ class ViT(nn.Module):
             x = self.norm(x)
         return list(x.split(lengths, 1)) if grouped else x
 
+    def embed(self, x, keeps=None, fill=None):
+        """What the first block sees: tokens with their positions (B, n, D), rope tables or None, length of each group."""
+        B, _, T, H, W = x.shape
+        if T % self.tubelet or H % self.patch or W % self.patch:
+            raise ValueError(f"clip of {T} frames, {H}x{W} px does not divide into tubelets of {self.tubelet} and patches of {self.patch}")
+        grid = (T // self.tubelet, H // self.patch, W // self.patch)
+        ids = None if keeps is None else torch.cat(keeps, 1)  # (B, sum of K_i)
+        lengths = [math.prod(grid)] if keeps is None else [k.shape[1] for k in keeps]
+
+        x = self.patch_embed(x, ids)  # (B, n, D)
+        if fill is not None:
+            x = torch.where(fill[0][..., None], fill[1].to(x.dtype), x)
+        if self.pos != "rope":
+            table = self.positions(grid, x.device)
+            x = x + (table if ids is None else table[ids]).float()  # under autocast the residual stream is float32 from here on, as in V-JEPA 1's
+        if self.cls_token is not None:  # one CLS at the head of each group; id 0 has angle 0, so it is not rotated
+            cls = self.cls_token.to(x.dtype).expand(B, 1, -1)
+            x = torch.cat([part for group in x.split(lengths, 1) for part in (cls, group)], 1)
+            ids = torch.arange(lengths[0], device=x.device)[None] if ids is None else ids
+            ids = torch.cat([F.pad(group, (1, 0)) for group in ids.split(lengths, 1)], 1)
+            lengths = [1 + n for n in lengths]
+        return x, rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x) if self.pos == "rope" else None, lengths
+
+    def positions(self, grid, device):
+        """The table (N, D) that is added to the tokens of a grid."""
+        if self.pos == "sincos":
+            return sincos_table(self.width, grid, device)
+        if self.pos == "learned" and self.images and grid[1:] != self.grid[1:]:
+            table = self.pos_embed.view(1, *self.grid[1:], self.width).permute(0, 3, 1, 2).float()
+            return F.interpolate(table, grid[1:], mode="bicubic").flatten(2)[0].T
+        if grid[self.images:] != self.grid[self.images:]:
+            raise ValueError(f"{self.pos} positions are for the grid {self.grid}, the clip has {grid}")
+        return self.pos_embed[0] if self.pos == "learned" else sinusoid_table(self.width, grid, device)
+
     def flops(self, *lengths):
-        """Forward FLOPs of one clip whose groups have these token counts."""
+        """Forward FLOPs of one clip whose groups (image encoder: frames) have these token counts."""
         embed = 2 * 3 * self.tubelet * self.patch**2 * self.width * sum(lengths)
         lengths = [n + (self.cls_token is not None) for n in lengths]
         return embed + len(self.blocks) * block_flops(self.width, self.mlp, lengths)
+
+
+MODULATIONS = {"film": 2, "adaln": 4, "adaln_zero": 6, "gated_adaln": 6}  # vectors that a condition gives a token: scales, shifts, gates
+
+
+class MotionBlock(Block):
+    """A block that is told of another frame: by cross-attention to its tokens z (B,m,D), or by scales and shifts from the token at the same place.
+
+    film: LN(x) * scale + shift joins the residual stream between attention and MLP. adaln: both branches read LN(x) * (1 + scale) + shift; adaln_zero:
+    their outputs are gated too, and everything starts at 0; gated_adaln: gated by sigmoids.
+    """
+
+    def __init__(self, width, heads, mlp, condition, act="gelu", eps=1e-6):
+        super().__init__(width, heads, mlp, act, eps)
+        if condition not in ("xattn", *MODULATIONS):
+            raise ValueError(f"the condition must be xattn, {', '.join(MODULATIONS)}, not {condition!r}")
+        self.condition = condition
+        self.norm_cross = LayerNorm(width, eps=eps) if condition in ("xattn", "film") else None
+        self.cross = CrossAttention(width, heads) if condition == "xattn" else None
+        self.modulation = nn.Linear(width, MODULATIONS[condition] * width) if condition != "xattn" else None
+
+    def forward(self, x, rope, z):
+        told = self.modulation(z).chunk(MODULATIONS[self.condition], -1) if self.modulation is not None else None
+        if self.norm_cross is not None:
+            x = x + self.attn(self.norm1(x), rope)
+            x = x + (self.cross(self.norm_cross(x), z) if told is None else self.norm_cross(x) * told[0] + told[1])
+            return x + self.mlp(self.norm2(x))
+        gates = [g.sigmoid() if self.condition == "gated_adaln" else g for g in told[4:]] or (1, 1)
+        x = x + gates[0] * self.attn(self.norm1(x) * (1 + told[0]) + told[1], rope)
+        return x + gates[1] * self.mlp(self.norm2(x) * (1 + told[2]) + told[3])
+
+
+class MotionEncoder(ViT):
+    """What a change of pixels does to the tokens of a frame: d = M(x' - x | z), TDV section 3.2. Its last layer starts at 0, so that d does.
+
+    cls_condition: the frame's CLS token is among what is told. The other keywords are ViT's.
+    """
+
+    def __init__(self, *, condition="xattn", cls_condition=True, **shape):
+        super().__init__(**shape, images=True, cls=True, tubelet=1)
+        c, self.cls_condition = self.config, cls_condition
+        self.blocks = nn.ModuleList([MotionBlock(self.width, self.heads, self.mlp, condition, c["act"], c["eps"]) for _ in range(c["depth"])])
+        self.proj = nn.Linear(self.width, self.width)
+        init_weights(self, self.blocks, c["init_std"])
+        nn.init.zeros_(self.proj.weight)
+        if condition == "adaln_zero":
+            for block in self.blocks:
+                nn.init.zeros_(block.modulation.weight)
+
+    def forward(self, change, z):
+        """change (F,3,1,H,W), the difference of two normalised frames; z (F,1+n,D), the tokens of the first -> (F,1+n,D)."""
+        x, rope, _ = self.embed(change)
+        if not self.cls_condition:  # attention does not see it; a modulation needs something for each token
+            z = z[:, 1:] if self.blocks[0].cross is not None else torch.cat([torch.zeros_like(z[:, :1]), z[:, 1:]], 1)
+        for block in self.blocks:
+            x = recompute(block, x, rope, z, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else block(x, rope, z)
+        return self.proj(self.norm(x))
+
+    def flops(self, *lengths):
+        """Forward FLOPs for frames of these token counts, without CLS."""
+        n = sum(1 + length for length in lengths)
+        extra = [2 * p.numel() for name, p in self.named_parameters() if ("cross" in name or "modulation" in name or name.startswith("proj.")) and p.ndim == 2]
+        return super().flops(*lengths) + n * sum(extra) + sum(4 * (1 + m) ** 2 * self.width for m in lengths for b in self.blocks if b.cross is not None)
+
+
+class ProjectionHead(nn.Module):
+    """DINO's head: an MLP of three layers, a unit vector, and its cosines with unit prototypes, times a scale each that starts at 1 (and may stay)."""
+
+    def __init__(self, width, prototypes, hidden=2048, bottleneck=256, train_scale=True):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+        self.scale = nn.Parameter(torch.ones(prototypes, 1), requires_grad=train_scale)
+        init_weights(self, [], 0.02)
+        nn.init.kaiming_uniform_(self.prototypes, a=math.sqrt(5))
+
+    def forward(self, x):
+        """x (..., D) -> (unit vectors (..., bottleneck), weights (prototypes, bottleneck)); their product is the logits, which a loss may not want at once."""
+        return F.normalize(self.mlp(x).float(), dim=-1), self.scale * F.normalize(self.prototypes, dim=1)
 
 
 class Predictor(nn.Module):
@@ -502,7 +617,7 @@ def linear_probe(x, y, xv, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)):
 # --------------------------------------------------------------------------------------------------------------------------------------
 # weight files: ours are safetensors with the config inside; one function per foreign family gives (encoder state, predictor state or None, config)
 
-SHAPE = ("width", "depth", "heads", "mlp", "patch", "tubelet", "pos", "rope_quirk", "highpass", "cls", "final_norm", "act", "eps")  # what weights fit
+SHAPE = ("width", "depth", "heads", "mlp", "patch", "tubelet", "pos", "rope_quirk", "highpass", "images", "cls", "final_norm", "act", "eps")  # what weights fit
 VIT_KEYS = (*SHAPE, "frames", "size", "init_std")
 NOTES = ("model", "stride", "fps", "layer", "layer_classify", "mean", "std")  # what a config may say besides: size name, sampling, blocks to read out, pixel statistics
 
@@ -589,8 +704,9 @@ def sha256(path):
 def load_encoder(path, *, seed=0, key="target_encoder", **override):
     """(encoder in eval mode, float32; config dict) from any weight file of SIZES' families, or with random weights.
 
-    path: our .safetensors or the folder of the run that made it (checked against its sha256 where that lies beside it); a directory or .safetensors of HF's VJEPA2Model or VideoMAEModel; a
-    .pt or .pth.tar of Meta's V-JEPA 1 or 2, of which `key` is read; a .pth of VideoMAE, an .npz of 4DS; "random:vit_s" or "random:PATH" for random
+    path: our .safetensors or the folder of the run that made it (checked against its sha256 where that lies beside it); a
+    directory or .safetensors of HF's VJEPA2Model, VideoMAEModel or Dinov2Model; a .pt or .pth.tar of Meta's V-JEPA 1 or 2, of which `key` is read;
+    a .pth of VideoMAE, DINO, DINOv2 or timm's ViT; an .npz of 4DS; "random:vit_s" or "random:PATH" for random
     weights (from `seed`) in the shape of a size or file.
     override: entries of the config, such as heads=, frames=, size=. ValueError names the file and the missing, unexpected or misshaped keys.
     """
@@ -675,6 +791,9 @@ def read_weights(path, key, override):
     file = read_foreign(path)
     if path.suffix == ".npz":
         return from_4ds(path, file)
+    flat = rename(next((file[k] for k in ("teacher", "model", "state_dict") if isinstance(file.get(k), dict)), file), path, None, {r"^(module\.)?(backbone\.)?": ""})
+    if {"cls_token", "pos_embed"} <= {*flat}:
+        return from_images(path, flat)
     if not {key, "encoder", "target_encoder"} & {*file} and (parts := [file[k] for k in ("model", "module") if isinstance(file.get(k), dict)]):
         return from_videomae(path, parts[0])
     return from_meta_vjepa(path, file, key, override)
@@ -806,6 +925,10 @@ HF = {  # for each model_type: what is not the encoder's or predictor's, and the
         r"^layernorm\.": "norm.", r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.", r"\.attention\.attention\.": ".attn.",
         r"\.attention\.output\.dense\.": ".attn.proj.", r"\.intermediate\.dense\.": ".mlp.fc1.", r"\.output\.dense\.": ".mlp.fc2.",
         **QV_BIAS}),  # files have q_bias and v_bias; query.bias and value.bias are what the modules of transformers 5 have
+    "dinov2": (r"classifier\.", {
+        r"^dinov2\.": "", r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.", r"^embeddings\.position_embeddings$": "pos_embed",
+        r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.", r"^layernorm\.": "norm.", r"\.attention\.attention\.": ".attn.",
+        r"\.attention\.output\.dense\.": ".attn.proj.", r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma"}),
 }
 
 
@@ -821,6 +944,8 @@ def from_hf(path):
         raise ValueError(f"{path}: config.json says model_type {kind!r}, not one of {', '.join(HF)}")
     state = rename({k: v for f in files for k, v in read_safetensors(f)[0].items()}, path, *HF[kind])
     fuse_qkv(state, path, zero_key=kind == "videomae")
+    if kind == "dinov2":
+        return from_images(path, state, hf["num_attention_heads"], hf["layer_norm_eps"])
     if kind == "videomae":
         act, eps, heads, frames, size, pooled = pick(
             hf, folder / "config.json", "hidden_act", "layer_norm_eps", "num_attention_heads", "num_frames", "image_size", "use_mean_pooling")
@@ -836,6 +961,21 @@ def from_hf(path):
     config = dict(shapes_config(encoder, path, hf["layer_norm_eps"]), pos="rope", rope_quirk=True, heads=hf["num_attention_heads"],
                   predictor_heads=hf["pred_num_attention_heads"], frames=hf["frames_per_clip"], size=hf["crop_size"])
     return encoder, predictor or None, config
+
+
+def from_images(path, file, heads=None, eps=1e-6):
+    """Image encoders in timm's names, as DINO, DINOv2 and timm save them. A layer scale is folded into the layer it follows, CLS's position into CLS."""
+    state = rename(file, path, r"mask_token$|head\.|fc_norm\.", {r"^blocks\.\d+\.(\d+)\.": r"blocks.\1."})  # DINOv2's chunked blocks: blocks.0.11
+    embed, table, cls = pick(state, path, "patch_embed.proj.weight", "pos_embed", "cls_token")
+    side = math.isqrt(table.shape[1] - 1)
+    if "register_tokens" in state or any(".mlp.w12." in k for k in state) or 1 + side**2 != table.shape[1]:
+        raise ValueError(f"{path}: image encoders with register tokens, SwiGLU or a grid that is not square are not supported")
+    state |= {"patch_embed.proj.weight": embed[:, :, None], "pos_embed": table[:, 1:], "cls_token": cls + table[:, :1]}
+    for k in [k for k in state if re.search(r"\.ls[12]\.gamma$", k)]:
+        gamma, layer = state.pop(k), k.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        state |= {f"{layer}.weight": state[f"{layer}.weight"] * gamma[:, None], f"{layer}.bias": state[f"{layer}.bias"] * gamma}
+    config = dict(shapes_config(state, path, eps), pos="learned", images=True, cls=True, frames=16, size=side * embed.shape[-1])
+    return state, None, config | ({"heads": heads} if heads else {})
 
 
 def from_videomae(path, file):

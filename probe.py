@@ -222,8 +222,8 @@ class Features:
             with self.autocast():
                 z = self.encoder(x, blocks=self.layer or None).float()         # (b, N, D)
             if self.pooled:
-                cls = int(self.config.get("cls", False))
-                z = z[:, :1] if self.args.pool == "cls" else z[:, cls:].mean(1, keepdim=True)
+                cls = int(self.config.get("cls", False)) * (x.shape[2] if self.config.get("images") else 1)     # of an image encoder: one a frame
+                z = (z[:, :cls] if self.args.pool == "cls" else z[:, cls:]).mean(1, keepdim=True)
             parts.append(z)
         z = torch.cat(parts).unflatten(0, (videos, self.clip.segments, self.clip.views)).transpose(1, 2).flatten(2, 3)
         return z.mean(2, keepdim=True) if self.pooled else z

@@ -101,9 +101,9 @@ class Args:
 
 
 PRESETS = {
-    "laptop": dict(data=("world",), probe_data=("world", "world"), model="vit_n", frames=8, size=32, patch=8, init_std=0.04, pred_depth=2,
+    "laptop": dict(data=("world",), probe_data=("world", "world"), model="vit_n", frames=8, size=32, patch=8, init_std=0.06, pred_depth=2,
                    pred_width=64, pred_heads=4, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False, masks=("4x0.3x0.5", "2x0.7x0.5"),
-                   steps=4000, split=(0.5, 0.5), batch_size=16, lr=1e-3, start_lr=1e-4, warmup=60, final_weight_decay=0.04, clip_grad=10.0,
+                   steps=2000, split=(0.5, 0.5), batch_size=16, lr=2e-3, start_lr=2e-4, warmup=60, final_weight_decay=0.04, clip_grad=10.0,
                    dtype="fp32", workers=1, log_every=100, sample_every=1000, out_dir="out/laptop_salt"),
 }
 PRESETS["laptop_video"] = PRESETS["laptop"] | dict(     # see train_vjepa.py
@@ -184,7 +184,8 @@ class VPixel(nn.Module):
     def flops(self, keep, pred):
         """Forward and backward FLOPs of one clip, counted; the teacher runs forward only."""
         k, m = [i.shape[1] for i in keep], [i.shape[1] for i in pred]
-        teacher = self.teacher.flops(math.prod(self.encoder.grid)) if self.teacher is not None else 0
+        t, h, w = self.encoder.grid
+        teacher = 0 if self.teacher is None else self.teacher.flops(*([h * w] * t if self.teacher.images else [t * h * w]))
         return teacher + 3 * (self.encoder.flops(*k) + self.predictor.flops(*zip(k, m)))
 
     def ledger(self, keep, pred):
@@ -202,7 +203,7 @@ class Student(VPixel):
         self.args, self.teacher = args, teacher.eval().requires_grad_(False)
         self.encoder, self.predictor = build(args, teacher.width)
         grid = (args.frames // teacher.tubelet, args.size // teacher.patch, args.size // teacher.patch)
-        grid = teacher.grid if teacher.pos in ("learned", "sinusoid1d") else grid
+        grid = teacher.grid if teacher.pos in ("learned", "sinusoid1d") and not teacher.images else grid
         if grid != self.encoder.grid:
             raise ValueError(f"the teacher's tokens lie on a grid of {grid}, the student's on {self.encoder.grid}")
         scale = [torch.tensor(v).view(3, 1, 1, 1) for v in (M.IMAGENET["mean"], M.IMAGENET["std"], config["mean"], config["std"])]
@@ -219,7 +220,7 @@ class Student(VPixel):
         if self.pixels:
             mean, std, mean_t, std_t = (v.to(x) for v in self.pixels)
             x = (x * std + mean - mean_t) / std_t
-        h = self.teacher(x)[:, int(self.teacher.cls_token is not None):]
+        h = self.teacher(x)[:, -math.prod(self.encoder.grid):]                          # without CLS
         return F.layer_norm(h.float(), h.shape[-1:])
 
     error = staticmethod(torch.abs)
@@ -481,7 +482,7 @@ def sketch(args):
             raise D.DataError(f"--mask_tokens {a.mask_tokens}: at most one for each of the {len(a.masks)} --masks")
         try:
             file = args.teacher or f"{args.out_dir}/stage{number - 1}/encoder.safetensors"
-            given, config = (teacher, M.IMAGENET) if teacher is not None else M.load_encoder(file) if number > 1 else (None, None)
+            given, config = (teacher, M.IMAGENET) if teacher is not None else M.load_encoder(file, seed=args.seed) if number > 1 else (None, None)
             with torch.device("meta"):
                 objective = Student(a, given, config) if number > 1 else VPixel(a)
         except ValueError as e:
@@ -520,7 +521,7 @@ def train(number, args, teacher, before):
     run = Run(args)
     torch.manual_seed(args.seed)
     try:
-        objective = Student(args, *M.load_encoder(teacher)) if teacher else VPixel(args)
+        objective = Student(args, *M.load_encoder(teacher, seed=args.seed)) if teacher else VPixel(args)
     except ValueError as e:
         fail(e)
     grid = objective.encoder.grid

@@ -802,3 +802,67 @@ def test_4ds_files_load_strictly(tmp_path):
         np.savez(path, **{k: v for k, v in (fourds_arrays() | change).items() if v is not None})
         with pytest.raises(ValueError, match=message):
             M.load_encoder(path)
+
+
+def test_image_encoder_sees_each_frame_alone():
+    """Tokens of a clip are those of its frames, CLS tokens first; learned positions are interpolated to other sizes; frames do not see each other."""
+    encoder = patterned(M.ViT(width=48, depth=2, heads=4, mlp=96, patch=8, tubelet=1, frames=4, size=32, pos="learned", images=True, cls=True))
+    x = clip(2, 4, 32)
+    with torch.no_grad():
+        z = encoder(x)
+        alone = [encoder(x[:, :, t : t + 1]) for t in range(4)]
+        assert z.shape == (2, 4 + 4 * 16, 48) and encoder(clip(1, 3, 48)).shape == (1, 3 + 3 * 36, 48)
+        assert torch.equal(z[:, :4], torch.cat([a[:, :1] for a in alone], 1)) and torch.equal(z[:, 4:], torch.cat([a[:, 1:] for a in alone], 1))
+        other = x.clone()
+        other[:, :, 2] += 1
+        moved = (encoder(other) - z).abs().amax((0, 2))
+    assert (moved[4:].view(4, 16).amax(1) > 0).tolist() == [False, False, True, False] and (moved[:4] > 0).tolist() == [False, False, True, False]
+    with pytest.raises(ValueError, match="tubelets of 1"):
+        M.ViT(width=48, depth=1, heads=4, mlp=96, images=True)
+    with pytest.raises(ValueError, match="whole frames"):
+        encoder(x, torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_dinov2_features_equal_transformers(tmp_path):
+    """HF's Dinov2Model with layer scale, at its own and another size, and the same weights in timm's and DINOv2's own layouts: 1e-5."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    oracle = transformers.Dinov2Model(transformers.Dinov2Config(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, image_size=56, patch_size=14,
+                                                                layerscale_value=0.3)).eval()
+    for p in oracle.parameters():
+        p.data.add_(0.02 * torch.randn(p.shape))
+    oracle.save_pretrained(tmp_path / "hf")
+    from safetensors.torch import load_file
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    ours = {"embeddings.position_embeddings": "pos_embed", "embeddings.patch_embeddings.projection": "patch_embed.proj", "embeddings.": "",
+            "encoder.layer.": "blocks.", "layernorm.": "norm.", "attention.output.dense": "attn.proj", "layer_scale1.lambda1": "ls1.gamma",
+            "layer_scale2.lambda1": "ls2.gamma"}
+    timm = {}
+    for k, v in state.items():
+        name = k
+        for theirs, new in ours.items():
+            name = name.replace(theirs, new)
+        if "attention.attention.query" in k:
+            v = torch.cat([state[k.replace("query", part)] for part in ("query", "key", "value")])
+            name = name.replace("attention.attention.query", "attn.qkv")
+        if "attention.attention.key" not in k and "attention.attention.value" not in k:
+            timm[name] = v
+    torch.save(timm, tmp_path / "timm.pth")
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in timm.items()} | {"head.last_layer.weight": torch.zeros(2)}}, tmp_path / "dino.pth")
+    torch.save({k.replace("blocks.", "blocks.0.") if k.startswith("blocks.") else k: v for k, v in timm.items()}, tmp_path / "chunked.pth")
+    for name in ("hf", "timm.pth", "dino.pth", "chunked.pth"):
+        encoder, config = M.load_encoder(tmp_path / name)
+        assert config["images"] and config["size"] == 56 and config["heads"] == 3
+        differences = []
+        for size in (56, 84):
+            x = clip(2, 2, size)
+            with torch.no_grad():
+                z = encoder(x)
+                want = oracle(x.transpose(1, 2).flatten(0, 1)).last_hidden_state.unflatten(0, (2, 2))
+            want = torch.cat([want[:, :, 0], want[:, :, 1:].flatten(1, 2)], 1)
+            differences.append(gap(z, want))
+        print(f"{name}: max difference to Dinov2Model at 56 and 84 px %.1e %.1e, of features up to {want.abs().max():.1f}" % tuple(differences))
+        assert max(differences) < 2e-5
+    torch.save(timm | {"register_tokens": torch.zeros(1, 4, 192)}, tmp_path / "reg.pth")
+    with pytest.raises(ValueError, match="register tokens"):
+        M.load_encoder(tmp_path / "reg.pth")

@@ -70,6 +70,16 @@ def test_a_teacher_on_another_grid_is_refused():
         setting(S.Student, encoder, encoder.config | M.IMAGENET)
 
 
+def test_an_image_encoder_teaches_frame_by_frame():
+    """DINOv2 and its like: a token a frame and patch, so the student's tubelets are single frames; CLS tokens are no targets."""
+    encoder, config = teacher(images=True, tubelet=1, cls=True, pos="learned")
+    args, objective, x, keep, pred = setting(S.Student, encoder, config, tubelet=1)
+    want = torch.cat([torch.nn.functional.layer_norm(encoder(x[:, :, t : t + 1])[:, 1:], (96,)) for t in range(8)], 1)
+    assert (objective.targets(x) - want).abs().max() < 1e-6 and objective(x, keep, pred)[0].isfinite()
+    with pytest.raises(ValueError, match="grid of"):
+        setting(S.Student, encoder, config)
+
+
 def test_context_never_sees_a_hidden_pixel_in_either_stage():
     for cls, rest in ((S.VPixel, ()), (S.Student, teacher())):
         args, objective, x, keep, pred = setting(cls, *rest)
@@ -121,6 +131,8 @@ def test_a_given_teacher_a_second_student_and_what_cannot_be(run, tmp_path):
     M.save_encoder(tmp_path / "teacher.safetensors", encoder, config)
     status, last, err = run("train_salt.py", *TINY, "--out_dir", tmp_path / "given", "--teacher", tmp_path / "teacher.safetensors")
     assert status == 0 and last["stage"] == 2 and not (tmp_path / "given" / "stage1").exists(), err[-2000:]
+    status, last, err = run("train_salt.py", *TINY, "--out_dir", tmp_path / "random", "--teacher", f"random:{tmp_path / 'teacher.safetensors'}")
+    assert status == 0 and last["stage"] == 2, err[-2000:]      # how much is a teacher worth?
     status, last, err = run("train_salt.py", *TINY, "--out_dir", tmp_path / "three", "--split", 0.25, 0.25, 0.5)
     assert status == 0 and last["stage"] == 3 and (tmp_path / "three" / "stage2" / "encoder.safetensors").exists(), err[-2000:]
     for flags, message in ((("--stage", 2), "stage1/encoder.safetensors"), (("--split", 0.5, 0.6), "--split"), (("--stage", 4), "there are stages 1 to 2")):
