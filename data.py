@@ -305,7 +305,7 @@ def read_clips(path, clip, rngs=(None,)):
 # --- the plan and the loader ------------------------------------------------------------------------------------------------------------
 
 DAMAGE = (RuntimeError, ValueError, IndexError, AssertionError, OSError)  # what torchcodec and FFmpeg raise on bad files
-ORDER, MIX, REPLACE, AUGMENT = range(4)  # random streams: default_rng([seed, stream, ...]) never meets another's numbers
+ORDER, MIX, REPLACE, AUGMENT, VIEWS, BLOCKS = range(6)  # random streams: default_rng([seed, stream, ...]) never meets another's numbers
 BLOCK = 1024  # weighted sources are mixed in exact proportion (rounded to 1/1024) in every block of so many draws
 
 
@@ -476,6 +476,63 @@ def prepare(batch, device="cpu", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 
     x[which] = x[which].flip(-1)
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1, 1) * 255 for v in (mean, std))
     return x.float().sub_(mean).div_(std)
+
+
+def view_numbers(seed, index, frames, views):
+    """(B, frames, views, 16) uniform numbers that decide the views of the clips whose sample numbers are `index`: a function of (seed, number)."""
+    return torch.from_numpy(np.stack([np.random.default_rng([seed, VIEWS, int(g)]).random((frames, views, 16), dtype=np.float32) for g in index]))
+
+
+def augment(x, u, size, scale, crop=True, colour=True, blur=0.5, solarise=0.0):
+    """DINO's view of each image: x (F,3,H,W) RGB in [0,1], u (F,16) uniform -> (F,3,size,size), the whole batch at once on its device.
+
+    crop: a random box of area `scale` and aspect 3/4 to 4/3, resized bicubically, half of them flipped; else the whole image. colour: jitter of
+    brightness and contrast by 0.4, saturation by 0.2 and hue by 0.1 of a turn (about the grey axis) for 80 %, grey for 20 %, blur of 0.1 to 2 pixels
+    and solarisation with the given probabilities.
+    """
+    u, one = u.to(x), torch.ones(len(x), device=x.device)
+    area, aspect = scale[0] + (scale[1] - scale[0]) * u[:, 0], (4 / 3) ** (2 * u[:, 1] - 1)
+    w, h = [(area * r).sqrt().clamp(max=1) if crop else one for r in (aspect, 1 / aspect)]
+    left, top, turn = (1 - w) * u[:, 2], (1 - h) * u[:, 3], torch.where((u[:, 4] < 0.5) & crop, -one, one)
+    theta = torch.stack([w * turn, 0 * one, 2 * left + w - 1, 0 * one, h, 2 * top + h - 1], 1).view(-1, 2, 3)
+    x = F.grid_sample(x, F.affine_grid(theta, (len(x), 3, size, size), align_corners=False), mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
+    if not colour:
+        return x
+    some = lambda i, p, new: torch.where((u[:, i] < p).view(-1, 1, 1, 1), new, x)
+    factor = lambda i, strength: (1 + strength * (2 * u[:, i] - 1)).view(-1, 1, 1, 1)
+    grey = lambda v: (v * v.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    j = (x * factor(6, 0.4)).clamp(0, 1)
+    j = ((j - grey(j).mean((2, 3), keepdim=True)) * factor(7, 0.4) + grey(j).mean((2, 3), keepdim=True)).clamp(0, 1)
+    j = ((j - grey(j)) * factor(8, 0.2) + grey(j)).clamp(0, 1)
+    yiq = x.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    angle, spin = 0.2 * math.pi * (2 * u[:, 9] - 1), torch.eye(3, device=x.device).repeat(len(x), 1, 1)
+    spin[:, 1, 1], spin[:, 1, 2], spin[:, 2, 1], spin[:, 2, 2] = angle.cos(), -angle.sin(), angle.sin(), angle.cos()
+    x = some(5, 0.8, torch.einsum("fij,fjhw->fihw", yiq.inverse() @ spin @ yiq, j).clamp(0, 1))
+    x = some(10, 0.2, grey(x))
+    taps = torch.exp(-0.5 * (torch.arange(-6, 7, device=x.device) / (0.1 + 1.9 * u[:, 12:13])) ** 2)            # (F,13): three deviations
+    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)
+    soft = F.pad(x, (6, 6, 6, 6), mode="reflect").flatten(0, 1)[None]                                           # (1, F*3, H+12, W+12)
+    for kernel in (taps[:, None, None], taps[:, None, :, None]):
+        soft = F.conv2d(soft, kernel, groups=len(taps))
+    x = some(11, blur, soft.view_as(x))
+    return some(13, solarise, torch.where(x < 0.5, x, 1 - x))
+
+
+def block_masks(seed, index, frames, grid, ratio, spread, share):
+    """iBOT's masks: bool (B*frames, h*w) for the frames of the clips whose sample numbers are `index`; of a `share` of the frames about ratio +- spread
+    of the patches are hidden, by rectangles of aspect 0.3 to 3.3."""
+    h, w = grid
+    hidden = np.zeros((len(index), frames, h, w), dtype=bool)
+    for clip, g in zip(hidden, index):
+        rng = np.random.default_rng([seed, BLOCKS, int(g)])
+        for t in np.flatnonzero(rng.random(frames) < share):
+            count = max(1, int(h * w * rng.uniform(ratio - spread, ratio + spread)))
+            while (left := count - clip[t].sum()) > 0:
+                area, aspect = rng.uniform(min(4, left), left), math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+                bh, bw = (min(max(round(math.sqrt(area * r)), 1), n) for r, n in ((aspect, h), (1 / aspect, w)))
+                top, side = rng.integers(h - bh + 1), rng.integers(w - bw + 1)
+                clip[t, top : top + bh, side : side + bw] = True
+    return torch.from_numpy(hidden).flatten(0, 1).flatten(1)
 
 
 def fingerprint(sources):

@@ -326,6 +326,14 @@ class ViT(nn.Module):
             lengths = [1 + n for n in lengths]
         return x, rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x) if self.pos == "rope" else None, lengths
 
+    def cls_attention(self, x):
+        """What CLS attends to in the last block (DINO's pictures): x (F,3,1,H,W) -> (F, heads, n)."""
+        x, rope, lengths = self.embed(x)
+        last = self.blocks[-1]
+        qk = last.attn.qkv(last.norm1(run_blocks(x, self.blocks[:-1], rope, lengths, False))).unflatten(2, (3, self.heads, -1))[:, :, :2]
+        q, k = (qk if rope is None else rotate(qk, *rope)).unbind(2)
+        return torch.einsum("fhd,fnhd->fhn", q[:, 0].float(), k.float()).mul((self.width // self.heads) ** -0.5).softmax(-1)[:, :, 1:]
+
     def positions(self, grid, device):
         """The table (N, D) that is added to the tokens of a grid."""
         if self.pos == "sincos":
@@ -391,14 +399,14 @@ class MotionEncoder(ViT):
             for block in self.blocks:
                 nn.init.zeros_(block.modulation.weight)
 
-    def forward(self, change, z):
-        """change (F,3,1,H,W), the difference of two normalised frames; z (F,1+n,D), the tokens of the first -> (F,1+n,D)."""
+    def forward(self, change, z, features=False):
+        """change (F,3,1,H,W), the difference of two normalised frames; z (F,1+n,D), the tokens of the first -> (F,1+n,D). features: before the last layer."""
         x, rope, _ = self.embed(change)
         if not self.cls_condition:  # attention does not see it; a modulation needs something for each token
             z = z[:, 1:] if self.blocks[0].cross is not None else torch.cat([torch.zeros_like(z[:, :1]), z[:, 1:]], 1)
         for block in self.blocks:
             x = recompute(block, x, rope, z, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else block(x, rope, z)
-        return self.proj(self.norm(x))
+        return self.norm(x) if features else self.proj(self.norm(x))
 
     def flops(self, *lengths):
         """Forward FLOPs for frames of these token counts, without CLS."""
@@ -503,14 +511,15 @@ class LatentGridDecoder(nn.Module):
 # training: optimizer groups, EMA, sharding, compilation
 
 
-def param_groups(module, weight_decay):
-    """Two optimizer groups over all trainable parameters: with weight decay, and without (biases, 1-D tensors, learned positions)."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    still = {name for name, p in named if p.ndim < 2 or name.endswith(("bias", "pos_embed"))}
-    decay, no_decay = [p for name, p in named if name not in still], [p for name, p in named if name in still]
-    ids = [id(p) for p in decay + no_decay]
-    assert sorted(ids) == sorted({id(p) for p in module.parameters() if p.requires_grad}), "a parameter is in no group or in two"
-    return [dict(params=decay, weight_decay=weight_decay, decay=True), dict(params=no_decay, weight_decay=0.0, decay=False)]
+def param_groups(module, weight_decay, factors={}):
+    """Optimizer groups over all trainable parameters: with weight decay, and without (biases, 1-D tensors, learned positions). factors: {prefix of a
+    name: factor of the learning rate}; a group says its own as "factor"."""
+    groups = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            factor = next((f for prefix, f in factors.items() if name.startswith(prefix)), 1.0)
+            groups.setdefault((p.ndim >= 2 and not name.endswith(("bias", "pos_embed")), factor), []).append(p)
+    return [dict(params=groups[k], weight_decay=weight_decay if k[0] else 0.0, decay=k[0], factor=k[1]) for k in sorted(groups, reverse=True)]
 
 
 @torch.no_grad()

@@ -221,7 +221,7 @@ class Run:
     """What every script needs and no paper claims: ranks, out directory, log, signals, checkpoints, online probe."""
     FREE = {"out_dir", "resume", "stop_at", "workers", "timeout", "micro_batch", "save_every", "keep", "log_every", "probe_every", "sample_every", "compile",
             "fsdp", "checkpoint", "wandb", "max_bad_fraction", "max_skips", "dry_run", "stage"}     # flags that a resumed run may change
-    POSITIVE = {"steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "log_every", "save_every", "keep", "timeout"}
+    POSITIVE = {"steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "log_every", "save_every", "keep", "timeout", "prototypes", "ce_rows", "temp"}
     SHARES = {"ema", "final_ema", "max_bad_fraction"}
     stop = False                                                # of the process: a signal between two stages counts for the next one
 
@@ -364,12 +364,13 @@ class Run:
         self.broadcast(None)                                    # whoever reads it next, on any rank, finds it
 
     @torch.no_grad()
-    def probe(self, features, train, val, clip, **pixels):
-        """Accuracy on the source `val` of a linear probe on features(x) -> (B,D), fitted on the source `train`; all ranks take part.
-        pixels: mean and std of what the encoder was trained on, ImageNet's if it is not said."""
+    def probe(self, features, train, val, clip, heads=None, **pixels):
+        """{name: accuracy on the source `val`} of probes of features(x) -> (B,D), fitted on the source `train`; all ranks take part. heads: {name: function
+        of x, y, xv -> classes of xv}; a linear one if it is not said. pixels: mean and std of what the encoder was trained on, else ImageNet's."""
         (x, y, ok), (xv, yv, okv) = (D.labelled_features(features, source, clip, self.device, workers=self.args.workers, rank=self.rank, ranks=self.ranks,
                                                          gather=self.gather, timeout=self.args.timeout, **pixels) for source in (train, val))
-        return ((M.linear_probe(x[ok], y[ok], xv) == yv) & okv).double().mean().item()      # a video that cannot be read counts as wrong
+        heads = heads or {"probe_acc": M.linear_probe}
+        return {name: ((head(x[ok], y[ok], xv) == yv) & okv).double().mean().item() for name, head in heads.items()}     # an unreadable video counts as wrong
 # --- end runtime ---
 
 
@@ -445,7 +446,7 @@ def main(args):
             return model(x).mean(1)
 
     def accuracy():
-        return run.probe(features, *probe, dataclasses.replace(clip, train=False, clips=1)) if probe else None
+        return run.probe(features, *probe, dataclasses.replace(clip, train=False, clips=1))["probe_acc"] if probe else None
 
     if first == 0 and not args.init:
         extra["random_acc"] = accuracy()                        # the encoder as it was initialised: what learning has to beat

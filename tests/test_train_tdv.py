@@ -1,0 +1,260 @@
+"""train_tdv.py: losses against float64 numpy and `lightly`, gradient paths, centres, views, runs of every flag of Table 4."""
+import dataclasses
+import importlib.abc
+import importlib.machinery
+import json
+import sys
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+
+import data as D
+import model as M
+import train_tdv as T
+from test_train_vjepa import losses
+
+TINY = ("--preset", "laptop", "--steps", 4, "--batch_size", 4, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2, "--prototypes", 64,
+        "--head_hidden", 32)
+
+
+def setting(preset="laptop", seed=0, B=2, spread=0.05, **changes):
+    args = dataclasses.replace(T.Args(**T.PRESETS[preset]), **{"prototypes": 48, "head_hidden": 32, "frames": 4, **changes})
+    torch.manual_seed(seed)
+    objective = T.OBJECTIVES[args.objective](args)
+    for p in objective.parameters():                            # the motion encoder starts at 0, teacher and student alike: nothing to compare
+        p.data.add_(spread * torch.randn(p.shape))
+    return args, objective, torch.randn(B, 3, args.frames, args.size, args.size)
+
+
+def softmax(v):
+    e = np.exp(v - v.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def gelu(v):
+    return 0.5 * v * (1 + np.vectorize(__import__("math").erf)(v / np.sqrt(2)))
+
+
+def logits(head, tokens):
+    """The projection head in float64 numpy."""
+    v = tokens.double().numpy()
+    for i in (0, 2, 4):
+        v = v @ head.mlp[i].weight.detach().double().numpy().T + head.mlp[i].bias.detach().double().numpy()
+        v = gelu(v) if i < 4 else v / np.linalg.norm(v, axis=-1, keepdims=True)
+    W = head.prototypes.detach().double().numpy()
+    return v @ (head.scale.detach().double().numpy() * W / np.linalg.norm(W, axis=1, keepdims=True)).T
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.13])
+def test_the_loss_is_the_papers(threshold):
+    """MSE, both cross-entropies with centring, and their weights, against float64 numpy; with a threshold on the change only over pairs that move."""
+    args, objective, x = setting(motion_threshold=threshold, w_mse=1.5, w_cls=0.75, w_patch=0.5, temp=(0.1, 0.07), ce_rows=7)
+    objective.centres.normal_(std=0.1)
+    loss, metrics = objective(x)
+    with torch.no_grad():
+        now, then = x[:, :, :-1].transpose(1, 2).reshape(-1, 3, 1, 32, 32), x[:, :, 1:].transpose(1, 2).reshape(-1, 3, 1, 32, 32)
+        z, h = objective.encoder(now), objective.target(then)
+        zhat = z + objective.motion(then - now, z)
+    use = (then - now).abs().mean((1, 2, 3, 4)).numpy() > threshold
+    assert 0 < use.sum() <= len(use) and (threshold == 0) == use.all()
+    want = 1.5 * ((zhat - h).double().numpy()[use] ** 2).mean()
+    for kind, (w, tokens) in enumerate(((0.75, slice(0, 1)), (0.5, slice(1, None)))):
+        p = softmax((logits(objective.target_head, h[:, tokens]) - objective.centres[kind].double().numpy()) / 0.07)
+        q = softmax(logits(objective.head, zhat[:, tokens]) / 0.1)
+        want += w * -(p * np.log(q)).sum(-1)[use].mean()
+    assert abs(loss.item() - want) < 1e-5 * abs(want), (loss.item(), want)
+    assert abs(metrics["still"].item() - ((z - h).double().numpy()[use] ** 2).mean()) < 1e-5
+
+
+def test_chunks_change_nothing():
+    """Loss, entropy, mean logits and both gradients of the chunked cross-entropy against autograd on all rows at once: 1e-5, and gradcheck in float64."""
+    torch.manual_seed(0)
+    s, t = (torch.nn.functional.normalize(torch.randn(50, 16), dim=1).requires_grad_(g) for g in (True, False))
+    Ws, Wt, centre, weight = torch.randn(300, 16, requires_grad=True), torch.randn(300, 16), torch.randn(300) * 0.1, torch.rand(50)
+    p = ((t @ Wt.T - centre) / 0.07).softmax(1)
+    whole = -(weight * (p * (s @ Ws.T / 0.1).log_softmax(1)).sum(1)).sum()
+    gs, gW = torch.autograd.grad(2 * whole, (s, Ws))
+    for rows in (1, 7, 50, 1000):
+        loss, entropy, mean = T.ChunkedCE.apply(s, Ws, t, Wt, centre, weight, (0.1, 0.07), rows)
+        got = torch.autograd.grad(2 * loss, (s, Ws))
+        assert abs(loss.item() / whole.item() - 1) < 1e-5 and (got[0] - gs).abs().max() < 1e-5 * gs.abs().max() and (got[1] - gW).abs().max() < 1e-5 * gW.abs().max()
+        assert abs(entropy.item() + (p * p.log()).sum(1).mean().item()) < 1e-5 and (mean - (t @ Wt.T).mean(0)).abs().max() < 1e-5
+    double = [v.detach().double()[:6, :4].contiguous().requires_grad_(v.requires_grad) for v in (s, Ws, t, Wt)]
+    assert torch.autograd.gradcheck(lambda a, b: T.ChunkedCE.apply(a, b, double[2], double[3], centre[:6].double(), weight[:6].double(), (0.3, 0.2), 4)[0], double[:2])
+
+
+class Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stands for packages that lightly imports and its losses do not use."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torchvision", "lightly_utils", "pytorch_lightning", "hydra", "omegaconf", "aenum"):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        module = MagicMock(name=spec.name)
+        module.__path__, module.__spec__, module.__version__ = [], spec, "0.0.0"
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_head_loss_and_centre_equal_lightlys(monkeypatch):
+    """DINO's head, its loss over pairs of views, its centre after two steps, and iBOT's loss of masked patches, against `lightly`: 1e-5."""
+    pytest.importorskip("lightly", reason="pip install --no-deps lightly")
+    monkeypatch.setattr(sys, "meta_path", [Stub(), *sys.meta_path])
+    from lightly.loss.dino_loss import DINOLoss
+    from lightly.loss.ibot_loss import IBOTPatchLoss
+    from lightly.models.modules.heads import DINOProjectionHead
+    args, objective, _ = setting("laptop_video_ibot", temp=(0.1, 0.04))
+    theirs = DINOProjectionHead(128, 32, 64, 48, norm_last_layer=False)
+    names = dict(zip(objective.head.state_dict(), ["last_layer.weight_v", "last_layer.weight_g"] + [f"layers.{i}.{k}" for i in (0, 2, 4) for k in ("weight", "bias")]))
+    theirs.load_state_dict({names[k]: v for k, v in objective.head.state_dict().items()})
+    views = [torch.randn(6, 128) for _ in range(4)]
+    h = [torch.randn(6, 128) for _ in range(2)]
+    out = lambda head, v: (lambda s, W: s @ W.T)(*head(v))
+    assert max((out(objective.head, v) - theirs(v)).abs().max() for v in views) < 1e-5
+    cls, patch = DINOLoss(48, 0.04, 0.04, 1, 0.1, 0.9), IBOTPatchLoss(48, 0.04, 0.1, center_momentum=0.9)
+    mask = torch.rand(6, 9) < 0.4
+    mask[2] = False
+    tokens, targets = torch.randn(6, 9, 128), torch.randn(6, 9, 128)
+    for step in range(2):
+        pairs = [(s, t) for t in (0, 1) for s in range(4) if s != t]
+        ours, _ = objective.ce(0, torch.cat([views[s] for s, _ in pairs]), torch.cat([h[t] for _, t in pairs]))
+        want = cls([out(objective.target_head, v) for v in h], [out(objective.head, v) for v in views], epoch=5)
+        assert abs(ours.item() - want.item()) < 1e-5
+        weight = (mask / mask.sum(1, keepdim=True).clamp(min=1))[mask] / len(mask)
+        ours, _ = objective.ce(1, tokens[mask], targets[mask], weight)
+        want = patch(out(objective.target_head, targets)[mask], out(objective.head, tokens)[mask], mask.view(6, 3, 3))
+        assert abs(ours.item() - want.item()) < 1e-5, step
+        objective.means[0][:] = [out(objective.target_head, torch.cat(h)).mean(0)]
+        objective.after_step(0, True)
+    assert (objective.centres[0] - cls.center.flatten()).abs().max() < 1e-5
+
+
+def test_gradients_reach_the_encoder_by_both_paths_and_never_the_teacher():
+    args, objective, x = setting()
+    objective(x)[0].backward()
+    assert all(p.grad is None for m in (objective.target, objective.target_head) for p in m.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for m in (objective.encoder, objective.motion, objective.head) for p in m.parameters())
+    now, change = x[:, :, 0:1], x[:, :, 1:2] - x[:, :, 0:1]
+    z = objective.encoder(now)
+    by_condition = torch.autograd.grad(objective.motion(change, z).sum(), z, retain_graph=True)[0]
+    assert by_condition.abs().min() >= 0 and by_condition.abs().sum() > 0       # the addend's is 1
+    blind = setting(cls_condition=False)[1]
+    z = blind.encoder(now).detach().requires_grad_()
+    seen = torch.autograd.grad(blind.motion(change, z).square().sum(), z)[0].abs().sum((0, 2))
+    assert seen[0] == 0 and (seen[1:] > 0).all()
+
+
+def test_nothing_moves_at_first_and_composition_adds_motion():
+    args, objective, x = setting(spread=0)
+    z = objective(x, which="compose")
+    assert torch.equal(z, z[:, :1].expand_as(z)) and objective(x)[1]["moved"] == 0
+    args, objective, x = setting()
+    z, n = objective(x, which="compose"), 17
+    assert torch.allclose(z[:, 2], z[:, 1] + objective.motion(x[:, :, 2:3] - x[:, :, 1:2], z[:, 1]))
+    tokens = objective(x, which="teacher")
+    assert tokens.shape == (2, 4 * n, 128) and torch.equal(tokens[:, 4 + 16 : 4 + 32], objective.target(x[:, :, 1:2])[:, 1:])
+    assert objective(x, which="motion").shape == (2, 3 * n, 128)
+
+
+def test_centres_and_teacher_move_once_a_step_and_not_on_a_skipped_one():
+    """Two micro-batches give the centre of the whole batch; a step that is not taken leaves teacher and centres, also with a NaN."""
+    args, objective, x = setting(B=4)
+    with torch.no_grad():
+        h = objective.target(x[:, :, 1:].transpose(1, 2).reshape(-1, 3, 1, 32, 32))
+        want = [0.1 * (lambda t, W: t @ W.T)(*objective.target_head(h[:, s])).flatten(0, -2).mean(0) for s in (slice(0, 1), slice(1, None))]
+    before = [p.clone() for p in objective.target.parameters()]
+    objective(x * float("nan"))
+    objective.after_step(0, False)
+    assert objective.centres.abs().max() == 0 and all(map(torch.equal, before, objective.target.parameters()))
+    objective(x[:2]), objective(x[2:])
+    objective.after_step(0, True)
+    assert all((c - w).abs().max() < 1e-6 for c, w in zip(objective.centres, want))
+    moved = zip(objective.target.parameters(), before, objective.encoder.parameters())
+    assert all(torch.allclose(t, 0.99 * b + 0.01 * e, atol=1e-7) for t, b, e in moved)
+
+
+def test_views_are_functions_of_the_sample_number():
+    """The same for a clip in any batch; without crop and colour the image itself; masks hide what they should in half of the frames."""
+    u = D.view_numbers(3, [5, 9], 2, 4)
+    assert torch.equal(u[1:], D.view_numbers(3, [9], 2, 4)) and not torch.equal(u[0], u[1])
+    x = torch.rand(4, 3, 32, 32)
+    assert (D.augment(x, u[:, :, 0].flatten(0, 1), 32, (0.4, 1), crop=False, colour=False) - x).abs().max() < 1e-5
+    views = D.augment(x, u[:, :, 0].flatten(0, 1), 16, (0.05, 0.4), solarise=1.0)
+    assert views.shape == (4, 3, 16, 16) and 0 <= views.min() and views.max() <= 1
+    one = D.augment(x[2:3], u[1:, :1, 0].flatten(0, 1), 16, (0.05, 0.4), solarise=1.0)
+    assert (views[2:3] - one).abs().max() < 1e-5
+    mask = D.block_masks(0, range(200), 4, (14, 14), 0.3, 0.2, 0.5)
+    some = mask.any(1)
+    assert torch.equal(mask[4:8], D.block_masks(0, [1], 4, (14, 14), 0.3, 0.2, 0.5))
+    assert 0.45 < some.float().mean() < 0.55 and 0.27 < mask[some].float().mean() < 0.35 and mask[some].float().mean(1).max() < 0.6
+
+
+TABLE_4 = [(), ("--no-motion",), ("--w_mse", 0), ("--no-centre",), ("--temp", 1, 1), ("--no-cls_condition",), ("--w_cls", 0), ("--pos", "rope"),
+           ("--motion_input", "frame"), ("--motion_threshold", 0.1), ("--motion_depth", 1), ("--condition", "film"), ("--condition", "adaln_zero"),
+           ("--condition", "gated_adaln", "--no-cls_condition"), ("--motion_lr", 0.03)]
+
+
+@pytest.mark.parametrize("flags", TABLE_4, ids=lambda f: " ".join(map(str, f)) or "full")
+def test_every_flag_of_table_4_trains(flags):
+    """In one process: a step changes every part that should learn, the loss is finite, and no trainable parameter is without a gradient."""
+    preset = T.parse_args([str(f) for f in ("--preset", "laptop", "--prototypes", 48, "--head_hidden", 32, "--frames", 3, *flags)])
+    torch.manual_seed(0)
+    objective = T.OBJECTIVES[preset.objective](preset)
+    optimizer = torch.optim.AdamW(M.param_groups(objective, 0.01, {"motion.": preset.motion_lr}), lr=1e-3)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(p.requires_grad for p in objective.parameters())
+    x = torch.randn(2, 3, 3, 32, 32)
+    for step in range(3):
+        loss, _ = objective(x)
+        loss.backward()
+        lacking = [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+        assert loss.isfinite() and not lacking, lacking
+        optimizer.step()
+        optimizer.zero_grad()
+        objective.after_step(step, True)
+    assert any(g["factor"] == preset.motion_lr for g in optimizer.param_groups) or not preset.motion
+
+
+@pytest.mark.parametrize("flags", [(), ("--preset", "laptop_video_ibot", "--micro_batch", 1)], ids=["tdv", "ibot"])
+def test_runs_resume_and_ranks(run, tmp_path, flags):
+    """2 + resume + 2 steps equal 4, bit for bit; two ranks, replicated and sharded, log the same losses within 1e-5; the encoder loads."""
+    flags = (*TINY, *flags, "--data", "world", "--fps", 0, "--size", 32, "--local_crops", 2)
+    status, last, err = run("train_tdv.py", *flags, "--out_dir", tmp_path / "whole")
+    assert status == 0 and last["steps"] == 4, err[-2000:]
+    for stop in (2, 0):
+        assert run("train_tdv.py", *flags, "--out_dir", tmp_path / "parts", "--resume", "--stop_at", stop)[0] == 0
+    rows = lambda name: [{k: v for k, v in json.loads(line).items() if k.startswith(("loss", "ce", "entropy", "mse", "rankme"))}
+                         for line in (tmp_path / name / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert rows("whole") == rows("parts")
+    a, b = (M.load_encoder(tmp_path / name)[0].state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    for name, extra in (("ddp", ()), ("fsdp", ("--fsdp",))):
+        status, _, err = run("train_tdv.py", *flags, "--out_dir", tmp_path / name, *extra, ranks=2)
+        assert status == 0, err[-2000:]
+        assert np.abs(np.array(losses(tmp_path / name)) - losses(tmp_path / "whole")).max() < 1e-4, name
+
+
+def test_a_frozen_start_probes_and_pictures(run, tmp_path):
+    """--init with --freeze leaves the encoder as it was and trains the motion encoder; the run's end has all accuracies, a picture and the drift."""
+    encoder = M.ViT(**M.SIZES["vit_n"], patch=8, tubelet=1, frames=8, size=48, pos="learned", images=True, cls=True)
+    M.save_encoder(tmp_path / "given.safetensors", encoder, encoder.config | M.IMAGENET)
+    status, last, err = run("train_tdv.py", *TINY[:-6], "--warmup", 2, "--sample_every", 4, "--probe_data", "world", "world", "--init", tmp_path / "given.safetensors",
+                            "--freeze", "--w_cls", 0, "--w_patch", 0, "--out_dir", tmp_path / "run", "--prototypes", 32)
+    assert status == 0 and None not in (last["probe_acc"], last["knn_acc"]), err[-2000:]
+    after = M.load_encoder(tmp_path / "run")[0].state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in encoder.state_dict().items() if k != "pos_embed")
+    assert (tmp_path / "run" / "samples" / "step_00000004.png").exists() and '"drift"' in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("flags, message", [(("--frames", 1), "--frames 1"), (("--preset", "laptop_video_dino", "--local_size", 12), "--local_size 12"),
+                                            (("--condition", "none"), "none"), (("--prototypes", 0), "--prototypes 0")])
+def test_what_cannot_be(run, tmp_path, flags, message):
+    status, _, err = run("train_tdv.py", *TINY, "--data", "world", *flags, "--out_dir", tmp_path / "no")
+    assert status == 2 and message in err and "Traceback" not in err, err
+    status, last, err = run("train_tdv.py", "--dry_run")
+    assert status == 0 and 8.5e7 < last["params_encoder"] < 8.8e7
