@@ -31,6 +31,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from tqdm import tqdm
 
 VIDEOS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".gif", ".ts", ".flv", ".wmv", ".3gp"}
@@ -262,9 +263,10 @@ def crop_resize(frames, box, size):
     return x.permute(0, 2, 3, 1)
 
 
-def read_clips(path, clip, rngs=(None,)):
+def read_clips(path, clip, rngs=(None,), names=()):
     """Decode clips of one video in one pass -> uint8 (rngs * segments * views, T, size, size, 3). Each rng of `rngs` gives a random start in each
     segment and one box; None gives the evaluation clips. Geometry is as a player shows it: turned by the container's matrix, pixels made square.
+    names: also dense labels, which are cut like the frames -> (video, a dict for each clip).
     Raises RuntimeError, ValueError, IndexError or AssertionError (DAMAGE) for a damaged video.
 
     Whole frames are decoded and then cut and resized: the decoder's own crop and resize are slower, 131 against 120 ms for 16 frames of 640x360.
@@ -293,13 +295,109 @@ def read_clips(path, clip, rngs=(None,)):
     height, width = frames.shape[1:3]
     square = float(meta.pixel_aspect_ratio or 1) ** (-1 if meta.rotation and meta.rotation % 180 else 1)
     square = square if 0.25 <= square <= 4 else 1.0  # beyond that the header is nonsense
-    shown, out = (height, max(round(width * square), 1)), []
-    for rng, segments in zip(rngs, frames.unflatten(0, (len(rngs), clip.segments, clip.frames))):
+    shown, out, labels = (height, max(round(width * square), 1)), [], []
+    at = at.reshape(len(rngs), clip.segments, clip.frames)
+    for rng, segments, ids in zip(rngs, frames.unflatten(0, at.shape), at):
         boxes = [view_box(*shown, v, clip.views) if rng is None else random_square(rng, *shown, clip.zoom) if clip.zoom
                  else random_box(rng, *shown, clip.scale, clip.ratio) for v in range(clip.views)]
         boxes = [(top, min(round(left / square), width - 1), h, max(round(w / square), 1)) for top, left, h, w in boxes]
         out += [crop_resize(segment, box, clip.size) for segment in segments for box in boxes]
-    return torch.stack(out) if len(out) > 1 else out[0][None]  # a copy of a clip costs as much as its resize
+        labels += [read_labels(path, names, i, box, clip.size, (width, height)) for i in ids for box in boxes] if names else []
+    video = torch.stack(out) if len(out) > 1 else out[0][None]  # a copy of a clip costs as much as its resize
+    return (video, labels) if names else video
+
+
+# --- dense labels -----------------------------------------------------------------------------------------------------------------------
+
+PER_CLIP = ("K", "actions", "kind", "change")  # all other labels have a row for each frame
+PICTURES = ("depth", "masks", "flow", "flow_visible", "disparity", "disparity_visible")
+SEEN = {"visible": "tracks", "flow_visible": "flow", "disparity_visible": "disparity"}  # in a file that lacks it: wherever the other is known
+
+
+def read_labels(path, names, at, box, size, shape):
+    """The arrays `names` of the .safetensors file beside the video `path`, of its frames `at`, cut and resized as crop_resize does with `box` of frames of
+    `shape` (width, height). A picture of labels may have another size than the frames; values in pixels are always pixels of the frames."""
+    beside, out = Path(path).with_suffix(".safetensors"), {}
+    corner, scale = torch.tensor([box[1], box[0]]), size / torch.tensor([box[3], box[2]])
+    centres = torch.stack(torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="xy"), -1)
+    if not beside.is_file():
+        raise DataError(f"{path}: no dense labels (no file {beside}); `python data.py index LAYOUT ROOT` makes them")
+    with safe_open(beside, "pt") as file:
+        has = set(file.keys())
+        for name in dict.fromkeys([*names, *(SEEN[n] for n in names if n in SEEN)]):
+            if name not in has:
+                if name in SEEN:
+                    continue
+                raise DataError(f"{beside}: no label {name!r}; it has {', '.join(sorted(has))}")
+            if name in PER_CLIP:
+                value = file.get_tensor(name)
+            else:
+                ids = torch.from_numpy(at[:-1] if name.startswith("flow") else at).clamp_max(file.get_slice(name).get_shape()[0] - 1)
+                value = file.get_slice(name)[int(ids.min()) : int(ids.max()) + 1][ids - ids.min()]
+            if name in PICTURES:
+                column, row = (((c + (torch.arange(size) + 0.5) / s) * n / whole).long() for c, s, n, whole in
+                               zip(corner, scale, (value.shape[2], value.shape[1]), shape))
+                value = value[:, row][:, :, column]
+            if name in ("right", "impossible"):
+                value = crop_resize(value, box, size)
+            elif name == "flow":
+                value = torch.where(torch.from_numpy(np.diff(at) == 1)[:, None, None, None], value * scale, math.nan)  # the last frame may be repeated
+            elif name == "disparity":
+                value = value * scale[0]
+            elif name == "tracks":
+                value = (value - corner) * scale
+            elif name == "boxes":
+                value = ((value.unflatten(-1, (2, 2)) - corner) * scale).clamp(0, size)
+                value = value.masked_fill((value[..., 1, :] <= value[..., 0, :]).any(-1)[..., None, None], math.nan).flatten(-2)
+            elif name == "K":
+                value = torch.cat([(value[:2] - corner[:, None] * value[2:]) * scale[:, None], value[2:]])
+            out[name] = value
+    for name in set(SEEN) & set(names):
+        end = out[SEEN[name]]
+        end = end if name == "visible" else centres + (end if name == "flow_visible" else torch.stack([-end, 0 * end], -1))
+        out[name] = out.get(name, torch.tensor(True)) & ((end >= 0) & (end < size)).all(-1)
+    return {name: out[name] for name in names}
+
+
+def stack(values):
+    """Tensors (or None) whose sizes differ -> one, filled up with "unknown": NaN, for masks 255, else 0."""
+    some = next((v for v in values if v is not None), torch.zeros(0))
+    shape = [max(n) for n in zip(*(v.shape for v in values if v is not None))] or [0] * some.ndim
+    out = some.new_full((len(values), *shape), math.nan if some.is_floating_point() else 255 if some.dtype == torch.uint8 and some.ndim == 3 else 0)
+    for row, v in zip(out, values):
+        if v is not None:
+            row[tuple(slice(n) for n in v.shape)] = v
+    return out
+
+
+def dense_batches(source, clip, names, *, batch_size, workers=0, rank=0, ranks=1, rows=None, seed=0, timeout=600):
+    """eval_batches with dense labels: each batch also holds the arrays `names`, b = clips as in "video" (one per video unless segments or views ask for
+    more). The list's videos have them beside, clip.mp4 + clip.safetensors (`python data.py index`); the built-in world renders them.
+
+        depth       (b,T,H,W)     float32  along the optical axis: metres; world: units, the wall is at about 1
+        pose        (b,T,4,4)     float32  camera to world, axes x right, y down, z ahead; lengths as depth
+        K           (b,3,3)       float32  pixels: u = (K @ (x,y,z))[0] / z
+        masks       (b,T,H,W)     uint8    object or class; 255 not labelled. world: 0 wall, 1 floor, 2, 3 spheres, 4, 5 boxes
+        boxes       (b,T,O,4)     float32  x0, y0, x1, y1 in pixels of object o, NaN in all four where it is not seen. world: of objects 2 to 5
+        tracks      (b,T,P,2)     float32  x, y in pixels of point p; visible (b,T,P) bool. world: all are visible in frame 0
+        flow        (b,T-1,H,W,2) float32  pixels to the right and down until the next frame; flow_visible (b,T-1,H,W) bool: is seen there, too
+        right       (b,T,H,W,3)   uint8    what a second camera on the right sees of the same moment
+        disparity   (b,T,H,W)     float32  pixels to the left at which `right` shows it; disparity_visible (b,T,H,W) bool: is seen there
+        impossible  (b,T,H,W,3)   uint8    the same scene with something impossible in it; "video" is the possible one
+        kind        (b,)          int64    what is impossible (world: index into IMPOSSIBLE); change (b,) int64: the first frame that differs
+        actions     (b,O,C)       uint8    1 for each of C actions that object o performs
+
+    Column j of a picture covers x from j to j + 1, row i likewise: a pixel's centre is at (j + 0.5, i + 0.5). Floats are NaN where nothing is known, and
+    O and P are filled up with NaN (actions 0, visible False) to the most in the batch; visible is False where the point is unknown or outside.
+    Labels are cut and resized with the frames: nearest for pictures of labels, and values in pixels are moved and scaled. Nothing is flipped. clip.train
+    gives random starts and boxes as in eval_batches. Raises DataError for a label that a clip does not have, and for what would break the labels' time:
+    fps (use stride), flow with a stride.
+    """
+    if clip.fps or (clip.stride > 1 and any(name.startswith("flow") for name in names)):
+        raise DataError("dense labels are those of frames: give stride, not fps, and with flow stride 1")
+    rows = np.arange(len(source)) if rows is None else np.asarray(rows)
+    rows = rows[rank::ranks].tolist()
+    return stream(Clips([source], replace(clip, flip=False), seed, names=names), (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), workers, timeout)
 
 
 # --- the plan and the loader ------------------------------------------------------------------------------------------------------------
@@ -344,10 +442,10 @@ class Plan:
 class Clips(torch.utils.data.Dataset):
     """What a worker does: `dataset.__getitems__(numbers)` is one micro-batch. numbers: sample numbers g when there is a plan, else rows."""
 
-    def __init__(self, sources, clip, seed, plan=None):
+    def __init__(self, sources, clip, seed, plan=None, names=()):
         if any(s.paths for s in sources):
             import_torchcodec()  # a machine without FFmpeg is told so before any work
-        self.sources, self.clip, self.seed, self.plan = sources, clip, seed, plan
+        self.sources, self.clip, self.seed, self.plan, self.names = sources, clip, seed, plan, tuple(names)
         self.offsets = np.cumsum([0] + [len(s) for s in sources])
         self.worlds = [None if s.paths else World(s.split, frames=clip.frames, size=clip.size) for s in sources]
 
@@ -363,7 +461,7 @@ class Clips(torch.utils.data.Dataset):
         many = per * clip.segments * clip.views  # clips read from it
         video = torch.zeros(len(numbers) // per * many, clip.frames, clip.size, clip.size, 3, dtype=torch.uint8)
         flip, label = torch.zeros(len(video), dtype=torch.bool), torch.full((len(numbers),), -1)
-        ok, names, bad, rendered = torch.ones(len(numbers), dtype=torch.bool), [], [], {}
+        ok, names, bad, rendered, dense = torch.ones(len(numbers), dtype=torch.bool), [], [], {}, [{}] * len(video)
         for i in range(0, len(numbers), per):
             here = slice(i // per * many, (i // per + 1) * many)
             for attempt in range(ATTEMPTS if self.plan else 1):
@@ -377,7 +475,10 @@ class Clips(torch.utils.data.Dataset):
                     break
                 flip[here] = torch.tensor([clip.train and clip.flip and rng.random() < 0.5 for rng in rngs]).repeat_interleave(many // per)
                 try:
-                    video[here] = read_clips(source.paths[row], clip, rngs)
+                    if self.names:
+                        video[here], dense[here] = read_clips(source.paths[row], clip, rngs, self.names)
+                    else:
+                        video[here] = read_clips(source.paths[row], clip, rngs)
                     break
                 except DataError:
                     raise
@@ -389,9 +490,11 @@ class Clips(torch.utils.data.Dataset):
                     raise DataError(f"{ATTEMPTS} videos in a row cannot be read, the last one {bad[-1][0]}: {bad[-1][1]}")
             names += [source.paths[row] if source.paths else f"world/{source.split}/{row}"] * per
         for s, rows in rendered.items():  # the world is rendered a batch at a time, which is many times faster than clip by clip
-            for (here, _), frames in zip(rows, self.worlds[s].render([row for _, row in rows])["video"]):
-                video[here] = torch.as_tensor(frames)
-        return {"video": video, "flip": flip, "label": label, "index": torch.tensor(numbers), "path": names, "ok": ok, "bad": bad}
+            made = self.worlds[s].render([row for _, row in rows], self.names)
+            for i, (here, _) in enumerate(rows):
+                video[here], dense[here] = made["video"][i], [{name: made[name][i] for name in self.names}] * many
+        batch = {"video": video, "flip": flip, "label": label, "index": torch.tensor(numbers), "path": names, "ok": ok, "bad": bad}
+        return batch | {name: stack([labels.get(name) for labels in dense]) for name in self.names}
 
 
 def reason(error):
@@ -800,12 +903,13 @@ def main():
 # the built-in world: random numbers -> Scene (poses, sizes, textures) -> cast() (which object each pixel sees, and where) -> shade() (brightness)
 #
 # Axes are OpenCV's: x right, y down, z ahead. A pose is (R, p): world point = R @ local point + p. A pixel's ray is (x, y, 1) in camera
-# coordinates, so the ray parameter of a hit *is* its depth. All that further labels need is in Scene and in what cast() returns: depth, poses,
-# masks, boxes; flow and tracks by carrying a hit's object coordinates to another frame; stereo by a second camera beside the first.
+# coordinates, so the ray parameter of a hit *is* its depth. All labels come from Scene and cast(): flow and tracks carry a hit's object coordinates
+# to another frame, stereo to a second camera beside the first, and whether it is seen there is told by casting a ray at it.
 
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")     # what the picture does; the camera does the opposite
 PLANES, SPHERES, BOXES, WAVES = 2, 2, 2, 16  # per scene, in this order along the object axis O; waves per texture
 SPLITS = {"train": 1 << 20, "probe": 2048, "val": 1024}             # clips; `probe` is what an online probe is fitted on, none is shared
+IMPOSSIBLE = ("vanish", "appear", "change", "teleport", "stop")     # what happens to the ball, out of sight or in view (a stop always in view)
 
 
 @dataclass
@@ -818,6 +922,9 @@ class Scene:
     size: object     # (n,O,3) half edges of a box, radius of a sphere (three times), ignored for planes
     wave: object     # (n,O,S,3) wave vectors of the texture in object coordinates, rad per unit
     phase: object    # (n,O,S)
+
+    def cut(self, clips=slice(None), times=slice(None)):
+        return Scene(**{f.name: getattr(self, f.name)[(clips, times) if f.name in ("R", "p", "Ro", "po") else clips] for f in fields(Scene)})
 
 
 def rotation(axis, angle):
@@ -835,20 +942,29 @@ def product(a, b):
     return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
 
 
+def at_object(table, id):
+    """table (n,T,O,...), id (n,T,h,w) -> (n,T,h,w,...)."""
+    n, T = id.shape[:2]
+    return table[torch.arange(n, device=id.device)[:, None, None, None], torch.arange(T, device=id.device)[:, None, None], id]
+
+
 class World:
     """Clips of a textured room with spheres and boxes, filmed by a moving camera; eight classes of motion (FWM-HW-LD, Table 6).
 
     Clip i is a function of (seed, split, i) and of nothing else. Its class is i mod 8, and all else is drawn without looking at the class; the camera
     is at its drawn pose half-way through the clip, so that no single frame tells the class. noise: standard deviation of pixel noise, in [0,1].
     shift, turn, zoom: range of the motion over a clip, in picture widths, degrees and as a factor; wobble: camera sway, picture widths.
+    points: tracks per clip; baseline: from the camera to the one on its right, units.
 
     All textures have the same statistics and no colour. That is deliberate: whatever is constant in a clip and differs between clips is what masked
     prediction learns first, and with clips that differ in colour or pattern it learns colour and pattern, and in the minutes of a laptop no motion.
     """
 
-    def __init__(self, split="train", seed=0, frames=8, size=32, noise=0.3, shift=(0.3, 0.6), turn=(50.0, 100.0), zoom=(1.6, 2.5), wobble=0.02, device="cpu"):
+    def __init__(self, split="train", seed=0, frames=8, size=32, noise=0.3, shift=(0.3, 0.6), turn=(50.0, 100.0), zoom=(1.6, 2.5), wobble=0.02, points=64, baseline=0.06,
+                 device="cpu"):
         self.split, self.seed, self.frames, self.size, self.noise, self.device = split, seed, frames, size, noise, device
         self.shift, self.turn, self.zoom, self.wobble = shift, turn, zoom, wobble      # over a clip: picture widths, degrees, factor; picture widths
+        self.points, self.baseline = points, baseline
         self.field = 0.6                                                               # half the picture's width at depth 1: 62 degrees
 
     def __len__(self):
@@ -858,23 +974,41 @@ class World:
     def labels(self):
         return np.arange(len(self)) % len(MOTIONS)
 
-    def scene(self, indices):
-        """indices (n,) -> Scene of float64 arrays, and noise (n,T,H,W,3) uint8 or None. One generator per clip; the rest is elementwise."""
-        n, T, O, S = len(indices), self.frames, PLANES + SPHERES + BOXES, WAVES
-        rngs = [np.random.default_rng((self.seed, list(SPLITS).index(self.split), int(i))) for i in indices]
-        uniform = np.stack([g.random(256) for g in rngs])
-        normal = np.stack([g.standard_normal(512) for g in rngs])
-        noise = np.stack([g.integers(0, 256, (T, self.size, self.size, 3), np.uint8) for g in rngs]) if self.noise else None
-        used = {id(uniform): 0, id(normal): 0}
+    def generators(self, indices, *stream):
+        """One per clip. What was drawn first has no stream number; labels that draw have their own, so that asking for them changes no video."""
+        return [np.random.default_rng((self.seed, list(SPLITS).index(self.split), int(i), *stream)) for i in indices]
+
+    def grain(self, generators):
+        """Pixel noise (n,T,H,W,3) uint8, or None."""
+        return np.stack([g.integers(0, 256, (self.frames, self.size, self.size, 3), np.uint8) for g in generators]) if self.noise else None
+
+    def draws(self, indices, *stream):
+        """-> take(source, *shape) and between(low, high, *shape), which draw (n, *shape), source 0 uniform in [0,1), 1 normal; and the noise."""
+        generators, used = self.generators(indices, *stream), [0, 0]
+        sources = np.stack([g.random(256) for g in generators]), np.stack([g.standard_normal(512) for g in generators])
 
         def take(source, *shape):
-            start = used[id(source)]
-            used[id(source)] = start + math.prod(shape)
-            assert used[id(source)] <= source.shape[1]
-            return source[:, start:used[id(source)]].reshape(n, *shape)
+            start = used[source]
+            used[source] = start + math.prod(shape)
+            assert used[source] <= sources[source].shape[1]
+            return sources[source][:, start:used[source]].reshape(len(indices), *shape)
 
-        def between(low, high, *shape):
-            return low + (high - low) * take(uniform, *shape)
+        return take, lambda low, high, *shape: low + (high - low) * take(0, *shape), self.grain(generators)
+
+    def textures(self, take, between, width):
+        """wave and phase of a Scene: isotropic waves over five octaves, alike in all clips; only directions and phases are drawn (class World says why).
+        Their lengths reach beyond the picture and below a pixel, so that a texture looks alike at every scale and a frame does not tell that it was zoomed."""
+        O, S = PLANES + SPHERES + BOXES, WAVES
+        length = np.repeat([1.6, 1.2], [PLANES, O - PLANES]) * width[:, None]                                     # the longest wave, (n,O)
+        direction = take(1, O, S, 3)
+        step = 2.0 ** (5 / S * np.arange(S))
+        wave = 2 * np.pi * step[:, None] / length[..., None, None] * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
+        return wave, between(0, 2 * np.pi, O, S)
+
+    def scene(self, indices):
+        """indices (n,) -> Scene of float64 arrays, and noise (n,T,H,W,3) uint8 or None. One generator per clip; the rest is elementwise."""
+        n, T = len(indices), self.frames
+        take, between, noise = self.draws(indices)
 
         # time runs from -1/2 to 1/2 through 0 half-way; the pace may vary, but equally before and after
         s = (np.arange(T) - (T - 1) / 2) / max(1, T - 1)
@@ -896,7 +1030,7 @@ class World:
         R, p = product(start[:, None], roll), product(start[:, None], local[..., None])[..., 0]
 
         # wall and floor (or ceiling, or side wall: `start` decides), then objects between camera and wall, some outside the picture
-        tilt = rotation(take(normal, 2, 3) * [1, 1, 0.01], between(0, 0.45, 2))
+        tilt = rotation(take(1, 2, 3) * [1, 1, 0.01], between(0, 0.45, 2))
         upright = rotation(np.array([1.0, 0, 0]), np.pi / 2)
         tilt[:, 1] = product(tilt[:, 1], upright[None])
         zero = np.zeros_like(wall)
@@ -904,41 +1038,81 @@ class World:
         M = SPHERES + BOXES
         depth = between(0.45, 0.85, M) * wall[:, None]
         place = np.concatenate([between(-1.4, 1.4, M, 2) * self.field * depth[..., None], depth[..., None]], -1)
-        velocity = take(normal, M, 3) * 0.06 * wall[:, None, None]
-        spin = rotation(take(normal, 1, M, 3), between(0, 2 * np.pi, M)[:, None] + between(-1, 1, M)[:, None] * s[:, None])        # (n,T,M,3,3)
+        velocity = take(1, M, 3) * 0.06 * wall[:, None, None]
+        spin = rotation(take(1, 1, M, 3), between(0, 2 * np.pi, M)[:, None] + between(-1, 1, M)[:, None] * s[:, None])        # (n,T,M,3,3)
         po = np.concatenate([np.broadcast_to(points[:, None], (n, T, 2, 3)), place[:, None] + velocity[:, None] * s[:, None, None]], 2)
         Ro = np.concatenate([np.broadcast_to(tilt[:, None], (n, T, 2, 3, 3)), spin], 2)
         radius = between(0.12, 0.4, M)[..., None] * depth[..., None] * self.field
         edges = radius * np.concatenate([np.ones((n, SPHERES, 3)), between(0.5, 1.0, BOXES, 3)], 1)
         size = np.concatenate([np.ones((n, 2, 3)), edges], 1)
 
-        # textures: isotropic waves over five octaves, alike in all clips; only directions and phases are drawn (class World says why). Their lengths
-        # reach beyond the picture and below a pixel, so that a texture looks alike at every scale and a frame does not tell that it was zoomed
-        length = np.repeat([1.6, 1.2], [PLANES, M]) * width[:, None]                                              # the longest wave, (n,O)
-        direction = take(normal, O, S, 3)
-        step = 2.0 ** (5 / S * np.arange(S))
-        wave = 2 * np.pi * step[:, None] / length[..., None, None] * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
-        return Scene(R, p, Ro, po, size, wave, between(0, 2 * np.pi, O, S)), noise
+        return Scene(R, p, Ro, po, size, *self.textures(take, between, width)), noise
 
-    def cast(self, scene):
+    def pair_scene(self, indices):
+        """indices (n,) -> two Scenes that differ from some frame on, and the noise of both. A resting camera sees a ball (or a box) roll or fly from side to
+        side, in half of the clips behind a pillar. Half-way, if there is a pillar out of sight, it breaks the law that IMPOSSIBLE[i mod 5] names."""
+        n, T = len(indices), self.frames
+        take, between, noise = self.draws(indices, 3)
+        kind, hidden = np.asarray(indices) % 5, (np.asarray(indices) // 5 % 2 == 0) & (np.asarray(indices) % 5 != 4)
+        s = (np.arange(T) - (T - 1) / 2) / max(1, T - 1)
+        wall, sign, swap = between(0.8, 1.25), np.sign(between(-1, 1)), between(0, 1)[:, None, None] < 0.5          # swap: the box moves, not the ball
+        width, radius = 2 * self.field * wall, between(0.07, 0.1) * wall
+        z, floor, reach = 0.6 * wall, between(0.26, 0.34) * wall, between(0.65, 0.8) * self.field * 0.6 * wall
+        height = (between(0, 1) < 0.7) * between(0.1, 0.45) * wall
+
+        across = (sign * reach)[:, None] * 2 * s                                                                   # (n,T)
+        path = np.stack([across, (floor - radius)[:, None] - height[:, None] * (1 - 4 * s * s), np.broadcast_to(z[:, None], (n, T))], -1)
+        away = np.full((n, T, 3), -9.0)                                                                            # behind the camera
+        later = (np.arange(T) >= T // 2)[:, None]
+        jump = path + np.where(later, (sign * 0.5 * reach)[:, None, None] * [1.0, 0, 0], 0)
+        stop = path[:, np.minimum(np.arange(T), T // 2 - 1)]
+        right = np.where((kind == 1)[:, None, None], away, path), away                                            # where the first and the other thing are
+        is_ = lambda k: (kind == k)[:, None, None]
+        wrong = (np.select([is_(0), is_(1), is_(2), is_(3), is_(4)], [np.where(later, away, path), np.where(later, path, away), np.where(later, away, path),
+                 jump, stop]), np.where(is_(2) & later, path, away))
+
+        ground = np.broadcast_to(np.eye(3), (n, T, 3, 3))
+        roll = rotation(np.array([0.0, 0, 1]), across / radius[:, None])
+        upright = np.broadcast_to(rotation(np.array([1.0, 0, 0]), np.pi / 2), (n, T, 3, 3))
+        half = radius / z + reach / z / max(1, T - 1) + 0.03                                                        # of the pillar: hides the thing in two frames
+        pillar, stone = np.where(hidden, 0, 9 * wall), between(-0.6, 0.6) * wall                                    # the stone: a ball at rest
+        still = lambda *place: np.broadcast_to(np.stack(np.broadcast_arrays(*place), -1)[:, None], (n, T, 3))
+        size = [1, 1, radius, 0.1 * wall, 0.6 * radius, [half * 0.45 * wall, floor, 0.02 * wall]]
+        size = np.stack([np.stack(np.broadcast_arrays(*(v if isinstance(v, list) else [v + 0 * wall] * 3)), -1) for v in size], 1)
+        texture = self.textures(take, between, width)
+
+        def scene(mover, other):
+            ball, box = np.where(swap, other, mover), np.where(swap, mover, other)
+            po = [still(0, 0, wall), still(0, floor, 0 * wall), ball, still(stone, floor - 0.1 * wall, 0.85 * wall), box, still(pillar, 0, 0.45 * wall)]
+            return Scene(ground, np.zeros((n, T, 3)), np.stack([ground, upright, roll, ground, roll, ground], 2), np.stack(po, 2), size, *texture)
+
+        return scene(*right), scene(*wrong), noise
+
+    def tables(self, scene):
+        """turn (n,T,O,3,3), eye (n,T,O,3): point c of camera coordinates is eye[o] + turn[o] @ c in the coordinates of object o."""
+        back = scene.Ro.swapaxes(-1, -2)
+        return (self.tensor(product(back, scene.R[:, :, None])),
+                self.tensor(product(back, (scene.p[:, :, None] - scene.po)[..., None])[..., 0]))
+
+    def cast(self, scene, at=None):
         """Scene -> depth (n,T,H,W), object id (n,T,H,W), and the tables of the rays in object coordinates: turn (n,T,O,3,3), eye (n,T,O,3).
 
         The hit of ray (x,y,1) on object o, in the object's own coordinates, is eye[o] + depth * turn[o] @ (x,y,1).
+        at (n,T,h,w,2): the x,y of these rays instead of the pixels'.
         """
-        back = scene.Ro.swapaxes(-1, -2)
-        turn = self.tensor(product(back, scene.R[:, :, None]))
-        eye = self.tensor(product(back, (scene.p[:, :, None] - scene.po)[..., None])[..., 0])
-        x = self.pixels()
+        turn, eye = self.tables(scene)
+        x, y = (self.pixels(), self.pixels()[:, None]) if at is None else at.unbind(-1)
+        fit = lambda v, m: v if at is None else v.reshape(*v.shape[:2], *[1] * (m.ndim - 3), *v.shape[2:])           # beside (n,T,...,3)
         half = self.tensor(scene.size)
         plane, sphere, box = slice(0, PLANES), slice(PLANES, PLANES + SPHERES), slice(PLANES + SPHERES, None)
-        ray = lambda m: (m[..., 0, None, None] * x + m[..., 2, None, None]) + m[..., 1, None, None] * x[:, None]    # (...,3) -> (...,H,W): m . (x,y,1)
+        ray = lambda m: (m[..., 0, None, None] * fit(x, m) + m[..., 2, None, None]) + m[..., 1, None, None] * fit(y, m)    # -> (...,H,W): m . (x,y,1)
         grow = lambda v: v[..., None, None]
 
         t_plane = -grow(eye[:, :, plane, 2]) / ray(turn[:, :, plane, 2])
 
         e, r = eye[:, :, sphere], half[:, None, sphere, 0]
         b = ray((turn[:, :, sphere] * e[..., None]).sum(-2))
-        a = x * x + x[:, None] * x[:, None] + 1
+        a = fit(x * x + y * y + 1, e)
         root = b * b - a * grow((e * e).sum(-1) - r * r)
         t_sphere = torch.where(root > 0, -(b + root.clamp_min(0).sqrt()) / a, math.inf)
 
@@ -987,20 +1161,99 @@ class World:
     def tensor(self, array):
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)
 
+    def follow(self, scene, point, id):
+        """Where `scene`'s camera sees points (n,T,h,w,3) given in the coordinates of objects `id` (n,T,h,w) -> x,y in pixels (n,T,h,w,2), depth and seen
+        (n,T,h,w): inside the picture and nothing in front, which a ray at each tells."""
+        turn, eye = (at_object(table, id) for table in self.tables(scene))
+        point = (turn * (point - eye)[..., None]).sum(-2)                                                          # turn transposed: to camera coordinates
+        ray, depth = point[..., :2] / point[..., 2:].clamp_min(0.02), point[..., 2]
+        seen = (depth > 0.02) & (ray.abs() < self.field).all(-1) & (self.cast(scene, ray)[0] > depth.clamp_max(50) * 0.998)
+        return (ray / self.field + 1) * (self.size / 2), depth, seen
+
+    def points_hit(self, depth, id, turn, eye):
+        """What cast() returned -> its hits in object coordinates, (n,T,H,W,3)."""
+        x = self.pixels()
+        ray = torch.stack(torch.broadcast_tensors(x, x[:, None], torch.ones_like(depth)), -1)
+        return at_object(eye, id) + depth[..., None] * (at_object(turn, id) * ray[..., None, :]).sum(-1)
+
+    def picture(self, scene, hits, noise):
+        """-> (n,T,H,W,3) uint8; noise as grain() draws it: uniform, of the right deviation."""
+        video = self.shade(scene, *hits).mul_(255)[..., None].repeat(1, 1, 1, 1, 3)
+        if self.noise:
+            video += (self.tensor(noise) - 127.5) * (self.noise * math.sqrt(12))
+        return video.round_().clamp_(0, 255).to(torch.uint8)
+
     @torch.no_grad()
-    def render(self, indices):
-        """indices (n,) -> {"video": (n,T,H,W,3) uint8, "label": (n,) int64}, the same for a clip whatever else is in the batch."""
+    def render(self, indices, labels=()):
+        """indices (n,) -> {"video": (n,T,H,W,3) uint8, "label": (n,) int64, and what `labels` names}, the same for a clip whatever else is in the batch.
+
+        The names, shapes (with n in front) and units are those of dense_batches. Of the world's own: lengths in units (the wall is at 0.8 to 1.25);
+        masks holds 0 wall, 1 floor, 2, 3 spheres, 4, 5 boxes; boxes are of the moving objects 2 to 5; tracks start at pixels of frame 0; `right` is
+        `baseline` units to the right. impossible, kind or change give another scene (pair_scene), whose possible version is "video" and has the labels,
+        and no class: before frame `change` the two videos are the same, noise included, and kind is an index into IMPOSSIBLE.
+        """
         indices = np.asarray(indices)
-        scene, noise = self.scene(indices)
+        pairs = not {"impossible", "kind", "change"}.isdisjoint(labels)
+        scene, *other, noise = self.pair_scene(indices) if pairs else self.scene(indices)
         at_once = 1 if self.device == "cpu" else 64                 # one clip fits the cache of a core, which is ten times faster than a batch
         parts = []
         for i in range(0, len(indices), at_once):
-            part = Scene(**{f.name: getattr(scene, f.name)[i:i + at_once] for f in fields(Scene)})
-            video = self.shade(part, *self.cast(part)).mul_(255)[..., None].repeat(1, 1, 1, 1, 3)
-            if self.noise:                                          # uniform, of the right deviation
-                video += (self.tensor(noise[i:i + at_once]) - 127.5) * (self.noise * math.sqrt(12))
-            parts.append(video.round_().clamp_(0, 255).to(torch.uint8))
-        return {"video": torch.cat(parts).cpu(), "label": torch.from_numpy(indices % len(MOTIONS))}
+            part, grain = scene.cut(slice(i, i + at_once)), noise[i:i + at_once] if self.noise else None
+            hits = self.cast(part)
+            out = {"video": self.picture(part, hits, grain)}
+            if pairs:
+                wrong = other[0].cut(slice(i, i + at_once))
+                out["impossible"] = self.picture(wrong, self.cast(wrong), grain)
+                out["kind"] = torch.from_numpy(indices[i:i + at_once] % len(IMPOSSIBLE))
+                out["change"] = (out["video"] != out["impossible"]).flatten(2).any(-1).int().argmax(1)
+            out |= self.annotate(part, hits, indices[i:i + at_once], [name for name in labels if name not in out]) if labels else {}
+            parts.append({name: out[name].cpu() for name in ("video", *labels)})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"label": torch.from_numpy(indices % len(MOTIONS))}
+
+    def annotate(self, scene, hits, indices, names):
+        """The labels `names` of render; what several of them need is made once."""
+        depth, id, *_ = hits
+        n, T, f = len(indices), self.frames, self.size / (2 * self.field)
+
+        @lru_cache(None)
+        def flow():
+            target, _, seen = self.follow(scene.cut(times=slice(1, None)), self.points_hit(*hits)[:, :-1], id[:, :-1])
+            return target - centres, seen
+
+        @lru_cache(None)
+        def tracks():
+            start = np.stack([g.choice(self.size ** 2, self.points, replace=False) for g in self.generators(indices, 1)])
+            start = torch.as_tensor(start, device=id.device)[:, None, None]                                        # (n,1,1,P)
+            point = self.points_hit(*hits)[:, :1].flatten(2, 3).gather(2, start[:, :, 0, :, None].expand(-1, -1, -1, 3))[:, :, None]
+            where, _, seen = self.follow(scene, point.expand(n, T, -1, -1, -1), id[:, :1].flatten(2).gather(2, start[:, 0]).expand(n, T, -1)[:, :, None])
+            return where[:, :, 0], seen[:, :, 0]
+
+        @lru_cache(None)
+        def stereo():
+            right = replace(scene, p=scene.p + self.baseline * scene.R[..., 0])                                    # the camera's x axis
+            return self.picture(right, self.cast(right), self.grain(self.generators(indices, 2))), self.follow(right, self.points_hit(*hits), id)[2]
+
+        def boxes():
+            out = []
+            for axis in (-2, -1):                                   # columns, then rows, that show the object
+                hit = torch.stack([(id == o).any(axis) for o in range(PLANES, scene.size.shape[1])], 2).int()      # (n,T,objects,size)
+                none = torch.where(hit.any(-1), 0.0, math.nan)
+                out += [hit.argmax(-1) + none, self.size - hit.flip(-1).argmax(-1) + none]
+            return torch.stack([out[0], out[2], out[1], out[3]], -1)
+
+        def pose():
+            bottom = np.broadcast_to([0.0, 0, 0, 1], (n, T, 1, 4))
+            return self.tensor(np.concatenate([np.concatenate([scene.R, scene.p[..., None]], -1), bottom], -2))
+
+        centre = torch.arange(self.size, device=id.device) + 0.5
+        centres = torch.stack(torch.meshgrid(centre, centre, indexing="xy"), -1)
+        made = {"depth": lambda: depth, "masks": lambda: id.to(torch.uint8), "boxes": boxes, "pose": pose,
+                "K": lambda: self.tensor([[f, 0, self.size / 2], [0, f, self.size / 2], [0, 0, 1]]).expand(n, 3, 3),
+                "flow": lambda: flow()[0], "flow_visible": lambda: flow()[1], "tracks": lambda: tracks()[0], "visible": lambda: tracks()[1],
+                "right": lambda: stereo()[0], "disparity": lambda: f * self.baseline / depth, "disparity_visible": lambda: stereo()[1]}
+        if unknown := set(names) - set(made):
+            raise DataError(f"the built-in world has no label {min(unknown)!r}; it has {', '.join(made)}, impossible, kind, change")
+        return {name: made[name]() for name in names}
 
 
 # --- end of the world --------------------------------------------------------------------------------------------------------------------
