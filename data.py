@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 VIDEOS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".gif", ".ts", ".flv", ".wmv", ".3gp"}
@@ -757,7 +758,8 @@ def in_processes(function, items, workers):
         return [*tqdm(pool.map(function, items, chunksize=4), total=len(items), disable=None)]
 
 
-def index(layout: Literal["kinetics", "ssv2", "ucf", "folders"], root: str, out: str = "", annotations: str = "", labels: str = ""):
+def index(layout: Literal["kinetics", "ssv2", "ucf", "folders", "scannet", "re10k", "perception", "movi", "waymo", "davis", "ade20k", "cityscapes", "sintel",
+                          "chairs", "kitti", "sceneflow", "middlebury", "intphys", "ava"], root: str, out: str = "", annotations: str = "", labels: str = ""):
     """Make a list of 'path label' rows of a dataset as downloaded, and classes.txt beside it (line k, from 0, names label k).
 
     Videos that are annotated but not found under the root are counted and left out. kinetics and folders: a classes.txt that is there already is
@@ -773,6 +775,8 @@ def index(layout: Literal["kinetics", "ssv2", "ucf", "folders"], root: str, out:
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder")
     out, note = Path(out or f"{layout}.txt"), Path(annotations)
+    if layout in LAYOUTS or layout in ("intphys", "ava"):
+        return index_dense(layout, root, out, annotations)
     known, files = out.parent / "classes.txt", {path.stem: path for path in media(root)}
     if layout != "folders" and not note.is_file():
         raise DataError(f"index {layout} needs --annotations FILE" + (f": no file {annotations}" if annotations else ""))
@@ -807,6 +811,251 @@ def index(layout: Literal["kinetics", "ssv2", "ucf", "folders"], root: str, out:
     write(known, "".join(f"{name}\n" for name in classes))
     write_list(out, found)
     return {"list": str(out), "rows": len(found), "classes": len(classes), "missing": len(rows) - len(found)}, 0
+
+
+# --- dense data sets as downloaded -> clip.mp4 + clip.safetensors ------------------------------------------------------------------------
+# One reader for each kind of file: paths of one clip -> array with a row for each.
+
+def png(paths):
+    """(n,H,W) or (n,H,W,3), uint8, or uint16 where the files have 16 bits; of palettes the indices. All in one call of FFmpeg, whose decoder is exact."""
+    width, height, bits, kind = struct.unpack(">IIBB", Path(paths[0]).read_bytes()[16:26])
+    form = "pal8" if kind == 3 else {(True, 8): "gray", (True, 16): "gray16le", (False, 8): "rgb24", (False, 16): "rgb48le"}[kind in (0, 4), max(bits, 8)]
+    raw = np.frombuffer(pipe(paths, "-f", "rawvideo", "-pix_fmt", form, "-"), np.uint16 if bits == 16 else np.uint8).reshape(len(paths), -1)
+    channels = 3 if form.startswith("rgb") else 1
+    return raw[:, : height * width * channels].reshape(len(paths), height, width, *[3] * (channels == 3)).copy()  # after indices stands the palette
+
+
+def pipe(images, *out):
+    """Image files of one kind through FFmpeg."""
+    codec = Path(images[0]).suffix.lower()[1:].replace("jpg", "jpeg").replace("jpeg", "mjpeg")
+    done = subprocess.run(["ffmpeg", "-v", "error", "-f", "image2pipe", "-framerate", "10", "-c:v", codec, "-i", "-", *out],
+                          input=b"".join(Path(p).read_bytes() for p in images), capture_output=True)
+    if done.returncode:
+        raise ValueError(f"{images[0]}: {done.stderr.decode(errors='replace').strip()[:200]}")
+    return done.stdout
+
+
+def flo(paths):
+    """Middlebury's optical flow: the number 202021.25, width, height, then u and v of each pixel."""
+    heads = [np.fromfile(p, "<i4", 3) for p in paths]
+    return np.stack([np.fromfile(p, "<f4", offset=12).reshape(h, w, 2) for p, (_, w, h) in zip(paths, heads)])
+
+
+def pfm(paths):
+    """Lines 'Pf' (or 'PF': three channels), 'width height', a scale that is negative for little-endian, then rows from the bottom up."""
+    out = []
+    for p in paths:
+        kind, width, height, scale, body = re.match(rb"(P[fF])\s+(\d+)\s+(\d+)\s+(\S+)\s(.*)", Path(p).read_bytes(), re.S).groups()
+        out.append(np.frombuffer(body, "<f4" if float(scale) < 0 else ">f4").reshape(int(height), int(width), -1)[::-1].squeeze(-1 if kind == b"Pf" else ()))
+    return np.stack(out).astype(np.float32)
+
+
+def unless(value, unknown):
+    """`value` as float32 with NaN where `unknown`, which may have fewer axes."""
+    return np.where(unknown.reshape(*unknown.shape, *[1] * (value.ndim - unknown.ndim)), np.nan, value).astype(np.float32)
+
+
+def known(value):
+    return unless(value, value == 0)
+
+
+def kitti_flow(paths):
+    raw = png(paths).astype(np.float32)
+    return unless((raw[..., :2] - 2**15) / 64, raw[..., 2] == 0)
+
+
+def re10k(paths, frames):
+    """ID.txt: a URL, then a row for each frame: time stamp, fx, fy, cx, cy (shares of width and height), two zeros, the 3x4 of world to camera."""
+    rows = {line.split()[0]: np.array(line.split()[1:], float) for line in Path(paths[0]).read_text().splitlines()[1:] if line.strip()}
+    rows = np.stack([rows[p.stem] for p in frames])
+    height, width, _ = open_video(frames[0]).get_frame_at(0).data.shape
+    (fx, fy, cx, cy), camera = rows[0, :4] * [width, height, width, height], np.tile(np.eye(4), (len(rows), 1, 1))
+    camera[:, :3] = rows[:, 6:].reshape(-1, 3, 4)
+    return np.linalg.inv(camera), np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+
+
+def by_object(rows, frames, width):
+    """rows: (object, number of the frame, values of `width`) -> (frames, objects, width), NaN where there is no row."""
+    rows = [(o, int(t), v) for o, t, v in rows if 0 <= int(t) < frames]
+    number = {o: i for i, o in enumerate(dict.fromkeys(o for o, _, _ in rows))}
+    out = np.full((frames, len(number), width), np.nan, np.float32)
+    for o, t, v in rows:
+        out[t, number[o]] = v
+    return out
+
+
+@lru_cache(maxsize=2)
+def load_json(path):
+    return json.loads(Path(path).read_text("utf-8"))
+
+
+def perception(paths, frames, name):
+    """all_train.json: video -> metadata (resolution, num_frames), object_tracking and point_tracking, each of frame_ids and boxes or points in [0,1]."""
+    about = load_json(str(paths[0]))[frames[0].stem]
+    (height, width), count = about["metadata"]["resolution"][:2], about["metadata"]["num_frames"]
+    if name == "boxes":
+        return by_object([(o["id"], t, np.multiply(b, [width, height] * 2)) for o in about["object_tracking"] for t, b in zip(o["frame_ids"], o["bounding_boxes"])],
+                         count, 4)
+    points = [(o["id"], o["frame_ids"], np.array(o["points"], float).reshape(-1, 2)[:, ::-1] * [width, height]) for o in about["point_tracking"]]  # y, x
+    return by_object([(o, t, v) for o, ids, xy in points for t, v in zip(ids, xy)], count, 2)
+
+
+def waymo(paths, frames):
+    times = {p.stem: t for t, p in enumerate(frames)}
+    with open(paths[0], newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["key.camera_name"] == frames[0].parent.name and r["key.frame_timestamp_micros"] in times]
+    value = lambda r, sign: [float(r[f"[CameraBoxComponent].box.center.{k}"]) + sign * float(r[f"[CameraBoxComponent].box.size.{k}"]) / 2 for k in "xy"]
+    return by_object([(r["key.camera_object_id"], times[r["key.frame_timestamp_micros"]], value(r, -1) + value(r, 1)) for r in rows], len(frames), 4)
+
+
+def kubric(paths, frames):
+    about = load_json(str(paths[0]))
+    height, width = about["metadata"]["resolution"][::-1]
+    return by_object([(o, t, np.multiply([x0, y0, x1, y1], [width, height] * 2)) for o, instance in enumerate(about["instances"])
+                      for t, (y0, x0, y1, x1) in zip(instance["bbox_frames"], instance["bboxes"])], len(frames), 4)
+
+
+CITYSCAPES = np.full(256, 255, np.uint8)  # labelId -> one of the 19 classes that are evaluated
+CITYSCAPES[[7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]] = np.arange(19)
+
+# layout: (frames, as a pattern of paths under the root whose group is the clip, {label: (pattern in the frame's path, its replacement, reader of the paths
+# so found, and of the frames)}). A label without any file is left out; where single files are missing, nothing is known. Empty replacement: --annotations
+LAYOUTS = {
+    "scannet": (r"([^/]+)/color/\d+\.jpg", {  # as exported by SensReader
+        "depth": (r"color/(\d+)\.jpg", r"depth/\1.png", lambda p, f: known(png(p) / 1000)),
+        "pose": (r"color/(\d+)\.jpg", r"pose/\1.txt", lambda p, f: np.stack([*map(np.loadtxt, p)])),
+        "K": (r"color/\d+\.jpg", "intrinsic/intrinsic_color.txt", lambda p, f: np.loadtxt(p[0])[:3, :3])}),
+    "re10k": (r"frames/(\w+/[^/]+)/\d+\.\w+", {  # the lists in train/ and test/, frames named by time stamp
+        "pose": (r"frames/(\w+/[^/]+)/\d+\.\w+", r"\1.txt", lambda p, f: re10k(p, f)[0]),
+        "K": (r"frames/(\w+/[^/]+)/\d+\.\w+", r"\1.txt", lambda p, f: re10k(p, f)[1])}),
+    "perception": (r"(?:.*/)?(video_\d+)\.mp4", {  # --annotations all_train.json
+        "boxes": ("", "", lambda p, f: perception(p, f, "boxes")), "tracks": ("", "", lambda p, f: perception(p, f, "tracks"))}),
+    "movi": (r"(?:(.*)/)?rgba_\d+\.png", {  # what Kubric's worker writes; tracks.npz: TAP-Vid's target_points (P,T,2) and occluded (P,T)
+        "masks": ("rgba_", "segmentation_", lambda p, f: png(p)), "boxes": (r"rgba_\d+\.png", "metadata.json", kubric),
+        "tracks": (r"rgba_\d+\.png", "tracks.npz", lambda p, f: np.load(p[0])["target_points"].swapaxes(0, 1)),
+        "visible": (r"rgba_\d+\.png", "tracks.npz", lambda p, f: ~np.load(p[0])["occluded"].T.astype(bool))}),
+    "waymo": (r"(.*/\d)/\d+\.jpg", {"boxes": (r"\d/\d+\.jpg", "camera_box.csv", waymo)}),  # SEGMENT/CAMERA/TIMESTAMP.jpg; the v2 parquet table as csv
+    "davis": (r"JPEGImages/(.*)/\d+\.jpg", {"masks": ("JPEGImages(.*)jpg", r"Annotations\1png", lambda p, f: (m := png(p)) - (m == 255) * np.uint8(254))}),
+    "ade20k": (r"images/(.*)\.jpg", {"masks": ("images(.*)jpg", r"annotations\1png", lambda p, f: png(p) - np.uint8(1))}),  # ADEChallengeData2016
+    "cityscapes": (r"leftImg8bit/(.*)_leftImg8bit\.png", {
+        "masks": ("leftImg8bit/(.*)_leftImg8bit", r"gtFine/\1_gtFine_labelIds", lambda p, f: CITYSCAPES[png(p)]),
+        "disparity": ("leftImg8bit/(.*)_leftImg8bit", r"disparity/\1_disparity", lambda p, f: known(png(p) / 256) - np.float32(1 / 256)),
+        "right": ("leftImg8bit/(.*)_leftImg8bit", r"rightImg8bit/\1_rightImg8bit", lambda p, f: png(p))}),
+    "sintel": (r"training/((?:clean|final)/[^/]+)/frame_\d+\.png", {
+        "flow": (r"training/\w+(.*)png", r"training/flow\1flo", lambda p, f: flo(p)),
+        "flow_visible": (r"training/\w+", "training/occlusions", lambda p, f: png(p) == 0)}),
+    "chairs": (r"(.*)_img[12]\.ppm", {"flow": (r"img\d\.ppm", "flow.flo", lambda p, f: flo(p[:1]))}),
+    "kitti": (r"training/((?:image_2|colored_0)/\d+)_1[01]\.png", {
+        "flow": (r"image_2|colored_0", "flow_occ", lambda p, f: kitti_flow(p)),
+        "flow_visible": (r"image_2|colored_0", "flow_noc", lambda p, f: png(p)[..., 2] > 0),
+        "disparity": (r"image_2", "disp_occ_0", lambda p, f: known(png(p) / 256)), "right": ("image_2", "image_3", lambda p, f: png(p))}),
+    "sceneflow": (r"(frames_\w+/.*)/left/\d+\.png", {
+        "disparity": (r"frames_\w+(.*)png", r"disparity\1pfm", lambda p, f: pfm(p)), "right": ("/left/", "/right/", lambda p, f: png(p)),
+        "flow": (r"frames_\w+/(.*)/left/(\d+)\.png", r"optical_flow/\1/into_future/left/OpticalFlowIntoFuture_\2_L.pfm", lambda p, f: pfm(p)[..., :2])}),
+    "middlebury": (r"(.*)/im0\.png", {"disparity": ("im0.png", "disp0.pfm", lambda p, f: pfm(p)), "right": ("im0", "im1", lambda p, f: png(p))}),
+}
+
+
+def dense_clips(layout, root, annotations):
+    """Yield (name, images or one video or (video, first second, seconds), a function that reads the labels) of a data set."""
+    files = sorted((p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()), key=lambda p: [(not c.isdigit(), int(c) if c.isdigit() else 0, c)
+                                                                                                           for c in re.split(r"(\d+)", p)])
+    if layout == "intphys":
+        yield from intphys(root, files)
+    elif layout == "ava":
+        yield from ava(root, files, annotations)
+    else:
+        pattern, rows = LAYOUTS[layout]
+        groups = {}
+        for p in files:
+            if m := re.fullmatch(pattern, p):
+                groups.setdefault(m[1] or "clip", []).append(p)
+        for name, frames in groups.items():
+            for i in range(0, len(frames), 256):  # of long videos in pieces, so that a piece fits the memory
+                part = frames[i : i + 256]
+                yield f"{name}_{i:06d}" if len(frames) > 256 else name, [root / p for p in part], lambda part=part: {
+                    label: value for label, row in rows.items() if (value := read_row(label, row, root, part, annotations)) is not None}
+
+
+def read_row(label, row, root, frames, annotations):
+    pattern, put, reader = row
+    paths = [root / re.sub(pattern, put, p, count=1) if put else Path(annotations) for p in (frames[:-1] if label.startswith("flow") else frames)]
+    found = [i for i, p in enumerate(paths) if p.is_file()]
+    if not found:
+        return None
+    value = reader([paths[i] for i in found], [root / p for p in frames])
+    if len(found) == len(paths):
+        return value
+    out = np.full((len(paths), *value.shape[1:]), np.nan if value.dtype.kind == "f" else 255 if label == "masks" else 0, value.dtype)
+    out[found] = value
+    return out
+
+
+def intphys(root, files):
+    """BLOCK/SCENE/{1,2,3,4}/scene/scene_001.png ... and status.json, which says whether it is possible: two movies of a scene are, two are not. Each of
+    these goes with the possible one that it shares its beginning with."""
+    scenes = {}
+    for p in files:
+        if m := re.fullmatch(r"(.*)/(\d)/scene/scene_\d+\.png", p):
+            scenes.setdefault(m[1], {}).setdefault(m[2], []).append(root / p)
+    for n, (scene, movies) in enumerate(scenes.items()):
+        status = {k: json.loads((root / scene / k / "status.json").read_text()) for k in movies}
+        possible = {k: bool(s.get("header", s).get("is_possible", s.get("possible"))) for k, s in status.items()}
+        for k in (k for k in movies if not possible[k]):
+            same = {j: next((t for t, (a, b) in enumerate(zip(movies[j], movies[k])) if a.read_bytes() != b.read_bytes() and (png([a]) != png([b])).any()),
+                            len(movies[k])) for j in movies if possible[j]}
+            j = max(same, key=same.get)
+            yield f"{scene}_{k}", movies[j], lambda a=movies[k], t=same[j], b=scene: {
+                "impossible": png(a), "change": np.array(t), "kind": np.array(int((re.search(r"O(\d)", b) or [0, 1])[1]) - 1)}
+
+
+def ava(root, files, annotations):
+    """--annotations ava_train_v2.2.csv: video, second, x0, y0, x1, y1 (shares), action, person. A clip of two seconds around each annotated second, whose
+    boxes hold for all of its frames; action a is column a - 1 of 80."""
+    videos, rows = {Path(p).stem: root / p for p in files if Path(p).suffix.lower() in VIDEOS}, {}
+    with open(annotations, newline="") as file:
+        for row in csv.reader(file):
+            if len(row) >= 8 and row[0] in videos:
+                rows.setdefault((row[0], int(row[1])), {}).setdefault((row[7], *map(float, row[2:6])), []).append(int(row[6]))
+    for (name, second), people in rows.items():
+        meta = open_video(str(videos[name])).metadata
+        actions = np.zeros((len(people), 80), np.uint8)
+        for i, ids in enumerate(people.values()):
+            actions[i, np.array(ids) - 1] = 1
+        boxes = np.array([box for _, *box in people])[None] * ([meta.width, meta.height] * 2)  # one row, which stands for all frames
+        yield f"{name}_{second:05d}", (videos[name], second - 1, 2), lambda a=actions, b=boxes: {"boxes": b, "actions": a}
+
+
+def index_dense(layout, root, out, annotations):
+    """index for dense labels: the clips are written to a folder named like the list."""
+    if not shutil.which("ffmpeg"):
+        raise DataError("dense labels need the ffmpeg program: apt-get install -y ffmpeg")
+    if layout in ("perception", "ava") and not os.path.isfile(annotations):
+        raise DataError(f"index {layout} needs --annotations FILE" + (f": no file {annotations}" if annotations else ""))
+    rows, names = [], Counter()
+    for name, frames, labels in tqdm(dense_clips(layout, Path(root), annotations), disable=None):
+        video = out.parent / out.stem / f"{name.replace('/', '-')}.mp4"
+        video.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            half = video.with_suffix(".tmp.mp4")
+            lossless = ["-c:v", "libx264rgb", "-crf", "0", "-preset", "veryfast", "-y", str(half)]  # small and far moves must survive; `pack` makes it smaller
+            if isinstance(frames, tuple):
+                subprocess.run(["ffmpeg", "-v", "error", "-ss", str(frames[1]), "-t", str(frames[2]), "-i", str(frames[0]), "-an", *lossless], check=True)
+            elif frames[0].suffix.lower() in VIDEOS:
+                shutil.copyfile(frames[0], half)
+            else:
+                pipe(frames, *lossless)
+            made = {k: torch.from_numpy((unless(v, ~np.isfinite(v)) if v.dtype.kind == "f" else v).copy("C")) for k, v in labels().items()}
+        except (OSError, ValueError, KeyError, IndexError, AttributeError, subprocess.SubprocessError) as error:
+            raise DataError(f"{root}: clip {name} is not as {layout} should be ({type(error).__name__}: {reason(error)})") from None
+        save_file(made, video.with_suffix(".safetensors"))
+        os.replace(half, video)
+        rows.append((video, -1))
+        names.update([*made])
+    if not rows:
+        raise DataError(f"{root}: no clips in the layout of {layout}")
+    write_list(out, rows)
+    return {"list": str(out), "rows": len(rows), "labels": dict(names)}, 0
 
 
 def write(path, text):
