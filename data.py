@@ -1,6 +1,7 @@
 """Video in, training batches out: lists, decoding, sampling, augmentation, masks, and a built-in world.
 
     python data.py index kinetics|ssv2|ucf|folders ROOT --out train.txt      # make a list of 'path label' rows from a dataset as downloaded
+    python data.py index scannet|davis|sintel|... ROOT --out train.txt       # the same for depth, masks, flow ...: clips with their dense labels
     python data.py check train.txt                                           # read every file, report what is wrong with which
     python data.py pack train.txt packed/ --short_side 256 --fps 7.5         # re-encode for speed (10x and more), originals untouched
 
@@ -31,7 +32,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -303,7 +304,7 @@ def read_clips(path, clip, rngs=(None,), names=()):
                  else random_box(rng, *shown, clip.scale, clip.ratio) for v in range(clip.views)]
         boxes = [(top, min(round(left / square), width - 1), h, max(round(w / square), 1)) for top, left, h, w in boxes]
         out += [crop_resize(segment, box, clip.size) for segment in segments for box in boxes]
-        labels += [read_labels(path, names, i, box, clip.size, (width, height)) for i in ids for box in boxes] if names else []
+        labels += [read_labels(path, names, i, box, clip.size, (len(video), height, width)) for i in ids for box in boxes] if names else []
     video = torch.stack(out) if len(out) > 1 else out[0][None]  # a copy of a clip costs as much as its resize
     return (video, labels) if names else video
 
@@ -316,8 +317,8 @@ SEEN = {"visible": "tracks", "flow_visible": "flow", "disparity_visible": "dispa
 
 
 def read_labels(path, names, at, box, size, shape):
-    """The arrays `names` of the .safetensors file beside the video `path`, of its frames `at`, cut and resized as crop_resize does with `box` of frames of
-    `shape` (width, height). A picture of labels may have another size than the frames; values in pixels are always pixels of the frames."""
+    """The arrays `names` of the .safetensors file beside the video `path` of `shape` (T,H,W), of its frames `at`, cut and resized as crop_resize does with
+    `box`. A picture of labels may have another size than the frames; values in pixels are always pixels of the frames. One row may stand for all frames."""
     beside, out = Path(path).with_suffix(".safetensors"), {}
     corner, scale = torch.tensor([box[1], box[0]]), size / torch.tensor([box[3], box[2]])
     centres = torch.stack(torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="xy"), -1)
@@ -333,11 +334,14 @@ def read_labels(path, names, at, box, size, shape):
             if name in PER_CLIP:
                 value = file.get_tensor(name)
             else:
-                ids = torch.from_numpy(at[:-1] if name.startswith("flow") else at).clamp_max(file.get_slice(name).get_shape()[0] - 1)
-                value = file.get_slice(name)[int(ids.min()) : int(ids.max()) + 1][ids - ids.min()]
+                value, between = file.get_slice(name), name.startswith("flow")
+                rows = value.get_shape()[0]
+                if rows not in (1, shape[0] - between):
+                    raise ValueError(f"{name} has {rows} rows, and the video {shape[0]} frames")
+                ids = torch.from_numpy(at[:-1] if between else at).clamp_max(rows - 1)
+                value = value[int(ids.min()) : int(ids.max()) + 1][ids - ids.min()] if len(ids) else value[:0]
             if name in PICTURES:
-                column, row = (((c + (torch.arange(size) + 0.5) / s) * n / whole).long() for c, s, n, whole in
-                               zip(corner, scale, (value.shape[2], value.shape[1]), shape))
+                column, row = (((c + (torch.arange(size) + 0.5) / s) * value.shape[d] / shape[d]).long() for c, s, d in zip(corner, scale, (2, 1)))
                 value = value[:, row][:, :, column]
             if name in ("right", "impossible"):
                 value = crop_resize(value, box, size)
@@ -403,7 +407,7 @@ def dense_batches(source, clip, names, *, batch_size, workers=0, rank=0, ranks=1
 
 # --- the plan and the loader ------------------------------------------------------------------------------------------------------------
 
-DAMAGE = (RuntimeError, ValueError, IndexError, AssertionError, OSError)  # what torchcodec and FFmpeg raise on bad files
+DAMAGE = (RuntimeError, ValueError, IndexError, AssertionError, OSError, SafetensorError)  # what torchcodec, FFmpeg and safetensors raise on bad files
 ORDER, MIX, REPLACE, AUGMENT = range(4)  # random streams: default_rng([seed, stream, ...]) never meets another's numbers
 BLOCK = 1024  # weighted sources are mixed in exact proportion (rounded to 1/1024) in every block of so many draws
 
@@ -779,9 +783,8 @@ def load_json(path):
 
 
 def perception(paths, frames, name):
-    """all_train.json: video -> metadata (resolution, num_frames), object_tracking and point_tracking, each of frame_ids and boxes or points in [0,1]."""
-    about = load_json(str(paths[0]))[frames[0].stem]
-    (height, width), count = about["metadata"]["resolution"][:2], about["metadata"]["num_frames"]
+    about, video = load_json(str(paths[0]))[frames[0].stem], open_video(str(frames[0]))
+    width, height, count = video.metadata.width, video.metadata.height, len(video)
     if name == "boxes":
         return by_object([(o["id"], t, np.multiply(b, [width, height] * 2)) for o in about["object_tracking"] for t, b in zip(o["frame_ids"], o["bounding_boxes"])],
                          count, 4)
@@ -915,36 +918,37 @@ def ava(root, files, annotations):
         yield f"{name}_{second:05d}", (videos[name], second - 1, 2), lambda a=actions, b=boxes: {"boxes": b, "actions": a}
 
 
-def index_dense(layout, root, out, annotations):
-    """index for dense labels: the clips are written to a folder named like the list."""
+def index_dense(layout, root, out, annotations, crf):
+    """index for dense labels."""
     if not shutil.which("ffmpeg"):
         raise DataError("dense labels need the ffmpeg program: apt-get install -y ffmpeg")
     if layout in ("perception", "ava") and not os.path.isfile(annotations):
         raise DataError(f"index {layout} needs --annotations FILE" + (f": no file {annotations}" if annotations else ""))
-    rows, names = [], Counter()
-    for name, frames, labels in tqdm(dense_clips(layout, Path(root), annotations), disable=None):
+    rows, labels = [], Counter()
+    for name, frames, read in tqdm(dense_clips(layout, root, annotations), disable=None):
         video = out.parent / out.stem / f"{name.replace('/', '-')}.mp4"
+        half = video.with_suffix(".tmp.mp4")
         video.parent.mkdir(parents=True, exist_ok=True)
+        encode = ["-an", "-c:v", "libx264rgb", "-crf", str(crf), "-preset", "veryfast", "-y", str(half)]
         try:
-            half = video.with_suffix(".tmp.mp4")
-            lossless = ["-c:v", "libx264rgb", "-crf", "0", "-preset", "veryfast", "-y", str(half)]  # small and far moves must survive; `pack` makes it smaller
             if isinstance(frames, tuple):
-                subprocess.run(["ffmpeg", "-v", "error", "-ss", str(frames[1]), "-t", str(frames[2]), "-i", str(frames[0]), "-an", *lossless], check=True)
+                path, start, seconds = frames
+                subprocess.run(["ffmpeg", "-v", "error", "-ss", str(start), "-t", str(seconds), "-i", str(path), *encode], check=True)
             elif frames[0].suffix.lower() in VIDEOS:
                 shutil.copyfile(frames[0], half)
             else:
-                pipe(frames, *lossless)
-            made = {k: torch.from_numpy((unless(v, ~np.isfinite(v)) if v.dtype.kind == "f" else v).copy("C")) for k, v in labels().items()}
-        except (OSError, ValueError, KeyError, IndexError, AttributeError, subprocess.SubprocessError) as error:
+                pipe(frames, *encode)
+            arrays = {label: unless(v, ~np.isfinite(v)) if v.dtype.kind == "f" else v for label, v in read().items()}
+        except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, subprocess.SubprocessError) as error:
             raise DataError(f"{root}: clip {name} is not as {layout} should be ({type(error).__name__}: {reason(error)})") from None
-        save_file(made, video.with_suffix(".safetensors"))
+        save_file({label: torch.from_numpy(v.copy("C")) for label, v in arrays.items()}, video.with_suffix(".safetensors"))
         os.replace(half, video)
         rows.append((video, -1))
-        names.update([*made])
+        labels.update([*arrays])
     if not rows:
         raise DataError(f"{root}: no clips in the layout of {layout}")
     write_list(out, rows)
-    return {"list": str(out), "rows": len(rows), "labels": dict(names)}, 0
+    return {"list": str(out), "rows": len(rows), "labels": dict(labels)}, 0
 
 
 # --- command line -----------------------------------------------------------------------------------------------------------------------
@@ -1004,24 +1008,30 @@ def in_processes(function, items, workers):
 
 
 def index(layout: Literal["kinetics", "ssv2", "ucf", "folders", "scannet", "re10k", "perception", "movi", "waymo", "davis", "ade20k", "cityscapes", "sintel",
-                          "chairs", "kitti", "sceneflow", "middlebury", "intphys", "ava"], root: str, out: str = "", annotations: str = "", labels: str = ""):
+                          "chairs", "kitti", "sceneflow", "middlebury", "intphys", "ava"],
+          root: str, out: str = "", annotations: str = "", labels: str = "", crf: int = 0):
     """Make a list of 'path label' rows of a dataset as downloaded, and classes.txt beside it (line k, from 0, names label k).
 
     Videos that are annotated but not found under the root are counted and left out. kinetics and folders: a classes.txt that is there already is
     obeyed, so that the train and the val list number the classes alike.
 
+    Data sets with dense labels (scannet and all after it) are written anew, as clip.mp4 and clip.safetensors, into a folder named like the list.
+    Which files of each are read stands in the table LAYOUTS.
+
     Args:
         layout: whose layout
-        root: the folder that holds the videos, at any depth
+        root: the folder that holds the videos, at any depth; of dense data sets the folder as unpacked
         out: the list to write (default: LAYOUT.txt)
-        annotations: kinetics: csv with label, youtube_id, time_start, time_end; ssv2: train.json; ucf: trainlist01.txt (classInd.txt beside it)
+        annotations: kinetics: csv with label, youtube_id, time_start, time_end; ssv2: train.json; ucf: trainlist01.txt (classInd.txt beside it);
+            perception: all_train.json; ava: ava_train_v2.2.csv
         labels: ssv2: labels.json
+        crf: dense: x264's quality of the clips; 0 is lossless, and large
     """
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder")
     out, note = Path(out or f"{layout}.txt"), Path(annotations)
     if layout in LAYOUTS or layout in ("intphys", "ava"):
-        return index_dense(layout, root, out, annotations)
+        return index_dense(layout, Path(root), out, annotations, crf)
     known, files = out.parent / "classes.txt", {path.stem: path for path in media(root)}
     if layout != "folders" and not note.is_file():
         raise DataError(f"index {layout} needs --annotations FILE" + (f": no file {annotations}" if annotations else ""))
@@ -1375,7 +1385,7 @@ class World:
 
     def shade(self, scene, depth, id, turn, eye):
         """What cast() returned -> brightness (n,T,H,W) in [0,1] before noise. A wave fades where its period spans four to two pixels."""
-        n, T, O, S = *turn.shape[:3], WAVES
+        n, T = turn.shape[:2]
         x, wave = self.pixels(), self.tensor(scene.wave)
         # phase of wave k at the hit: k.(eye + depth*turn@(x,y,1)) + phase; its four coefficients are the same for all pixels of an object
         along = (wave[:, None, :, :, :, None] * turn[:, :, :, None]).sum(-2)                                       # (n,T,O,S,3)
@@ -1487,8 +1497,12 @@ class World:
                 sides.append(torch.stack([shows.argmax(-1) + none, self.size - shows.flip(-1).argmax(-1) + none], -1))
             return torch.stack(sides, -1).flatten(-2)
 
-        made = {"depth": lambda: depth, "masks": lambda: id.to(torch.uint8), "boxes": boxes,
-                "pose": lambda: self.tensor(np.concatenate([np.c_["-1", scene.R, scene.p[..., None]], np.broadcast_to([[0.0, 0, 0, 1]], (n, T, 1, 4))], -2)),
+        def pose():
+            matrix = np.tile(np.eye(4), (n, T, 1, 1))
+            matrix[..., :3, :3], matrix[..., :3, 3] = scene.R, scene.p
+            return self.tensor(matrix)
+
+        made = {"depth": lambda: depth, "masks": lambda: id.to(torch.uint8), "boxes": boxes, "pose": pose,
                 "K": lambda: self.tensor([[f, 0, self.size / 2], [0, f, self.size / 2], [0, 0, 1]]).expand(n, 3, 3),
                 "flow": lambda: flow()[0], "flow_visible": lambda: flow()[1], "tracks": lambda: tracks()[0], "visible": lambda: tracks()[1],
                 "right": lambda: stereo()[0], "disparity": lambda: f * self.baseline / depth, "disparity_visible": lambda: stereo()[1]}

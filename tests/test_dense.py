@@ -165,6 +165,10 @@ def test_unknown_is_filled_up_and_missing_labels_are_told(tmp_path):
     assert batch["flow"][0, 3:].isnan().all() and batch["flow"][0, 1:3].isfinite().all()   # four frames, of which the last is repeated
     with pytest.raises(D.DataError, match="a.safetensors: no label 'depth'; it has boxes, flow, tracks"):
         next(D.dense_batches(source, WHOLE, ("depth",), batch_size=1))
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:200])
+    save_file({"boxes": torch.zeros(3, 1, 4)}, tmp_path / "a.safetensors")
+    (batch,) = D.dense_batches(source, WHOLE, ("boxes",), batch_size=2, rows=[0, 1])       # damaged labels: as a damaged video
+    assert batch["ok"].tolist() == [False, False] and batch["bad"][0][1] == "boxes has 3 rows, and the video 4 frames" and not batch["video"].any()
     os.remove(tmp_path / "b.safetensors")
     with pytest.raises(D.DataError, match="b.mp4: no dense labels .*index LAYOUT"):
         next(D.dense_batches(source, WHOLE, ("flow",), batch_size=1, rows=[1]))
