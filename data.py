@@ -400,9 +400,8 @@ def dense_batches(source, clip, names, *, batch_size, workers=0, rank=0, ranks=1
     """
     if clip.fps or (clip.stride > 1 and any(name.startswith("flow") for name in names)):
         raise DataError("dense labels are those of frames: give stride, not fps, and with flow stride 1")
-    rows = np.arange(len(source)) if rows is None else np.asarray(rows)
-    rows = rows[rank::ranks].tolist()
-    return stream(Clips([source], replace(clip, flip=False), seed, names=names), (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), workers, timeout)
+    return eval_batches(source, replace(clip, flip=False), batch_size=batch_size, workers=workers, rank=rank, ranks=ranks, rows=rows, seed=seed,
+                        timeout=timeout, names=names)
 
 
 # --- the plan and the loader ------------------------------------------------------------------------------------------------------------
@@ -529,15 +528,16 @@ def make_loader(sources, clip, *, seed, batch_size, micro_batch, rank=0, ranks=1
     return stream(dataset, (range(a, a + micro_batch) for f in first for a in range(f, f + batch_size // ranks, micro_batch)), workers, timeout)
 
 
-def eval_batches(source, clip, *, batch_size, workers=0, rank=0, ranks=1, rows=None, seed=0, timeout=600):
+def eval_batches(source, clip, *, batch_size, workers=0, rank=0, ranks=1, rows=None, seed=0, timeout=600, names=()):
     """Batches over the rows of one source, each row once and in order (`rows` picks and orders them; rank r takes rows[r::ranks]).
 
     As make_loader's, but video is (b * segments * views, T,H,W,3), videos outermost, flip likewise; index is the row; ok bool (b,) is False, and the
     video black, where it cannot be read. clip.train=True: random starts (one in each segment), box and flip, a function of (seed, row).
+    names: dense labels, for which dense_batches is the door.
     """
     rows = np.arange(len(source)) if rows is None else np.asarray(rows)
     rows = rows[rank::ranks].tolist()
-    return stream(Clips([source], clip, seed), (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), workers, timeout)
+    return stream(Clips([source], clip, seed, names=names), (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), workers, timeout)
 
 
 def labelled_features(read, source, clip, device, *, workers=0, rank=0, ranks=1, gather=lambda value: [value], timeout=600, **pixels):
@@ -783,16 +783,18 @@ def load_json(path):
 
 
 def perception(paths, frames, name):
+    """all_train.json: video -> object_tracking and point_tracking, each track of an id, frame_ids and bounding_boxes (x0,y0,x1,y1) or points (y,x), shares."""
     about, video = load_json(str(paths[0]))[frames[0].stem], open_video(str(frames[0]))
-    width, height, count = video.metadata.width, video.metadata.height, len(video)
+    width, height = video.metadata.width, video.metadata.height
     if name == "boxes":
-        return by_object([(o["id"], t, np.multiply(b, [width, height] * 2)) for o in about["object_tracking"] for t, b in zip(o["frame_ids"], o["bounding_boxes"])],
-                         count, 4)
-    points = [(o["id"], o["frame_ids"], np.array(o["points"], float).reshape(-1, 2)[:, ::-1] * [width, height]) for o in about["point_tracking"]]  # y, x
-    return by_object([(o, t, v) for o, ids, xy in points for t, v in zip(ids, xy)], count, 2)
+        rows = [(o["id"], t, np.multiply(b, [width, height] * 2)) for o in about["object_tracking"] for t, b in zip(o["frame_ids"], o["bounding_boxes"])]
+    else:
+        rows = [(o["id"], t, (x * width, y * height)) for o in about["point_tracking"] for t, (y, x) in zip(o["frame_ids"], o["points"])]
+    return by_object(rows, len(video), 4 if name == "boxes" else 2)
 
 
 def waymo(paths, frames):
+    """SEGMENT/CAMERA/TIMESTAMP.jpg, and SEGMENT/camera_box.csv: the segment's table camera_box of the v2 release, from parquet to csv."""
     times = {p.stem: t for t, p in enumerate(frames)}
     with open(paths[0], newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["key.camera_name"] == frames[0].parent.name and r["key.frame_timestamp_micros"] in times]
@@ -801,6 +803,7 @@ def waymo(paths, frames):
 
 
 def kubric(paths, frames):
+    """metadata.json of Kubric's worker: for each instance bbox_frames and bboxes (y0,x0,y1,x1), shares."""
     about = load_json(str(paths[0]))
     height, width = about["metadata"]["resolution"][::-1]
     return by_object([(o, t, np.multiply([x0, y0, x1, y1], [width, height] * 2)) for o, instance in enumerate(about["instances"])
@@ -826,7 +829,7 @@ LAYOUTS = {
         "masks": ("rgba_", "segmentation_", lambda p, f: png(p)), "boxes": (r"rgba_\d+\.png", "metadata.json", kubric),
         "tracks": (r"rgba_\d+\.png", "tracks.npz", lambda p, f: np.load(p[0])["target_points"].swapaxes(0, 1)),
         "visible": (r"rgba_\d+\.png", "tracks.npz", lambda p, f: ~np.load(p[0])["occluded"].T.astype(bool))}),
-    "waymo": (r"(.*/\d)/\d+\.jpg", {"boxes": (r"\d/\d+\.jpg", "camera_box.csv", waymo)}),  # SEGMENT/CAMERA/TIMESTAMP.jpg; the v2 parquet table as csv
+    "waymo": (r"(.*/\d)/\d+\.jpg", {"boxes": (r"\d/\d+\.jpg", "camera_box.csv", waymo)}),
     "davis": (r"JPEGImages/(.*)/\d+\.jpg", {"masks": ("JPEGImages(.*)jpg", r"Annotations\1png", lambda p, f: (m := png(p)) - (m == 255) * np.uint8(254))}),
     "ade20k": (r"images/(.*)\.jpg", {"masks": ("images(.*)jpg", r"annotations\1png", lambda p, f: png(p) - np.uint8(1))}),  # ADEChallengeData2016
     "cityscapes": (r"leftImg8bit/(.*)_leftImg8bit\.png", {
@@ -850,23 +853,20 @@ LAYOUTS = {
 
 def dense_clips(layout, root, annotations):
     """Yield (name, images or one video or (video, first second, seconds), a function that reads the labels) of a data set."""
-    files = sorted((p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()), key=lambda p: [(not c.isdigit(), int(c) if c.isdigit() else 0, c)
-                                                                                                           for c in re.split(r"(\d+)", p)])
-    if layout == "intphys":
-        yield from intphys(root, files)
-    elif layout == "ava":
-        yield from ava(root, files, annotations)
-    else:
-        pattern, rows = LAYOUTS[layout]
-        groups = {}
-        for p in files:
-            if m := re.fullmatch(pattern, p):
-                groups.setdefault(m[1] or "clip", []).append(p)
-        for name, frames in groups.items():
-            for i in range(0, len(frames), 256):  # of long videos in pieces, so that a piece fits the memory
-                part = frames[i : i + 256]
-                yield f"{name}_{i:06d}" if len(frames) > 256 else name, [root / p for p in part], lambda part=part: {
-                    label: value for label, row in rows.items() if (value := read_row(label, row, root, part, annotations)) is not None}
+    natural = lambda path: [int(c) if i % 2 else c for i, c in enumerate(re.split(r"(\d+)", path))]  # 10.jpg after 9.jpg
+    files = sorted((p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()), key=natural)
+    if layout in SPECIAL:
+        yield from SPECIAL[layout](root, files, annotations)
+        return
+    groups, (pattern, rows) = {}, LAYOUTS[layout]
+    for p in files:
+        if m := re.fullmatch(pattern, p):
+            groups.setdefault(m[1] or "clip", []).append(p)
+    for name, frames in groups.items():
+        for i in range(0, len(frames), 256):  # long videos in pieces, which fit the memory
+            part = frames[i : i + 256]
+            yield f"{name}_{i:06d}" if len(frames) > 256 else name, [root / p for p in part], lambda part=part: {
+                label: value for label, row in rows.items() if (value := read_row(label, row, root, part, annotations)) is not None}
 
 
 def read_row(label, row, root, frames, annotations):
@@ -883,14 +883,14 @@ def read_row(label, row, root, frames, annotations):
     return out
 
 
-def intphys(root, files):
+def intphys(root, files, annotations):
     """BLOCK/SCENE/{1,2,3,4}/scene/scene_001.png ... and status.json, which says whether it is possible: two movies of a scene are, two are not. Each of
     these goes with the possible one that it shares its beginning with."""
     scenes = {}
     for p in files:
         if m := re.fullmatch(r"(.*)/(\d)/scene/scene_\d+\.png", p):
             scenes.setdefault(m[1], {}).setdefault(m[2], []).append(root / p)
-    for n, (scene, movies) in enumerate(scenes.items()):
+    for scene, movies in scenes.items():
         status = {k: json.loads((root / scene / k / "status.json").read_text()) for k in movies}
         possible = {k: bool(s.get("header", s).get("is_possible", s.get("possible"))) for k, s in status.items()}
         for k in (k for k in movies if not possible[k]):
@@ -915,7 +915,10 @@ def ava(root, files, annotations):
         for i, ids in enumerate(people.values()):
             actions[i, np.array(ids) - 1] = 1
         boxes = np.array([box for _, *box in people])[None] * ([meta.width, meta.height] * 2)  # one row, which stands for all frames
-        yield f"{name}_{second:05d}", (videos[name], second - 1, 2), lambda a=actions, b=boxes: {"boxes": b, "actions": a}
+        yield f"{name}_{second:05d}", (videos[name], max(second - 1, 0), 2), lambda a=actions, b=boxes: {"boxes": b, "actions": a}
+
+
+SPECIAL = {"intphys": intphys, "ava": ava}  # layouts in which a clip is not simply a folder of frames
 
 
 def index_dense(layout, root, out, annotations, crf):
@@ -924,13 +927,13 @@ def index_dense(layout, root, out, annotations, crf):
         raise DataError("dense labels need the ffmpeg program: apt-get install -y ffmpeg")
     if layout in ("perception", "ava") and not os.path.isfile(annotations):
         raise DataError(f"index {layout} needs --annotations FILE" + (f": no file {annotations}" if annotations else ""))
-    rows, labels = [], Counter()
-    for name, frames, read in tqdm(dense_clips(layout, root, annotations), disable=None):
-        video = out.parent / out.stem / f"{name.replace('/', '-')}.mp4"
-        half = video.with_suffix(".tmp.mp4")
-        video.parent.mkdir(parents=True, exist_ok=True)
-        encode = ["-an", "-c:v", "libx264rgb", "-crf", str(crf), "-preset", "veryfast", "-y", str(half)]
-        try:
+    rows, labels, name = [], Counter(), "1"
+    try:
+        for name, frames, read in tqdm(dense_clips(layout, root, annotations), disable=None):
+            video = out.parent / out.stem / f"{name.replace('/', '-')}.mp4"
+            half = video.with_suffix(".tmp.mp4")
+            video.parent.mkdir(parents=True, exist_ok=True)
+            encode = ["-an", "-c:v", "libx264rgb", "-crf", str(crf), "-preset", "veryfast", "-y", str(half)]
             if isinstance(frames, tuple):
                 path, start, seconds = frames
                 subprocess.run(["ffmpeg", "-v", "error", "-ss", str(start), "-t", str(seconds), "-i", str(path), *encode], check=True)
@@ -939,12 +942,12 @@ def index_dense(layout, root, out, annotations, crf):
             else:
                 pipe(frames, *encode)
             arrays = {label: unless(v, ~np.isfinite(v)) if v.dtype.kind == "f" else v for label, v in read().items()}
-        except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, subprocess.SubprocessError) as error:
-            raise DataError(f"{root}: clip {name} is not as {layout} should be ({type(error).__name__}: {reason(error)})") from None
-        save_file({label: torch.from_numpy(v.copy("C")) for label, v in arrays.items()}, video.with_suffix(".safetensors"))
-        os.replace(half, video)
-        rows.append((video, -1))
-        labels.update([*arrays])
+            save_file({label: torch.from_numpy(v.copy("C")) for label, v in arrays.items()}, video.with_suffix(".safetensors"))
+            os.replace(half, video)
+            rows.append((video, -1))
+            labels.update([*arrays])
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError, struct.error, subprocess.SubprocessError) as error:
+        raise DataError(f"{root}: clip {name} is not as {layout} should be ({type(error).__name__}: {reason(error)})") from None
     if not rows:
         raise DataError(f"{root}: no clips in the layout of {layout}")
     write_list(out, rows)
@@ -1030,7 +1033,7 @@ def index(layout: Literal["kinetics", "ssv2", "ucf", "folders", "scannet", "re10
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder")
     out, note = Path(out or f"{layout}.txt"), Path(annotations)
-    if layout in LAYOUTS or layout in ("intphys", "ava"):
+    if layout in LAYOUTS | SPECIAL:
         return index_dense(layout, Path(root), out, annotations, crf)
     known, files = out.parent / "classes.txt", {path.stem: path for path in media(root)}
     if layout != "folders" and not note.is_file():
@@ -1221,8 +1224,8 @@ class World:
     prediction learns first, and with clips that differ in colour or pattern it learns colour and pattern, and in the minutes of a laptop no motion.
     """
 
-    def __init__(self, split="train", seed=0, frames=8, size=32, noise=0.3, shift=(0.3, 0.6), turn=(50.0, 100.0), zoom=(1.6, 2.5), wobble=0.02, points=64, baseline=0.06,
-                 device="cpu"):
+    def __init__(self, split="train", seed=0, frames=8, size=32, noise=0.3, shift=(0.3, 0.6), turn=(50.0, 100.0), zoom=(1.6, 2.5), wobble=0.02,
+                 points=64, baseline=0.06, device="cpu"):
         self.split, self.seed, self.frames, self.size, self.noise, self.device = split, seed, frames, size, noise, device
         self.shift, self.turn, self.zoom, self.wobble = shift, turn, zoom, wobble      # over a clip: picture widths, degrees, factor; picture widths
         self.points, self.baseline = points, baseline
@@ -1325,13 +1328,13 @@ class World:
         away, later = np.full((n, T, 3), -9.0), (np.arange(T) >= T // 2)[:, None]                                  # away: behind the camera
         jump, stop = path + later * (sign * 0.5 * reach)[:, None, None] * [1.0, 0, 0], path[:, np.minimum(np.arange(T), T // 2 - 1)]
         gone, come, law = np.where(later, away, path), np.where(later, path, away), kind[:, None, None]
-        right = np.where(law == 1, away, path), away                                                               # where the moving thing and its substitute are
+        right = np.where(law == 1, away, path), away                                                               # the moving thing and its substitute
         wrong = np.choose(law, [gone, come, gone, jump, stop]), np.where(law == 2, come, away)
 
         ground = np.broadcast_to(np.eye(3), (n, T, 3, 3))
         roll = lambda place: rotation(np.array([0.0, 0, 1]), place[..., 0] / radius[:, None])
         upright = np.broadcast_to(rotation(np.array([1.0, 0, 0]), np.pi / 2), (n, T, 3, 3))
-        half = radius / z + reach / z / max(1, T - 1) + 0.03                                                        # of the pillar: hides the thing in two frames
+        half = radius / z + reach / z / max(1, T - 1) + 0.03                                                       # pillar: hides the thing in two frames
         pillar, stone = np.where(hidden, 0, 9 * wall), between(-0.6, 0.6) * wall                                    # the stone: a ball at rest
         still = lambda *place: np.broadcast_to(np.stack(np.broadcast_arrays(*place), -1)[:, None], (n, T, 3))
         size = [1, 1, radius, 0.1 * wall, 0.6 * radius, [half * 0.45 * wall, floor, 0.02 * wall]]
