@@ -1171,7 +1171,7 @@ def main():
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")     # what the picture does; the camera does the opposite
 PLANES, SPHERES, BOXES, WAVES = 2, 2, 2, 16  # per scene, in this order along the object axis O; waves per texture
 SPLITS = {"train": 1 << 20, "probe": 2048, "val": 1024}             # clips; `probe` is what an online probe is fitted on, none is shared
-IMPOSSIBLE = ("vanish", "appear", "change", "teleport", "stop")     # what happens to the ball, out of sight or in view (a stop always in view)
+IMPOSSIBLE = ("vanish", "appear", "change", "teleport", "stop", "start")     # what a thing does; in opposite pairs, so that more or less motion tells nothing
 
 
 @dataclass
@@ -1313,23 +1313,25 @@ class World:
         return Scene(R, p, Ro, po, size, *self.textures(take, between, width)), noise
 
     def pair_scene(self, indices):
-        """indices (n,) -> two Scenes that differ from some frame on, and the noise of both. A resting camera sees a ball (or a box) roll or fly from side to
-        side, in half of the clips behind a pillar. Half-way, if there is a pillar out of sight, it breaks the law that IMPOSSIBLE[i mod 5] names."""
-        n, T = len(indices), self.frames
+        """indices (n,) -> two Scenes that differ from some frame on, and the noise of both. A resting camera sees a ball (or a box) roll or fly from side
+        to side, or rest. Half-way it breaks the law that IMPOSSIBLE[i mod 6] names: out of sight, behind a pillar, in every other six clips (not stop and
+        start), else in view."""
+        n, T, i = len(indices), self.frames, np.asarray(indices)
         take, between, noise = self.draws(indices, 3)
-        kind, hidden = np.asarray(indices) % 5, (np.asarray(indices) // 5 % 2 == 0) & (np.asarray(indices) % 5 != 4)
+        kind = i % len(IMPOSSIBLE)
+        hidden = (i // len(IMPOSSIBLE) % 2 == 0) & (kind < 4)
         s = (np.arange(T) - (T - 1) / 2) / max(1, T - 1)
         wall, sign, swap = between(0.8, 1.25), np.sign(between(-1, 1)), between(0, 1)[:, None, None] < 0.5          # swap: the box moves, not the ball
         width, radius = 2 * self.field * wall, between(0.07, 0.1) * wall
         z, floor, reach = 0.6 * wall, between(0.26, 0.34) * wall, between(0.65, 0.8) * self.field * 0.6 * wall
-        height = (between(0, 1) < 0.7) * between(0.1, 0.45) * wall
+        height = (between(0, 1) < 0.7) * between(0.1, 0.45) * wall * (kind != 5)                                   # what rests, rests on the floor
 
         path = np.stack(np.broadcast_arrays((sign * reach)[:, None] * 2 * s, (floor - radius)[:, None] - height[:, None] * (1 - 4 * s * s), z[:, None]), -1)
         away, later = np.full((n, T, 3), -9.0), (np.arange(T) >= T // 2)[:, None]                                  # away: behind the camera
-        jump, stop = path + later * (sign * 0.5 * reach)[:, None, None] * [1.0, 0, 0], path[:, np.minimum(np.arange(T), T // 2 - 1)]
+        jump, rest = path + later * (sign * 0.5 * reach)[:, None, None] * [1.0, 0, 0], path[:, max(T // 2 - 1, 0), None]
         gone, come, law = np.where(later, away, path), np.where(later, path, away), kind[:, None, None]
-        right = np.where(law == 1, away, path), away                                                               # the moving thing and its substitute
-        wrong = np.choose(law, [gone, come, gone, jump, stop]), np.where(law == 2, come, away)
+        right = np.choose(law, [path, away, path, path, path, rest]), away                                                               # the moving thing and its substitute
+        wrong = np.choose(law, [gone, come, gone, jump, np.where(later, rest, path), np.where(later, path, rest)]), np.where(law == 2, come, away)
 
         ground = np.broadcast_to(np.eye(3), (n, T, 3, 3))
         roll = lambda place: rotation(np.array([0.0, 0, 1]), place[..., 0] / radius[:, None])

@@ -145,17 +145,18 @@ def test_boxes_hold_what_the_masks_show(made):
 def test_impossible_videos_differ_from_one_frame_on_and_only_where_the_thing_is():
     for settings in ({"frames": 12, "size": 48}, {"frames": 12, "size": 48, "noise": 0}, {"frames": 16, "size": 32, "split": "val"}, {}):
         world = D.World(**settings)
-        out = world.render(range(100), (*PAIR, "masks"))
+        out = world.render(range(96), (*PAIR, "masks"))
         same = (out["video"] == out["impossible"]).flatten(2).all(-1)
-        assert out["kind"].tolist() == [i % 5 for i in range(100)]
+        assert out["kind"].tolist() == [i % 6 for i in range(96)]
         for i, change in enumerate(out["change"].tolist()):
             assert same[i, :change].all() and not same[i, change], (settings, i)
             assert world.frames // 3 <= change < world.frames - 1, (settings, i, change)   # seen for long enough on both sides
         share = (out["video"] != out["impossible"]).any(-1).float().mean((2, 3))
         assert share.max() < 0.25 and share.amax(1).min() > 0.01
-        later = (out["change"] > world.frames // 2).view(-1, 2, 5)[:, :, :4]              # out of sight in every other block of five, save the stop
-        assert later[:, 0, :3].float().mean() > 0.6 and not later[:, 1].any()
-        assert not out["video"][:5].eq(out["video"][5:10]).all()
+        later = (out["change"] > world.frames // 2).view(-1, 2, 6)                         # out of sight in every other six, save jump, stop and start
+        assert later[:, 0, :3].float().mean() > 0.6 and not later[:, 1, :3].any()
+        more = [(v[:, 1:].float() - v[:, :-1].float()).abs().mean((1, 2, 3, 4)) for v in (out["impossible"], out["video"])]
+        assert 0.4 < (more[0] > more[1]).float().mean() < 0.6                              # the amount of motion does not tell which is which
 
 
 def test_pairs_have_labels_and_dense_batches_does_not_tell_the_world_from_files():
@@ -169,3 +170,13 @@ def test_pairs_have_labels_and_dense_batches_does_not_tell_the_world_from_files(
     assert [len(b["video"]) for b in batches] == [2, 1] and [b["index"].tolist() for b in batches] == [[4, 0], [7]]
     for name in ("video", *ALL, *PAIR):
         assert torch.equal(torch.cat([b[name] for b in batches]).nan_to_num(-1), made[name].nan_to_num(-1)), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_same_on_a_gpu(made):
+    """Rounding may move a ray across an edge; everywhere else the labels are those of the CPU."""
+    there = D.World("val", frames=6, size=128, noise=0, device="cuda").render(CLIPS, ALL)
+    for name in (*ALL, "video"):
+        a, b = made[name].float(), there[name].float()
+        off = ~torch.isclose(a, b, rtol=1e-3, atol=1.01 if name in ("video", "right") else 0.01, equal_nan=True)
+        assert off.float().mean() < 2e-3, name
