@@ -1207,9 +1207,10 @@ def product(a, b):
 def at_object(id, *tables):
     """id (n,T,h,w), tables (n,T,O,...) -> each as (values,n,T,h,w): what belongs to the object a pixel sees. Values first is several times faster."""
     n, T, O = tables[0].shape[:3]
-    flat = torch.cat([table.reshape(n * T * O, -1) for table in tables], 1).T.contiguous()                        # (values, n*T*O)
+    widths = [math.prod(table.shape[3:]) for table in tables]
+    flat = torch.cat([table.reshape(n * T * O, width) for table, width in zip(tables, widths)], 1).T.contiguous()  # (values, n*T*O)
     row = id + O * torch.arange(n * T, device=id.device).view(n, T, 1, 1)
-    return flat.index_select(1, row.flatten()).view(-1, *id.shape).split([math.prod(table.shape[3:]) for table in tables])
+    return flat.index_select(1, row.flatten()).view(sum(widths), *id.shape).split(widths)
 
 
 class World:
@@ -1330,17 +1331,17 @@ class World:
         away, later = np.full((n, T, 3), -9.0), (np.arange(T) >= T // 2)[:, None]                                  # away: behind the camera
         jump, rest = path + later * (sign * 0.5 * reach)[:, None, None] * [1.0, 0, 0], path[:, max(T // 2 - 1, 0), None]
         gone, come, law = np.where(later, away, path), np.where(later, path, away), kind[:, None, None]
-        right = np.choose(law, [path, away, path, path, path, rest]), away                                                               # the moving thing and its substitute
+        right = np.choose(law, [path, away, path, path, path, rest]), away                                         # the moving thing and its substitute
         wrong = np.choose(law, [gone, come, gone, jump, np.where(later, rest, path), np.where(later, path, rest)]), np.where(law == 2, come, away)
 
         ground = np.broadcast_to(np.eye(3), (n, T, 3, 3))
         roll = lambda place: rotation(np.array([0.0, 0, 1]), place[..., 0] / radius[:, None])
         upright = np.broadcast_to(rotation(np.array([1.0, 0, 0]), np.pi / 2), (n, T, 3, 3))
         half = radius / z + reach / z / max(1, T - 1) + 0.03                                                       # pillar: hides the thing in two frames
-        pillar, stone = np.where(hidden, 0, 9 * wall), between(-0.6, 0.6) * wall                                    # the stone: a ball at rest
+        pillar, stone = np.where(hidden, 0, 9 * wall), between(-0.6, 0.6) * wall                                   # the stone: a ball at rest
         still = lambda *place: np.broadcast_to(np.stack(np.broadcast_arrays(*place), -1)[:, None], (n, T, 3))
-        size = [1, 1, radius, 0.1 * wall, 0.6 * radius, [half * 0.45 * wall, floor, 0.02 * wall]]
-        size = np.stack([np.stack(np.broadcast_arrays(*(v if isinstance(v, list) else [v + 0 * wall] * 3)), -1) for v in size], 1)
+        size = np.stack([wall, wall, radius, 0.1 * wall, 0.6 * radius, wall], 1)[..., None].repeat(3, -1)
+        size[:, -1] = np.stack([half * 0.45 * wall, floor, 0.02 * wall], -1)                                       # as high as floor to ceiling
         texture = self.textures(take, between, width)
 
         def scene(mover, other):
@@ -1428,10 +1429,10 @@ class World:
 
     def follow(self, scene, point, id):
         """Where `scene`'s camera sees points (3 x (n,T,h,w)) given in the coordinates of objects `id` (n,T,h,w) -> x, y in pixels (n,T,h,w,2), and whether
-        it does, (n,T,h,w): inside the picture and nothing in front, which a ray at each tells."""
+        each is seen, (n,T,h,w): inside the picture and nothing in front, which a ray at it tells."""
         turn, eye = at_object(id, *self.tables(scene))
         away = [p - e for p, e in zip(point, eye)]
-        x, y, depth = (turn[j] * away[0] + turn[3 + j] * away[1] + turn[6 + j] * away[2] for j in range(3))         # turn transposed: to camera coordinates
+        x, y, depth = (turn[j] * away[0] + turn[3 + j] * away[1] + turn[6 + j] * away[2] for j in range(3))         # transposed: to the camera's
         ray = x / depth.clamp_min(0.02), y / depth.clamp_min(0.02)
         seen = (depth > 0.02) & (ray[0].abs() < self.field) & (ray[1].abs() < self.field) & (self.cast(scene, ray)[0] > depth.clamp_max(50) * 0.998)
         return (torch.stack(ray, -1) / self.field + 1) * (self.size / 2), seen
@@ -1484,7 +1485,7 @@ class World:
 
         @lru_cache(None)
         def tracks():
-            start = np.stack([g.choice(self.size**2, self.points, replace=False) for g in self.generators(indices, 1)])
+            start = np.stack([g.choice(self.size**2, self.points, replace=self.points > self.size**2) for g in self.generators(indices, 1)])
             start = torch.as_tensor(start, device=id.device)                                                       # (n,P)
             points = point()[:, :, 0].flatten(2).gather(2, start.expand(3, n, -1))[:, :, None, None].expand(-1, -1, T, -1, -1)
             return [v[:, :, 0] for v in self.follow(scene, points, id[:, 0].flatten(1).gather(1, start)[:, None, None].expand(-1, T, -1, -1))]

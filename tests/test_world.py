@@ -61,6 +61,8 @@ def test_shapes_and_types_and_the_same_whatever_else_is_in_the_batch():
     assert {name: tuple(one[name].shape[1:]) for name in ALL} == shapes
     assert all(one[name].dtype == next((k for k, v in kinds.items() if name.split("_")[-1] in v), torch.float32) for name in ALL)
     assert list(world.render([0], ("depth",))) == ["video", "depth", "label"]
+    tiny = D.World(frames=1, size=4).render([0], ALL)
+    assert tiny["flow"].shape == (1, 0, 4, 4, 2) and tiny["tracks"].shape == (1, 1, 64, 2) and tiny["visible"].all()
     with pytest.raises(D.DataError, match="no label 'normals'; it has depth"):
         world.render([0], ("normals",))
     assert not torch.equal(one["right"], world.render([9], ("right", "visible"))["video"])
