@@ -1,6 +1,7 @@
 """Video in, training batches out: lists, decoding, sampling, augmentation, masks, and a built-in world.
 
     python data.py index kinetics|ssv2|ucf|folders ROOT --out train.txt      # make a list of 'path label' rows from a dataset as downloaded
+    python data.py index scannet|davis|sintel|... ROOT --out train.txt       # the same for depth, masks, flow ...: clips with their dense labels
     python data.py check train.txt                                           # read every file, report what is wrong with which
     python data.py pack train.txt packed/ --short_side 256 --fps 7.5         # re-encode for speed (10x and more), originals untouched
 
@@ -31,6 +32,8 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 VIDEOS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".gif", ".ts", ".flv", ".wmv", ".3gp"}
@@ -262,9 +265,10 @@ def crop_resize(frames, box, size):
     return x.permute(0, 2, 3, 1)
 
 
-def read_clips(path, clip, rngs=(None,)):
+def read_clips(path, clip, rngs=(None,), names=()):
     """Decode clips of one video in one pass -> uint8 (rngs * segments * views, T, size, size, 3). Each rng of `rngs` gives a random start in each
     segment and one box; None gives the evaluation clips. Geometry is as a player shows it: turned by the container's matrix, pixels made square.
+    names: also dense labels, which are cut like the frames -> (video, a dict for each clip).
     Raises RuntimeError, ValueError, IndexError or AssertionError (DAMAGE) for a damaged video.
 
     Whole frames are decoded and then cut and resized: the decoder's own crop and resize are slower, 131 against 120 ms for 16 frames of 640x360.
@@ -293,18 +297,116 @@ def read_clips(path, clip, rngs=(None,)):
     height, width = frames.shape[1:3]
     square = float(meta.pixel_aspect_ratio or 1) ** (-1 if meta.rotation and meta.rotation % 180 else 1)
     square = square if 0.25 <= square <= 4 else 1.0  # beyond that the header is nonsense
-    shown, out = (height, max(round(width * square), 1)), []
-    for rng, segments in zip(rngs, frames.unflatten(0, (len(rngs), clip.segments, clip.frames))):
+    shown, out, labels = (height, max(round(width * square), 1)), [], []
+    at = at.reshape(len(rngs), clip.segments, clip.frames)
+    for rng, segments, ids in zip(rngs, frames.unflatten(0, at.shape), at):
         boxes = [view_box(*shown, v, clip.views) if rng is None else random_square(rng, *shown, clip.zoom) if clip.zoom
                  else random_box(rng, *shown, clip.scale, clip.ratio) for v in range(clip.views)]
         boxes = [(top, min(round(left / square), width - 1), h, max(round(w / square), 1)) for top, left, h, w in boxes]
         out += [crop_resize(segment, box, clip.size) for segment in segments for box in boxes]
-    return torch.stack(out) if len(out) > 1 else out[0][None]  # a copy of a clip costs as much as its resize
+        labels += [read_labels(path, names, i, box, clip.size, (len(video), height, width)) for i in ids for box in boxes] if names else []
+    video = torch.stack(out) if len(out) > 1 else out[0][None]  # a copy of a clip costs as much as its resize
+    return (video, labels) if names else video
+
+
+# --- dense labels -----------------------------------------------------------------------------------------------------------------------
+
+PER_CLIP = ("K", "actions", "kind", "change")  # all other labels have a row for each frame
+PICTURES = ("depth", "masks", "flow", "flow_visible", "disparity", "disparity_visible")
+SEEN = {"visible": "tracks", "flow_visible": "flow", "disparity_visible": "disparity"}  # in a file that lacks it: wherever the other is known
+
+
+def read_labels(path, names, at, box, size, shape):
+    """The arrays `names` of the .safetensors file beside the video `path` of `shape` (T,H,W), of its frames `at`, cut and resized as crop_resize does with
+    `box`. A picture of labels may have another size than the frames; values in pixels are always pixels of the frames. One row may stand for all frames."""
+    beside, out = Path(path).with_suffix(".safetensors"), {}
+    corner, scale = torch.tensor([box[1], box[0]]), size / torch.tensor([box[3], box[2]])
+    centres = torch.stack(torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="xy"), -1)
+    if not beside.is_file():
+        raise DataError(f"{path}: no dense labels (no file {beside}); `python data.py index LAYOUT ROOT` makes them")
+    with safe_open(beside, "pt") as file:
+        has = set(file.keys())
+        for name in dict.fromkeys([*names, *(SEEN[n] for n in names if n in SEEN)]):
+            if name not in has:
+                if name in SEEN:
+                    continue
+                raise DataError(f"{beside}: no label {name!r}; it has {', '.join(sorted(has))}")
+            if name in PER_CLIP:
+                value = file.get_tensor(name)
+            else:
+                value, between = file.get_slice(name), name.startswith("flow")
+                rows = value.get_shape()[0]
+                if rows not in (1, shape[0] - between):
+                    raise ValueError(f"{name} has {rows} rows, and the video {shape[0]} frames")
+                ids = torch.from_numpy(at[:-1] if between else at).clamp_max(rows - 1)
+                value = value[int(ids.min()) : int(ids.max()) + 1][ids - ids.min()] if len(ids) else value[:0]
+            if name in PICTURES:
+                column, row = (((c + (torch.arange(size) + 0.5) / s) * value.shape[d] / shape[d]).long() for c, s, d in zip(corner, scale, (2, 1)))
+                value = value[:, row][:, :, column]
+            if name in ("right", "impossible"):
+                value = crop_resize(value, box, size)
+            elif name == "flow":
+                value = torch.where(torch.from_numpy(np.diff(at) == 1)[:, None, None, None], value * scale, math.nan)  # the last frame may be repeated
+            elif name == "disparity":
+                value = value * scale[0]
+            elif name == "tracks":
+                value = (value - corner) * scale
+            elif name == "boxes":
+                value = ((value.unflatten(-1, (2, 2)) - corner) * scale).clamp(0, size)
+                value = value.masked_fill((value[..., 1, :] <= value[..., 0, :]).any(-1)[..., None, None], math.nan).flatten(-2)
+            elif name == "K":
+                value = torch.cat([(value[:2] - corner[:, None] * value[2:]) * scale[:, None], value[2:]])
+            out[name] = value
+    for name in set(SEEN) & set(names):
+        end = out[SEEN[name]]
+        end = end if name == "visible" else centres + (end if name == "flow_visible" else torch.stack([-end, 0 * end], -1))
+        out[name] = out.get(name, torch.tensor(True)) & ((end >= 0) & (end < size)).all(-1)
+    return {name: out[name] for name in names}
+
+
+def stack(values):
+    """Tensors (or None) whose sizes differ -> one, filled up with "unknown": NaN, for masks 255, else 0."""
+    some = next((v for v in values if v is not None), torch.zeros(0))
+    shape = [max(n) for n in zip(*(v.shape for v in values if v is not None))] or [0] * some.ndim
+    out = some.new_full((len(values), *shape), math.nan if some.is_floating_point() else 255 if some.dtype == torch.uint8 and some.ndim == 3 else 0)
+    for row, v in zip(out, values):
+        if v is not None:
+            row[tuple(slice(n) for n in v.shape)] = v
+    return out
+
+
+def dense_batches(source, clip, names, *, batch_size, workers=0, rank=0, ranks=1, rows=None, seed=0, timeout=600):
+    """eval_batches with dense labels: each batch also holds the arrays `names`, b = clips as in "video" (one per video unless segments or views ask for
+    more). The list's videos have them beside, clip.mp4 + clip.safetensors (`python data.py index`); the built-in world renders them.
+
+        depth       (b,T,H,W)     float32  along the optical axis: metres; world: units, the wall is at about 1
+        pose        (b,T,4,4)     float32  camera to world, axes x right, y down, z ahead; lengths as depth
+        K           (b,3,3)       float32  pixels: u = (K @ (x,y,z))[0] / z
+        masks       (b,T,H,W)     uint8    object or class; 255 not labelled. world: 0 wall, 1 floor, 2, 3 spheres, 4, 5 boxes
+        boxes       (b,T,O,4)     float32  x0, y0, x1, y1 in pixels of object o, NaN in all four where it is not seen. world: of objects 2 to 5
+        tracks      (b,T,P,2)     float32  x, y in pixels of point p; visible (b,T,P) bool. world: all are visible in frame 0
+        flow        (b,T-1,H,W,2) float32  pixels to the right and down until the next frame; flow_visible (b,T-1,H,W) bool: is seen there, too
+        right       (b,T,H,W,3)   uint8    what a second camera on the right sees of the same moment
+        disparity   (b,T,H,W)     float32  pixels to the left at which `right` shows it; disparity_visible (b,T,H,W) bool: is seen there
+        impossible  (b,T,H,W,3)   uint8    the same scene with something impossible in it; "video" is the possible one
+        kind        (b,)          int64    what is impossible (world: index into IMPOSSIBLE); change (b,) int64: the first frame that differs
+        actions     (b,O,C)       uint8    1 for each of C actions that object o performs
+
+    Column j of a picture covers x from j to j + 1, row i likewise: a pixel's centre is at (j + 0.5, i + 0.5). Floats are NaN where nothing is known, and
+    O and P are filled up with NaN (actions 0, visible False) to the most in the batch; visible is False where the point is unknown or outside.
+    Labels are cut and resized with the frames: nearest for pictures of labels, and values in pixels are moved and scaled. Nothing is flipped. clip.train
+    gives random starts and boxes as in eval_batches. Raises DataError for a label that a clip does not have, and for what would break the labels' time:
+    fps (use stride), flow with a stride.
+    """
+    if clip.fps or (clip.stride > 1 and any(name.startswith("flow") for name in names)):
+        raise DataError("dense labels are those of frames: give stride, not fps, and with flow stride 1")
+    return eval_batches(source, replace(clip, flip=False), batch_size=batch_size, workers=workers, rank=rank, ranks=ranks, rows=rows, seed=seed,
+                        timeout=timeout, names=names)
 
 
 # --- the plan and the loader ------------------------------------------------------------------------------------------------------------
 
-DAMAGE = (RuntimeError, ValueError, IndexError, AssertionError, OSError)  # what torchcodec and FFmpeg raise on bad files
+DAMAGE = (RuntimeError, ValueError, IndexError, AssertionError, OSError, SafetensorError)  # what torchcodec, FFmpeg and safetensors raise on bad files
 ORDER, MIX, REPLACE, AUGMENT, VIEWS, BLOCKS = range(6)  # random streams: default_rng([seed, stream, ...]) never meets another's numbers
 BLOCK = 1024  # weighted sources are mixed in exact proportion (rounded to 1/1024) in every block of so many draws
 
@@ -344,10 +446,10 @@ class Plan:
 class Clips(torch.utils.data.Dataset):
     """What a worker does: `dataset.__getitems__(numbers)` is one micro-batch. numbers: sample numbers g when there is a plan, else rows."""
 
-    def __init__(self, sources, clip, seed, plan=None):
+    def __init__(self, sources, clip, seed, plan=None, names=()):
         if any(s.paths for s in sources):
             import_torchcodec()  # a machine without FFmpeg is told so before any work
-        self.sources, self.clip, self.seed, self.plan = sources, clip, seed, plan
+        self.sources, self.clip, self.seed, self.plan, self.names = sources, clip, seed, plan, tuple(names)
         self.offsets = np.cumsum([0] + [len(s) for s in sources])
         self.worlds = [None if s.paths else World(s.split, frames=clip.frames, size=clip.size) for s in sources]
 
@@ -363,7 +465,7 @@ class Clips(torch.utils.data.Dataset):
         many = per * clip.segments * clip.views  # clips read from it
         video = torch.zeros(len(numbers) // per * many, clip.frames, clip.size, clip.size, 3, dtype=torch.uint8)
         flip, label = torch.zeros(len(video), dtype=torch.bool), torch.full((len(numbers),), -1)
-        ok, names, bad, rendered = torch.ones(len(numbers), dtype=torch.bool), [], [], {}
+        ok, names, bad, rendered, dense = torch.ones(len(numbers), dtype=torch.bool), [], [], {}, [{}] * len(video)
         for i in range(0, len(numbers), per):
             here = slice(i // per * many, (i // per + 1) * many)
             for attempt in range(ATTEMPTS if self.plan else 1):
@@ -377,7 +479,10 @@ class Clips(torch.utils.data.Dataset):
                     break
                 flip[here] = torch.tensor([clip.train and clip.flip and rng.random() < 0.5 for rng in rngs]).repeat_interleave(many // per)
                 try:
-                    video[here] = read_clips(source.paths[row], clip, rngs)
+                    if self.names:
+                        video[here], dense[here] = read_clips(source.paths[row], clip, rngs, self.names)
+                    else:
+                        video[here] = read_clips(source.paths[row], clip, rngs)
                     break
                 except DataError:
                     raise
@@ -389,9 +494,11 @@ class Clips(torch.utils.data.Dataset):
                     raise DataError(f"{ATTEMPTS} videos in a row cannot be read, the last one {bad[-1][0]}: {bad[-1][1]}")
             names += [source.paths[row] if source.paths else f"world/{source.split}/{row}"] * per
         for s, rows in rendered.items():  # the world is rendered a batch at a time, which is many times faster than clip by clip
-            for (here, _), frames in zip(rows, self.worlds[s].render([row for _, row in rows])["video"]):
-                video[here] = torch.as_tensor(frames)
-        return {"video": video, "flip": flip, "label": label, "index": torch.tensor(numbers), "path": names, "ok": ok, "bad": bad}
+            made = self.worlds[s].render([row for _, row in rows], self.names)
+            for i, (here, _) in enumerate(rows):
+                video[here], dense[here] = made["video"][i], [{name: made[name][i] for name in self.names}] * many
+        batch = {"video": video, "flip": flip, "label": label, "index": torch.tensor(numbers), "path": names, "ok": ok, "bad": bad}
+        return batch | {name: stack([labels.get(name) for labels in dense]) for name in self.names}
 
 
 def reason(error):
@@ -421,15 +528,16 @@ def make_loader(sources, clip, *, seed, batch_size, micro_batch, rank=0, ranks=1
     return stream(dataset, (range(a, a + micro_batch) for f in first for a in range(f, f + batch_size // ranks, micro_batch)), workers, timeout)
 
 
-def eval_batches(source, clip, *, batch_size, workers=0, rank=0, ranks=1, rows=None, seed=0, timeout=600):
+def eval_batches(source, clip, *, batch_size, workers=0, rank=0, ranks=1, rows=None, seed=0, timeout=600, names=()):
     """Batches over the rows of one source, each row once and in order (`rows` picks and orders them; rank r takes rows[r::ranks]).
 
     As make_loader's, but video is (b * segments * views, T,H,W,3), videos outermost, flip likewise; index is the row; ok bool (b,) is False, and the
     video black, where it cannot be read. clip.train=True: random starts (one in each segment), box and flip, a function of (seed, row).
+    names: dense labels, for which dense_batches is the door.
     """
     rows = np.arange(len(source)) if rows is None else np.asarray(rows)
     rows = rows[rank::ranks].tolist()
-    return stream(Clips([source], clip, seed), (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), workers, timeout)
+    return stream(Clips([source], clip, seed, names=names), (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), workers, timeout)
 
 
 def labelled_features(read, source, clip, device, *, workers=0, rank=0, ranks=1, gather=lambda value: [value], timeout=600, **pixels):
@@ -655,6 +763,254 @@ def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", 
     return keep, pred
 
 
+# --- dense data sets as downloaded -> clip.mp4 + clip.safetensors ------------------------------------------------------------------------
+# One reader for each kind of file: paths of one clip -> array with a row for each.
+
+def png(paths):
+    """(n,H,W) or (n,H,W,3), uint8, or uint16 where the files have 16 bits; of palettes the indices. All in one call of FFmpeg, whose decoder is exact."""
+    width, height, bits, kind = struct.unpack(">IIBB", Path(paths[0]).read_bytes()[16:26])
+    form = "pal8" if kind == 3 else {(True, 8): "gray", (True, 16): "gray16le", (False, 8): "rgb24", (False, 16): "rgb48le"}[kind in (0, 4), max(bits, 8)]
+    raw = np.frombuffer(pipe(paths, "-f", "rawvideo", "-pix_fmt", form, "-"), np.uint16 if bits == 16 else np.uint8).reshape(len(paths), -1)
+    channels = 3 if form.startswith("rgb") else 1
+    return raw[:, : height * width * channels].reshape(len(paths), height, width, *[3] * (channels == 3)).copy()  # after indices stands the palette
+
+
+def pipe(images, *out):
+    """Image files of one kind through FFmpeg."""
+    codec = Path(images[0]).suffix.lower()[1:].replace("jpg", "jpeg").replace("jpeg", "mjpeg")
+    done = subprocess.run(["ffmpeg", "-v", "error", "-f", "image2pipe", "-framerate", "10", "-c:v", codec, "-i", "-", *out],
+                          input=b"".join(Path(p).read_bytes() for p in images), capture_output=True)
+    if done.returncode:
+        raise ValueError(f"{images[0]}: {done.stderr.decode(errors='replace').strip()[:200]}")
+    return done.stdout
+
+
+def flo(paths):
+    """Middlebury's optical flow: the number 202021.25, width, height, then u and v of each pixel."""
+    heads = [np.fromfile(p, "<i4", 3) for p in paths]
+    return np.stack([np.fromfile(p, "<f4", offset=12).reshape(h, w, 2) for p, (_, w, h) in zip(paths, heads)])
+
+
+def pfm(paths):
+    """Lines 'Pf' (or 'PF': three channels), 'width height', a scale that is negative for little-endian, then rows from the bottom up."""
+    out = []
+    for p in paths:
+        kind, width, height, scale, body = re.match(rb"(P[fF])\s+(\d+)\s+(\d+)\s+(\S+)\s(.*)", Path(p).read_bytes(), re.S).groups()
+        out.append(np.frombuffer(body, "<f4" if float(scale) < 0 else ">f4").reshape(int(height), int(width), -1)[::-1].squeeze(-1 if kind == b"Pf" else ()))
+    return np.stack(out).astype(np.float32)
+
+
+def unless(value, unknown):
+    """`value` as float32 with NaN where `unknown`, which may have fewer axes."""
+    return np.where(unknown.reshape(*unknown.shape, *[1] * (value.ndim - unknown.ndim)), np.nan, value).astype(np.float32)
+
+
+def known(value):
+    return unless(value, value == 0)
+
+
+def kitti_flow(paths):
+    raw = png(paths).astype(np.float32)
+    return unless((raw[..., :2] - 2**15) / 64, raw[..., 2] == 0)
+
+
+def re10k(paths, frames):
+    """ID.txt: a URL, then a row for each frame: time stamp, fx, fy, cx, cy (shares of width and height), two zeros, the 3x4 of world to camera."""
+    rows = {line.split()[0]: np.array(line.split()[1:], float) for line in Path(paths[0]).read_text().splitlines()[1:] if line.strip()}
+    rows = np.stack([rows[p.stem] for p in frames])
+    height, width, _ = open_video(frames[0]).get_frame_at(0).data.shape
+    (fx, fy, cx, cy), camera = rows[0, :4] * [width, height, width, height], np.tile(np.eye(4), (len(rows), 1, 1))
+    camera[:, :3] = rows[:, 6:].reshape(-1, 3, 4)
+    return np.linalg.inv(camera), np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+
+
+def by_object(rows, frames, width):
+    """rows: (object, number of the frame, values of `width`) -> (frames, objects, width), NaN where there is no row."""
+    rows = [(o, int(t), v) for o, t, v in rows if 0 <= int(t) < frames]
+    number = {o: i for i, o in enumerate(dict.fromkeys(o for o, _, _ in rows))}
+    out = np.full((frames, len(number), width), np.nan, np.float32)
+    for o, t, v in rows:
+        out[t, number[o]] = v
+    return out
+
+
+@lru_cache(maxsize=2)
+def load_json(path):
+    return json.loads(Path(path).read_text("utf-8"))
+
+
+def perception(paths, frames, name):
+    """all_train.json: video -> object_tracking and point_tracking, each track of an id, frame_ids and bounding_boxes (x0,y0,x1,y1) or points (y,x), shares."""
+    about, video = load_json(str(paths[0]))[frames[0].stem], open_video(str(frames[0]))
+    width, height = video.metadata.width, video.metadata.height
+    if name == "boxes":
+        rows = [(o["id"], t, np.multiply(b, [width, height] * 2)) for o in about["object_tracking"] for t, b in zip(o["frame_ids"], o["bounding_boxes"])]
+    else:
+        rows = [(o["id"], t, (x * width, y * height)) for o in about["point_tracking"] for t, (y, x) in zip(o["frame_ids"], o["points"])]
+    return by_object(rows, len(video), 4 if name == "boxes" else 2)
+
+
+def waymo(paths, frames):
+    """SEGMENT/CAMERA/TIMESTAMP.jpg, and SEGMENT/camera_box.csv: the segment's table camera_box of the v2 release, from parquet to csv."""
+    times = {p.stem: t for t, p in enumerate(frames)}
+    with open(paths[0], newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["key.camera_name"] == frames[0].parent.name and r["key.frame_timestamp_micros"] in times]
+    value = lambda r, sign: [float(r[f"[CameraBoxComponent].box.center.{k}"]) + sign * float(r[f"[CameraBoxComponent].box.size.{k}"]) / 2 for k in "xy"]
+    return by_object([(r["key.camera_object_id"], times[r["key.frame_timestamp_micros"]], value(r, -1) + value(r, 1)) for r in rows], len(frames), 4)
+
+
+def kubric(paths, frames):
+    """metadata.json of Kubric's worker: for each instance bbox_frames and bboxes (y0,x0,y1,x1), shares."""
+    about = load_json(str(paths[0]))
+    height, width = about["metadata"]["resolution"][::-1]
+    return by_object([(o, t, np.multiply([x0, y0, x1, y1], [width, height] * 2)) for o, instance in enumerate(about["instances"])
+                      for t, (y0, x0, y1, x1) in zip(instance["bbox_frames"], instance["bboxes"])], len(frames), 4)
+
+
+CITYSCAPES = np.full(256, 255, np.uint8)  # labelId -> one of the 19 classes that are evaluated
+CITYSCAPES[[7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]] = np.arange(19)
+
+# layout: (frames, as a pattern of paths under the root whose group is the clip, {label: (pattern in the frame's path, its replacement, reader of the paths
+# so found, and of the frames)}). A label without any file is left out; where single files are missing, nothing is known. Empty replacement: --annotations
+LAYOUTS = {
+    "scannet": (r"([^/]+)/color/\d+\.jpg", {  # as exported by SensReader
+        "depth": (r"color/(\d+)\.jpg", r"depth/\1.png", lambda p, f: known(png(p) / 1000)),
+        "pose": (r"color/(\d+)\.jpg", r"pose/\1.txt", lambda p, f: np.stack([*map(np.loadtxt, p)])),
+        "K": (r"color/\d+\.jpg", "intrinsic/intrinsic_color.txt", lambda p, f: np.loadtxt(p[0])[:3, :3])}),
+    "re10k": (r"frames/(\w+/[^/]+)/\d+\.\w+", {  # the lists in train/ and test/, frames named by time stamp
+        "pose": (r"frames/(\w+/[^/]+)/\d+\.\w+", r"\1.txt", lambda p, f: re10k(p, f)[0]),
+        "K": (r"frames/(\w+/[^/]+)/\d+\.\w+", r"\1.txt", lambda p, f: re10k(p, f)[1])}),
+    "perception": (r"(?:.*/)?(video_\d+)\.mp4", {  # --annotations all_train.json
+        "boxes": ("", "", lambda p, f: perception(p, f, "boxes")), "tracks": ("", "", lambda p, f: perception(p, f, "tracks"))}),
+    "movi": (r"(?:(.*)/)?rgba_\d+\.png", {  # what Kubric's worker writes; tracks.npz: TAP-Vid's target_points (P,T,2) and occluded (P,T)
+        "masks": ("rgba_", "segmentation_", lambda p, f: png(p)), "boxes": (r"rgba_\d+\.png", "metadata.json", kubric),
+        "tracks": (r"rgba_\d+\.png", "tracks.npz", lambda p, f: np.load(p[0])["target_points"].swapaxes(0, 1)),
+        "visible": (r"rgba_\d+\.png", "tracks.npz", lambda p, f: ~np.load(p[0])["occluded"].T.astype(bool))}),
+    "waymo": (r"(.*/\d)/\d+\.jpg", {"boxes": (r"\d/\d+\.jpg", "camera_box.csv", waymo)}),
+    "davis": (r"JPEGImages/(.*)/\d+\.jpg", {"masks": ("JPEGImages(.*)jpg", r"Annotations\1png", lambda p, f: (m := png(p)) - (m == 255) * np.uint8(254))}),
+    "ade20k": (r"images/(.*)\.jpg", {"masks": ("images(.*)jpg", r"annotations\1png", lambda p, f: png(p) - np.uint8(1))}),  # ADEChallengeData2016
+    "cityscapes": (r"leftImg8bit/(.*)_leftImg8bit\.png", {
+        "masks": ("leftImg8bit/(.*)_leftImg8bit", r"gtFine/\1_gtFine_labelIds", lambda p, f: CITYSCAPES[png(p)]),
+        "disparity": ("leftImg8bit/(.*)_leftImg8bit", r"disparity/\1_disparity", lambda p, f: known(png(p) / 256) - np.float32(1 / 256)),
+        "right": ("leftImg8bit/(.*)_leftImg8bit", r"rightImg8bit/\1_rightImg8bit", lambda p, f: png(p))}),
+    "sintel": (r"training/((?:clean|final)/[^/]+)/frame_\d+\.png", {
+        "flow": (r"training/\w+(.*)png", r"training/flow\1flo", lambda p, f: flo(p)),
+        "flow_visible": (r"training/\w+", "training/occlusions", lambda p, f: png(p) == 0)}),
+    "chairs": (r"(.*)_img[12]\.ppm", {"flow": (r"img\d\.ppm", "flow.flo", lambda p, f: flo(p[:1]))}),
+    "kitti": (r"training/((?:image_2|colored_0)/\d+)_1[01]\.png", {
+        "flow": (r"image_2|colored_0", "flow_occ", lambda p, f: kitti_flow(p)),
+        "flow_visible": (r"image_2|colored_0", "flow_noc", lambda p, f: png(p)[..., 2] > 0),
+        "disparity": (r"image_2", "disp_occ_0", lambda p, f: known(png(p) / 256)), "right": ("image_2", "image_3", lambda p, f: png(p))}),
+    "sceneflow": (r"(frames_\w+/.*)/left/\d+\.png", {
+        "disparity": (r"frames_\w+(.*)png", r"disparity\1pfm", lambda p, f: pfm(p)), "right": ("/left/", "/right/", lambda p, f: png(p)),
+        "flow": (r"frames_\w+/(.*)/left/(\d+)\.png", r"optical_flow/\1/into_future/left/OpticalFlowIntoFuture_\2_L.pfm", lambda p, f: pfm(p)[..., :2])}),
+    "middlebury": (r"(.*)/im0\.png", {"disparity": ("im0.png", "disp0.pfm", lambda p, f: pfm(p)), "right": ("im0", "im1", lambda p, f: png(p))}),
+}
+
+
+def dense_clips(layout, root, annotations):
+    """Yield (name, images or one video or (video, first second, seconds), a function that reads the labels) of a data set."""
+    natural = lambda path: [int(c) if i % 2 else c for i, c in enumerate(re.split(r"(\d+)", path))]  # 10.jpg after 9.jpg
+    files = sorted((p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()), key=natural)
+    if layout in SPECIAL:
+        yield from SPECIAL[layout](root, files, annotations)
+        return
+    groups, (pattern, rows) = {}, LAYOUTS[layout]
+    for p in files:
+        if m := re.fullmatch(pattern, p):
+            groups.setdefault(m[1] or "clip", []).append(p)
+    for name, frames in groups.items():
+        for i in range(0, len(frames), 256):  # long videos in pieces, which fit the memory
+            part = frames[i : i + 256]
+            yield f"{name}_{i:06d}" if len(frames) > 256 else name, [root / p for p in part], lambda part=part: {
+                label: value for label, row in rows.items() if (value := read_row(label, row, root, part, annotations)) is not None}
+
+
+def read_row(label, row, root, frames, annotations):
+    pattern, put, reader = row
+    paths = [root / re.sub(pattern, put, p, count=1) if put else Path(annotations) for p in (frames[:-1] if label.startswith("flow") else frames)]
+    found = [i for i, p in enumerate(paths) if p.is_file()]
+    if not found:
+        return None
+    value = reader([paths[i] for i in found], [root / p for p in frames])
+    if len(found) == len(paths):
+        return value
+    out = np.full((len(paths), *value.shape[1:]), np.nan if value.dtype.kind == "f" else 255 if label == "masks" else 0, value.dtype)
+    out[found] = value
+    return out
+
+
+def intphys(root, files, annotations):
+    """BLOCK/SCENE/{1,2,3,4}/scene/scene_001.png ... and status.json, which says whether it is possible: two movies of a scene are, two are not. Each of
+    these goes with the possible one that it shares its beginning with."""
+    scenes = {}
+    for p in files:
+        if m := re.fullmatch(r"(.*)/(\d)/scene/scene_\d+\.png", p):
+            scenes.setdefault(m[1], {}).setdefault(m[2], []).append(root / p)
+    for scene, movies in scenes.items():
+        status = {k: json.loads((root / scene / k / "status.json").read_text()) for k in movies}
+        possible = {k: bool(s.get("header", s).get("is_possible", s.get("possible"))) for k, s in status.items()}
+        for k in (k for k in movies if not possible[k]):
+            same = {j: next((t for t, (a, b) in enumerate(zip(movies[j], movies[k])) if a.read_bytes() != b.read_bytes() and (png([a]) != png([b])).any()),
+                            len(movies[k])) for j in movies if possible[j]}
+            j = max(same, key=same.get)
+            yield f"{scene}_{k}", movies[j], lambda a=movies[k], t=same[j], b=scene: {
+                "impossible": png(a), "change": np.array(t), "kind": np.array(int((re.search(r"O(\d)", b) or [0, 1])[1]) - 1)}
+
+
+def ava(root, files, annotations):
+    """--annotations ava_train_v2.2.csv: video, second, x0, y0, x1, y1 (shares), action, person. A clip of two seconds around each annotated second, whose
+    boxes hold for all of its frames; action a is column a - 1 of 80."""
+    videos, rows = {Path(p).stem: root / p for p in files if Path(p).suffix.lower() in VIDEOS}, {}
+    with open(annotations, newline="") as file:
+        for row in csv.reader(file):
+            if len(row) >= 8 and row[0] in videos:
+                rows.setdefault((row[0], int(row[1])), {}).setdefault((row[7], *map(float, row[2:6])), []).append(int(row[6]))
+    for (name, second), people in rows.items():
+        meta = open_video(str(videos[name])).metadata
+        actions = np.zeros((len(people), 80), np.uint8)
+        for i, ids in enumerate(people.values()):
+            actions[i, np.array(ids) - 1] = 1
+        boxes = np.array([box for _, *box in people])[None] * ([meta.width, meta.height] * 2)  # one row, which stands for all frames
+        yield f"{name}_{second:05d}", (videos[name], max(second - 1, 0), 2), lambda a=actions, b=boxes: {"boxes": b, "actions": a}
+
+
+SPECIAL = {"intphys": intphys, "ava": ava}  # layouts in which a clip is not simply a folder of frames
+
+
+def index_dense(layout, root, out, annotations, crf):
+    """index for dense labels."""
+    if not shutil.which("ffmpeg"):
+        raise DataError("dense labels need the ffmpeg program: apt-get install -y ffmpeg")
+    if layout in ("perception", "ava") and not os.path.isfile(annotations):
+        raise DataError(f"index {layout} needs --annotations FILE" + (f": no file {annotations}" if annotations else ""))
+    rows, labels, name = [], Counter(), "1"
+    try:
+        for name, frames, read in tqdm(dense_clips(layout, root, annotations), disable=None):
+            video = out.parent / out.stem / f"{name.replace('/', '-')}.mp4"
+            half = video.with_suffix(".tmp.mp4")
+            video.parent.mkdir(parents=True, exist_ok=True)
+            encode = ["-an", "-c:v", "libx264rgb", "-crf", str(crf), "-preset", "veryfast", "-y", str(half)]
+            if isinstance(frames, tuple):
+                path, start, seconds = frames
+                subprocess.run(["ffmpeg", "-v", "error", "-ss", str(start), "-t", str(seconds), "-i", str(path), *encode], check=True)
+            elif frames[0].suffix.lower() in VIDEOS:
+                shutil.copyfile(frames[0], half)
+            else:
+                pipe(frames, *encode)
+            arrays = {label: unless(v, ~np.isfinite(v)) if v.dtype.kind == "f" else v for label, v in read().items()}
+            save_file({label: torch.from_numpy(v.copy("C")) for label, v in arrays.items()}, video.with_suffix(".safetensors"))
+            os.replace(half, video)
+            rows.append((video, -1))
+            labels.update([*arrays])
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError, struct.error, subprocess.SubprocessError) as error:
+        raise DataError(f"{root}: clip {name} is not as {layout} should be ({type(error).__name__}: {reason(error)})") from None
+    if not rows:
+        raise DataError(f"{root}: no clips in the layout of {layout}")
+    write_list(out, rows)
+    return {"list": str(out), "rows": len(rows), "labels": dict(labels)}, 0
+
+
 # --- command line -----------------------------------------------------------------------------------------------------------------------
 
 def check(path: str, workers: int = 2):
@@ -711,22 +1067,31 @@ def in_processes(function, items, workers):
         return [*tqdm(pool.map(function, items, chunksize=4), total=len(items), disable=None)]
 
 
-def index(layout: Literal["kinetics", "ssv2", "ucf", "folders"], root: str, out: str = "", annotations: str = "", labels: str = ""):
+def index(layout: Literal["kinetics", "ssv2", "ucf", "folders", "scannet", "re10k", "perception", "movi", "waymo", "davis", "ade20k", "cityscapes", "sintel",
+                          "chairs", "kitti", "sceneflow", "middlebury", "intphys", "ava"],
+          root: str, out: str = "", annotations: str = "", labels: str = "", crf: int = 0):
     """Make a list of 'path label' rows of a dataset as downloaded, and classes.txt beside it (line k, from 0, names label k).
 
     Videos that are annotated but not found under the root are counted and left out. kinetics and folders: a classes.txt that is there already is
     obeyed, so that the train and the val list number the classes alike.
 
+    Data sets with dense labels (scannet and all after it) are written anew, as clip.mp4 and clip.safetensors, into a folder named like the list.
+    Which files of each are read stands in the table LAYOUTS.
+
     Args:
         layout: whose layout
-        root: the folder that holds the videos, at any depth
+        root: the folder that holds the videos, at any depth; of dense data sets the folder as unpacked
         out: the list to write (default: LAYOUT.txt)
-        annotations: kinetics: csv with label, youtube_id, time_start, time_end; ssv2: train.json; ucf: trainlist01.txt (classInd.txt beside it)
+        annotations: kinetics: csv with label, youtube_id, time_start, time_end; ssv2: train.json; ucf: trainlist01.txt (classInd.txt beside it);
+            perception: all_train.json; ava: ava_train_v2.2.csv
         labels: ssv2: labels.json
+        crf: dense: x264's quality of the clips; 0 is lossless, and large
     """
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder")
     out, note = Path(out or f"{layout}.txt"), Path(annotations)
+    if layout in LAYOUTS | SPECIAL:
+        return index_dense(layout, Path(root), out, annotations, crf)
     known, files = out.parent / "classes.txt", {path.stem: path for path in media(root)}
     if layout != "folders" and not note.is_file():
         raise DataError(f"index {layout} needs --annotations FILE" + (f": no file {annotations}" if annotations else ""))
@@ -857,12 +1222,13 @@ def main():
 # the built-in world: random numbers -> Scene (poses, sizes, textures) -> cast() (which object each pixel sees, and where) -> shade() (brightness)
 #
 # Axes are OpenCV's: x right, y down, z ahead. A pose is (R, p): world point = R @ local point + p. A pixel's ray is (x, y, 1) in camera
-# coordinates, so the ray parameter of a hit *is* its depth. All that further labels need is in Scene and in what cast() returns: depth, poses,
-# masks, boxes; flow and tracks by carrying a hit's object coordinates to another frame; stereo by a second camera beside the first.
+# coordinates, so the ray parameter of a hit *is* its depth. All labels come from Scene and cast(): flow and tracks carry a hit's object coordinates
+# to another frame, stereo to a second camera beside the first, and whether it is seen there is told by casting a ray at it.
 
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")     # what the picture does; the camera does the opposite
 PLANES, SPHERES, BOXES, WAVES = 2, 2, 2, 16  # per scene, in this order along the object axis O; waves per texture
 SPLITS = {"train": 1 << 20, "probe": 2048, "val": 1024}             # clips; `probe` is what an online probe is fitted on, none is shared
+IMPOSSIBLE = ("vanish", "appear", "change", "teleport", "stop", "start")     # what a thing does; in opposite pairs, so that more or less motion tells nothing
 
 
 @dataclass
@@ -875,6 +1241,9 @@ class Scene:
     size: object     # (n,O,3) half edges of a box, radius of a sphere (three times), ignored for planes
     wave: object     # (n,O,S,3) wave vectors of the texture in object coordinates, rad per unit
     phase: object    # (n,O,S)
+
+    def cut(self, clips=slice(None), times=slice(None)):
+        return Scene(**{f.name: getattr(self, f.name)[(clips, times) if f.name in ("R", "p", "Ro", "po") else clips] for f in fields(Scene)})
 
 
 def rotation(axis, angle):
@@ -892,20 +1261,32 @@ def product(a, b):
     return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
 
 
+def at_object(id, *tables):
+    """id (n,T,h,w), tables (n,T,O,...) -> each as (values,n,T,h,w): what belongs to the object a pixel sees. Values first is several times faster."""
+    n, T, O = tables[0].shape[:3]
+    widths = [math.prod(table.shape[3:]) for table in tables]
+    flat = torch.cat([table.reshape(n * T * O, width) for table, width in zip(tables, widths)], 1).T.contiguous()  # (values, n*T*O)
+    row = id + O * torch.arange(n * T, device=id.device).view(n, T, 1, 1)
+    return flat.index_select(1, row.flatten()).view(sum(widths), *id.shape).split(widths)
+
+
 class World:
     """Clips of a textured room with spheres and boxes, filmed by a moving camera; eight classes of motion (FWM-HW-LD, Table 6).
 
     Clip i is a function of (seed, split, i) and of nothing else. Its class is i mod 8, and all else is drawn without looking at the class; the camera
     is at its drawn pose half-way through the clip, so that no single frame tells the class. noise: standard deviation of pixel noise, in [0,1].
     shift, turn, zoom: range of the motion over a clip, in picture widths, degrees and as a factor; wobble: camera sway, picture widths.
+    points: tracks per clip; baseline: from the camera to the one on its right, units.
 
     All textures have the same statistics and no colour. That is deliberate: whatever is constant in a clip and differs between clips is what masked
     prediction learns first, and with clips that differ in colour or pattern it learns colour and pattern, and in the minutes of a laptop no motion.
     """
 
-    def __init__(self, split="train", seed=0, frames=8, size=32, noise=0.3, shift=(0.3, 0.6), turn=(50.0, 100.0), zoom=(1.6, 2.5), wobble=0.02, device="cpu"):
+    def __init__(self, split="train", seed=0, frames=8, size=32, noise=0.3, shift=(0.3, 0.6), turn=(50.0, 100.0), zoom=(1.6, 2.5), wobble=0.02,
+                 points=64, baseline=0.06, device="cpu"):
         self.split, self.seed, self.frames, self.size, self.noise, self.device = split, seed, frames, size, noise, device
         self.shift, self.turn, self.zoom, self.wobble = shift, turn, zoom, wobble      # over a clip: picture widths, degrees, factor; picture widths
+        self.points, self.baseline = points, baseline
         self.field = 0.6                                                               # half the picture's width at depth 1: 62 degrees
 
     def __len__(self):
@@ -915,23 +1296,41 @@ class World:
     def labels(self):
         return np.arange(len(self)) % len(MOTIONS)
 
-    def scene(self, indices):
-        """indices (n,) -> Scene of float64 arrays, and noise (n,T,H,W,3) uint8 or None. One generator per clip; the rest is elementwise."""
-        n, T, O, S = len(indices), self.frames, PLANES + SPHERES + BOXES, WAVES
-        rngs = [np.random.default_rng((self.seed, list(SPLITS).index(self.split), int(i))) for i in indices]
-        uniform = np.stack([g.random(256) for g in rngs])
-        normal = np.stack([g.standard_normal(512) for g in rngs])
-        noise = np.stack([g.integers(0, 256, (T, self.size, self.size, 3), np.uint8) for g in rngs]) if self.noise else None
-        used = {id(uniform): 0, id(normal): 0}
+    def generators(self, indices, *stream):
+        """One per clip. What was drawn first has no stream number; labels that draw have their own, so that asking for them changes no video."""
+        return [np.random.default_rng((self.seed, list(SPLITS).index(self.split), int(i), *stream)) for i in indices]
+
+    def grain(self, generators):
+        """Pixel noise (n,T,H,W,3) uint8, or None."""
+        return np.stack([g.integers(0, 256, (self.frames, self.size, self.size, 3), np.uint8) for g in generators]) if self.noise else None
+
+    def draws(self, indices, *stream):
+        """-> take(source, *shape) and between(low, high, *shape), which draw (n, *shape), source 0 uniform in [0,1), 1 normal; and the noise."""
+        generators, used = self.generators(indices, *stream), [0, 0]
+        sources = np.stack([g.random(256) for g in generators]), np.stack([g.standard_normal(512) for g in generators])
 
         def take(source, *shape):
-            start = used[id(source)]
-            used[id(source)] = start + math.prod(shape)
-            assert used[id(source)] <= source.shape[1]
-            return source[:, start:used[id(source)]].reshape(n, *shape)
+            start = used[source]
+            used[source] = start + math.prod(shape)
+            assert used[source] <= sources[source].shape[1]
+            return sources[source][:, start:used[source]].reshape(len(indices), *shape)
 
-        def between(low, high, *shape):
-            return low + (high - low) * take(uniform, *shape)
+        return take, lambda low, high, *shape: low + (high - low) * take(0, *shape), self.grain(generators)
+
+    def textures(self, take, between, width):
+        """wave and phase of a Scene: isotropic waves over five octaves, alike in all clips; only directions and phases are drawn (class World says why).
+        Their lengths reach beyond the picture and below a pixel, so that a texture looks alike at every scale and a frame does not tell that it was zoomed."""
+        O, S = PLANES + SPHERES + BOXES, WAVES
+        length = np.repeat([1.6, 1.2], [PLANES, O - PLANES]) * width[:, None]                                     # the longest wave, (n,O)
+        direction = take(1, O, S, 3)
+        step = 2.0 ** (5 / S * np.arange(S))
+        wave = 2 * np.pi * step[:, None] / length[..., None, None] * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
+        return wave, between(0, 2 * np.pi, O, S)
+
+    def scene(self, indices):
+        """indices (n,) -> Scene of float64 arrays, and noise (n,T,H,W,3) uint8 or None. One generator per clip; the rest is elementwise."""
+        n, T = len(indices), self.frames
+        take, between, noise = self.draws(indices)
 
         # time runs from -1/2 to 1/2 through 0 half-way; the pace may vary, but equally before and after
         s = (np.arange(T) - (T - 1) / 2) / max(1, T - 1)
@@ -953,7 +1352,7 @@ class World:
         R, p = product(start[:, None], roll), product(start[:, None], local[..., None])[..., 0]
 
         # wall and floor (or ceiling, or side wall: `start` decides), then objects between camera and wall, some outside the picture
-        tilt = rotation(take(normal, 2, 3) * [1, 1, 0.01], between(0, 0.45, 2))
+        tilt = rotation(take(1, 2, 3) * [1, 1, 0.01], between(0, 0.45, 2))
         upright = rotation(np.array([1.0, 0, 0]), np.pi / 2)
         tilt[:, 1] = product(tilt[:, 1], upright[None])
         zero = np.zeros_like(wall)
@@ -961,41 +1360,79 @@ class World:
         M = SPHERES + BOXES
         depth = between(0.45, 0.85, M) * wall[:, None]
         place = np.concatenate([between(-1.4, 1.4, M, 2) * self.field * depth[..., None], depth[..., None]], -1)
-        velocity = take(normal, M, 3) * 0.06 * wall[:, None, None]
-        spin = rotation(take(normal, 1, M, 3), between(0, 2 * np.pi, M)[:, None] + between(-1, 1, M)[:, None] * s[:, None])        # (n,T,M,3,3)
+        velocity = take(1, M, 3) * 0.06 * wall[:, None, None]
+        spin = rotation(take(1, 1, M, 3), between(0, 2 * np.pi, M)[:, None] + between(-1, 1, M)[:, None] * s[:, None])        # (n,T,M,3,3)
         po = np.concatenate([np.broadcast_to(points[:, None], (n, T, 2, 3)), place[:, None] + velocity[:, None] * s[:, None, None]], 2)
         Ro = np.concatenate([np.broadcast_to(tilt[:, None], (n, T, 2, 3, 3)), spin], 2)
         radius = between(0.12, 0.4, M)[..., None] * depth[..., None] * self.field
         edges = radius * np.concatenate([np.ones((n, SPHERES, 3)), between(0.5, 1.0, BOXES, 3)], 1)
         size = np.concatenate([np.ones((n, 2, 3)), edges], 1)
 
-        # textures: isotropic waves over five octaves, alike in all clips; only directions and phases are drawn (class World says why). Their lengths
-        # reach beyond the picture and below a pixel, so that a texture looks alike at every scale and a frame does not tell that it was zoomed
-        length = np.repeat([1.6, 1.2], [PLANES, M]) * width[:, None]                                              # the longest wave, (n,O)
-        direction = take(normal, O, S, 3)
-        step = 2.0 ** (5 / S * np.arange(S))
-        wave = 2 * np.pi * step[:, None] / length[..., None, None] * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
-        return Scene(R, p, Ro, po, size, wave, between(0, 2 * np.pi, O, S)), noise
+        return Scene(R, p, Ro, po, size, *self.textures(take, between, width)), noise
 
-    def cast(self, scene):
+    def pair_scene(self, indices):
+        """indices (n,) -> two Scenes that differ from some frame on, and the noise of both. A resting camera sees a ball (or a box) roll or fly from side
+        to side, or rest. Half-way it breaks the law that IMPOSSIBLE[i mod 6] names: out of sight, behind a pillar, in every other six clips (not stop and
+        start), else in view."""
+        n, T, i = len(indices), self.frames, np.asarray(indices)
+        take, between, noise = self.draws(indices, 3)
+        kind = i % len(IMPOSSIBLE)
+        hidden = (i // len(IMPOSSIBLE) % 2 == 0) & (kind < 4)
+        s = (np.arange(T) - (T - 1) / 2) / max(1, T - 1)
+        wall, sign, swap = between(0.8, 1.25), np.sign(between(-1, 1)), between(0, 1)[:, None, None] < 0.5          # swap: the box moves, not the ball
+        width, radius = 2 * self.field * wall, between(0.07, 0.1) * wall
+        z, floor, reach = 0.6 * wall, between(0.26, 0.34) * wall, between(0.65, 0.8) * self.field * 0.6 * wall
+        height = (between(0, 1) < 0.7) * between(0.1, 0.45) * wall * (kind != 5)                                   # what rests, rests on the floor
+
+        path = np.stack(np.broadcast_arrays((sign * reach)[:, None] * 2 * s, (floor - radius)[:, None] - height[:, None] * (1 - 4 * s * s), z[:, None]), -1)
+        away, later = np.full((n, T, 3), -9.0), (np.arange(T) >= T // 2)[:, None]                                  # away: behind the camera
+        jump, rest = path + later * (sign * 0.5 * reach)[:, None, None] * [1.0, 0, 0], path[:, max(T // 2 - 1, 0), None]
+        gone, come, law = np.where(later, away, path), np.where(later, path, away), kind[:, None, None]
+        right = np.choose(law, [path, away, path, path, path, rest]), away                                         # the moving thing and its substitute
+        wrong = np.choose(law, [gone, come, gone, jump, np.where(later, rest, path), np.where(later, path, rest)]), np.where(law == 2, come, away)
+
+        ground = np.broadcast_to(np.eye(3), (n, T, 3, 3))
+        roll = lambda place: rotation(np.array([0.0, 0, 1]), place[..., 0] / radius[:, None])
+        upright = np.broadcast_to(rotation(np.array([1.0, 0, 0]), np.pi / 2), (n, T, 3, 3))
+        half = radius / z + reach / z / max(1, T - 1) + 0.03                                                       # pillar: hides the thing in two frames
+        pillar, stone = np.where(hidden, 0, 9 * wall), between(-0.6, 0.6) * wall                                   # the stone: a ball at rest
+        still = lambda *place: np.broadcast_to(np.stack(np.broadcast_arrays(*place), -1)[:, None], (n, T, 3))
+        size = np.stack([wall, wall, radius, 0.1 * wall, 0.6 * radius, wall], 1)[..., None].repeat(3, -1)
+        size[:, -1] = np.stack([half * 0.45 * wall, floor, 0.02 * wall], -1)                                       # as high as floor to ceiling
+        texture = self.textures(take, between, width)
+
+        def scene(mover, other):
+            ball, box = np.where(swap, other, mover), np.where(swap, mover, other)
+            po = [still(0, 0, wall), still(0, floor, 0 * wall), ball, still(stone, floor - 0.1 * wall, 0.85 * wall), box, still(pillar, 0, 0.45 * wall)]
+            return Scene(ground, np.zeros((n, T, 3)), np.stack([ground, upright, roll(ball), ground, roll(box), ground], 2), np.stack(po, 2), size, *texture)
+
+        return scene(*right), scene(*wrong), noise
+
+    def tables(self, scene):
+        """turn (n,T,O,3,3), eye (n,T,O,3): point c of camera coordinates is eye[o] + turn[o] @ c in the coordinates of object o."""
+        back = scene.Ro.swapaxes(-1, -2)
+        return (self.tensor(product(back, scene.R[:, :, None])),
+                self.tensor(product(back, (scene.p[:, :, None] - scene.po)[..., None])[..., 0]))
+
+    def cast(self, scene, at=None):
         """Scene -> depth (n,T,H,W), object id (n,T,H,W), and the tables of the rays in object coordinates: turn (n,T,O,3,3), eye (n,T,O,3).
 
         The hit of ray (x,y,1) on object o, in the object's own coordinates, is eye[o] + depth * turn[o] @ (x,y,1).
+        at: (x, y), each (n,T,h,w): these rays instead of the pixels'.
         """
-        back = scene.Ro.swapaxes(-1, -2)
-        turn = self.tensor(product(back, scene.R[:, :, None]))
-        eye = self.tensor(product(back, (scene.p[:, :, None] - scene.po)[..., None])[..., 0])
-        x = self.pixels()
+        turn, eye = self.tables(scene)
+        x, y = (self.pixels(), self.pixels()[:, None]) if at is None else at
+        fit = lambda v, m: v if at is None else v.reshape(*v.shape[:2], *[1] * (m.ndim - 3), *v.shape[2:])           # beside (n,T,...,3)
         half = self.tensor(scene.size)
         plane, sphere, box = slice(0, PLANES), slice(PLANES, PLANES + SPHERES), slice(PLANES + SPHERES, None)
-        ray = lambda m: (m[..., 0, None, None] * x + m[..., 2, None, None]) + m[..., 1, None, None] * x[:, None]    # (...,3) -> (...,H,W): m . (x,y,1)
+        ray = lambda m: (m[..., 0, None, None] * fit(x, m) + m[..., 2, None, None]) + m[..., 1, None, None] * fit(y, m)    # -> (...,H,W): m . (x,y,1)
         grow = lambda v: v[..., None, None]
 
         t_plane = -grow(eye[:, :, plane, 2]) / ray(turn[:, :, plane, 2])
 
         e, r = eye[:, :, sphere], half[:, None, sphere, 0]
         b = ray((turn[:, :, sphere] * e[..., None]).sum(-2))
-        a = x * x + x[:, None] * x[:, None] + 1
+        a = fit(x * x + y * y + 1, e)
         root = b * b - a * grow((e * e).sum(-1) - r * r)
         t_sphere = torch.where(root > 0, -(b + root.clamp_min(0).sqrt()) / a, math.inf)
 
@@ -1011,19 +1448,16 @@ class World:
 
     def shade(self, scene, depth, id, turn, eye):
         """What cast() returned -> brightness (n,T,H,W) in [0,1] before noise. A wave fades where its period spans four to two pixels."""
-        n, T, O, S = *turn.shape[:3], WAVES
+        n, T = turn.shape[:2]
         x, wave = self.pixels(), self.tensor(scene.wave)
         # phase of wave k at the hit: k.(eye + depth*turn@(x,y,1)) + phase; its four coefficients are the same for all pixels of an object
         along = (wave[:, None, :, :, :, None] * turn[:, :, :, None]).sum(-2)                                       # (n,T,O,S,3)
         at_eye = (wave[:, None] * eye[:, :, :, None]).sum(-1) + self.tensor(scene.phase)[:, None]                  # (n,T,O,S)
         still = lambda v: self.tensor(v)[:, None].expand(n, T, *v.shape[1:])
-        table = [along[..., 0], along[..., 1], along[..., 2], at_eye, still(np.sqrt((scene.wave ** 2).sum(-1))), turn, eye, still(scene.size)]
-        table = torch.cat([v.reshape(n * T * O, -1) for v in table], 1).T.contiguous()                             # (values, n*T*O)
-        row = id + O * torch.arange(n * T, device=id.device).view(n, T, 1, 1)
-        kx, ky, k1, k0, number, turn, eye, size = table.index_select(1, row.flatten()).view(-1, *id.shape).split([S] * 5 + [9, 3, 3])
-
+        kx, ky, k1, k0, number, turn, eye, size = at_object(id, along[..., 0], along[..., 1], along[..., 2], at_eye,
+                                                            still(np.sqrt((scene.wave ** 2).sum(-1))), turn, eye, still(scene.size))
         xt, yt = depth * x, depth * x[:, None]
-        hit = [eye[i] + turn[3 * i] * xt + turn[3 * i + 1] * yt + turn[3 * i + 2] * depth for i in range(3)]       # in object coordinates
+        hit = self.hit(depth, turn, eye)
         side = [(h / s).abs() for h, s in zip(hit, size)]
         top = torch.maximum(torch.maximum(side[0], side[1]), side[2])
         flat, ball = id < PLANES, (id >= PLANES) & (id < PLANES + SPHERES)
@@ -1044,20 +1478,100 @@ class World:
     def tensor(self, array):
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)
 
+    def hit(self, depth, turn, eye):
+        """depth (n,T,H,W), turn (9,...) and eye (3,...) of the object each pixel sees -> what it sees in that object's coordinates, 3 x (n,T,H,W)."""
+        x = self.pixels()
+        xt, yt = depth * x, depth * x[:, None]
+        return [eye[i] + turn[3 * i] * xt + turn[3 * i + 1] * yt + turn[3 * i + 2] * depth for i in range(3)]
+
+    def follow(self, scene, point, id):
+        """Where `scene`'s camera sees points (3 x (n,T,h,w)) given in the coordinates of objects `id` (n,T,h,w) -> x, y in pixels (n,T,h,w,2), and whether
+        each is seen, (n,T,h,w): inside the picture and nothing in front, which a ray at it tells."""
+        turn, eye = at_object(id, *self.tables(scene))
+        away = [p - e for p, e in zip(point, eye)]
+        x, y, depth = (turn[j] * away[0] + turn[3 + j] * away[1] + turn[6 + j] * away[2] for j in range(3))         # transposed: to the camera's
+        ray = x / depth.clamp_min(0.02), y / depth.clamp_min(0.02)
+        seen = (depth > 0.02) & (ray[0].abs() < self.field) & (ray[1].abs() < self.field) & (self.cast(scene, ray)[0] > depth.clamp_max(50) * 0.998)
+        return (torch.stack(ray, -1) / self.field + 1) * (self.size / 2), seen
+
+    def picture(self, scene, hits, noise):
+        """-> (n,T,H,W,3) uint8; noise as grain() draws it: uniform, of the right deviation."""
+        video = self.shade(scene, *hits).mul_(255)[..., None].repeat(1, 1, 1, 1, 3)
+        if self.noise:
+            video += (self.tensor(noise) - 127.5) * (self.noise * math.sqrt(12))
+        return video.round_().clamp_(0, 255).to(torch.uint8)
+
     @torch.no_grad()
-    def render(self, indices):
-        """indices (n,) -> {"video": (n,T,H,W,3) uint8, "label": (n,) int64}, the same for a clip whatever else is in the batch."""
+    def render(self, indices, labels=()):
+        """indices (n,) -> {"video": (n,T,H,W,3) uint8, "label": (n,) int64, and what `labels` names}, the same for a clip whatever else is in the batch.
+
+        The names, shapes (with n in front) and units are those of dense_batches. Of the world's own: lengths in units (the wall is at 0.8 to 1.25);
+        masks holds 0 wall, 1 floor, 2, 3 spheres, 4, 5 boxes; boxes are of the moving objects 2 to 5; tracks start at pixels of frame 0; `right` is
+        `baseline` units to the right. impossible, kind or change give another scene (pair_scene), whose possible version is "video" and has the labels,
+        and no class: before frame `change` the two videos are the same, noise included, and kind is an index into IMPOSSIBLE.
+        """
         indices = np.asarray(indices)
-        scene, noise = self.scene(indices)
+        pairs = not {"impossible", "kind", "change"}.isdisjoint(labels)
+        scene, *other, noise = self.pair_scene(indices) if pairs else self.scene(indices)
         at_once = 1 if self.device == "cpu" else 64                 # one clip fits the cache of a core, which is ten times faster than a batch
         parts = []
         for i in range(0, len(indices), at_once):
-            part = Scene(**{f.name: getattr(scene, f.name)[i:i + at_once] for f in fields(Scene)})
-            video = self.shade(part, *self.cast(part)).mul_(255)[..., None].repeat(1, 1, 1, 1, 3)
-            if self.noise:                                          # uniform, of the right deviation
-                video += (self.tensor(noise[i:i + at_once]) - 127.5) * (self.noise * math.sqrt(12))
-            parts.append(video.round_().clamp_(0, 255).to(torch.uint8))
-        return {"video": torch.cat(parts).cpu(), "label": torch.from_numpy(indices % len(MOTIONS))}
+            part, grain = scene.cut(slice(i, i + at_once)), noise[i:i + at_once] if self.noise else None
+            hits = self.cast(part)
+            out = {"video": self.picture(part, hits, grain)}
+            if pairs:
+                wrong = other[0].cut(slice(i, i + at_once))
+                out["impossible"] = self.picture(wrong, self.cast(wrong), grain)
+                out["kind"] = torch.from_numpy(indices[i:i + at_once] % len(IMPOSSIBLE))
+                out["change"] = (out["video"] != out["impossible"]).flatten(2).any(-1).int().argmax(1)
+            out |= self.annotate(part, hits, indices[i:i + at_once], [name for name in labels if name not in out]) if labels else {}
+            parts.append({name: out[name].cpu() for name in ("video", *labels)})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"label": torch.from_numpy(indices % len(MOTIONS))}
+
+    def annotate(self, scene, hits, indices, names):
+        """The labels `names` of render; what two of them need is made once."""
+        depth, id, turn, eye = hits
+        n, T, O, f = *turn.shape[:3], self.size / (2 * self.field)
+        centre = torch.arange(self.size, device=id.device) + 0.5
+        point = lru_cache(None)(lambda: torch.stack(self.hit(depth, *at_object(id, turn, eye))))                   # (3,n,T,H,W)
+
+        @lru_cache(None)
+        def flow():
+            to, seen = self.follow(scene.cut(times=slice(1, None)), point()[:, :, :-1], id[:, :-1])
+            return to - torch.stack(torch.meshgrid(centre, centre, indexing="xy"), -1), seen
+
+        @lru_cache(None)
+        def tracks():
+            start = np.stack([g.choice(self.size**2, self.points, replace=self.points > self.size**2) for g in self.generators(indices, 1)])
+            start = torch.as_tensor(start, device=id.device)                                                       # (n,P)
+            points = point()[:, :, 0].flatten(2).gather(2, start.expand(3, n, -1))[:, :, None, None].expand(-1, -1, T, -1, -1)
+            return [v[:, :, 0] for v in self.follow(scene, points, id[:, 0].flatten(1).gather(1, start)[:, None, None].expand(-1, T, -1, -1))]
+
+        @lru_cache(None)
+        def stereo():
+            right = replace(scene, p=scene.p + self.baseline * scene.R[..., 0])                                    # the camera's x axis
+            return self.picture(right, self.cast(right), self.grain(self.generators(indices, 2))), self.follow(right, point(), id)[1]
+
+        def boxes():
+            sides = []
+            for axis in (-2, -1):                                   # columns, then rows, that show the object
+                shows = torch.stack([(id == o).any(axis) for o in range(PLANES, O)], 2).int()                      # (n,T,objects,size)
+                none = torch.where(shows.any(-1), 0.0, math.nan)
+                sides.append(torch.stack([shows.argmax(-1) + none, self.size - shows.flip(-1).argmax(-1) + none], -1))
+            return torch.stack(sides, -1).flatten(-2)
+
+        def pose():
+            matrix = np.tile(np.eye(4), (n, T, 1, 1))
+            matrix[..., :3, :3], matrix[..., :3, 3] = scene.R, scene.p
+            return self.tensor(matrix)
+
+        made = {"depth": lambda: depth, "masks": lambda: id.to(torch.uint8), "boxes": boxes, "pose": pose,
+                "K": lambda: self.tensor([[f, 0, self.size / 2], [0, f, self.size / 2], [0, 0, 1]]).expand(n, 3, 3),
+                "flow": lambda: flow()[0], "flow_visible": lambda: flow()[1], "tracks": lambda: tracks()[0], "visible": lambda: tracks()[1],
+                "right": lambda: stereo()[0], "disparity": lambda: f * self.baseline / depth, "disparity_visible": lambda: stereo()[1]}
+        if unknown := set(names) - set(made):
+            raise DataError(f"the built-in world has no label {min(unknown)!r}; it has {', '.join(made)}, impossible, kind, change")
+        return {name: made[name]() for name in names}
 
 
 # --- end of the world --------------------------------------------------------------------------------------------------------------------

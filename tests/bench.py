@@ -3,7 +3,7 @@
     python tests/bench.py step   [--method mae4d --model vit_b --batch 2 --dtype bf16 --compile]    where a training step's time goes, beside HF's modules
     python tests/bench.py gpu    [--method mae4d --model vit_l --batch 24]    the same on CUDA, eager and compiled, with MFU and memory
     python tests/bench.py reader VIDEO [VIDEO ...]                   clips/s from files, beside decord and PyAV (pip install -r tests/requirements.txt)
-    python tests/bench.py world                                      clips/s of the built-in world
+    python tests/bench.py world  [--device cuda]                      clips/s of the built-in world, alone and with its labels
     python tests/bench.py soak   [--steps 2000]                      a laptop run killed every 200 steps against an undisturbed one: equal weights?
 The last line on stdout is one JSON object.
 """
@@ -304,10 +304,13 @@ def world(args):
     torch.set_num_threads(1)
     out = {}
     for frames, size in ((8, 32), (16, 64)):
-        w = D.World("train", frames=frames, size=size)
-        times = alternate({"render": lambda: w.render(list(range(32)))}, args.rounds, time.perf_counter)["render"]
-        out[f"{frames}x{size}px"] = round(32 / statistics.median(times), 1)
-    return {"clips_per_s_on_one_core": out}
+        w, n = D.World("train", frames=frames, size=size, device=args.device), 32 if args.device == "cpu" else 1024
+        jobs = {"video": (), "with depth and pose": ("depth", "pose"), "with flow": ("flow", "flow_visible"), "with tracks": ("tracks", "visible"),
+                "with all but pairs": ("depth", "pose", "masks", "boxes", "flow", "flow_visible", "tracks", "visible", "right", "disparity", "disparity_visible"),
+                "pairs": ("impossible",)}
+        times = alternate({name: lambda labels=labels: w.render(list(range(n)), labels) for name, labels in jobs.items()}, args.rounds, time.perf_counter)
+        out[f"{frames}x{size}px"] = {name: round(n / statistics.median(t), 1) for name, t in times.items()}
+    return {"clips_per_s": out, "device": args.device}
 
 
 # --- endurance --------------------------------------------------------------------------------------------------------------------------
