@@ -30,6 +30,8 @@ import torch.nn.functional as F
 import data as D
 import model as M
 import train_mae4d as E
+import train_salt as S
+import train_tdv as T
 import train_vjepa as V
 
 IMAGENET = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
@@ -192,25 +194,69 @@ class HFStep:
             torch.cuda.synchronize()
 
 
-METHODS = {"vjepa": {"ours": Step, "hf": HFStep}, "mae4d": {"ours": MAEStep, "hf": HFMAEStep}}
+class SALTStep(Step):
+    """One step of train_salt.py's second stage under a frozen teacher of --teacher_model, beside train_vjepa.py's step at the student's size."""
+
+    def __init__(self, args, device):
+        super().__init__(args, device)                              # its predictor and masks; target and EMA are replaced
+        teacher = M.ViT(**M.SIZES[args.teacher_model or args.model], frames=args.frames, size=args.size, pos="rope")
+        self.config = S.Args(model=args.model, frames=args.frames, size=args.size, dtype=args.dtype, pred_heads=12, checkpoint=args.checkpoint)
+        self.objective = S.Student(self.config, teacher, M.IMAGENET).to(device)
+        if args.compile:
+            M.compile_blocks(self.objective)
+        self.optimizer = torch.optim.AdamW(M.param_groups(self.objective, 0.04), lr=1e-4, fused=True)
+
+    def __call__(self):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
+            loss = self.timed("forward", lambda: self.objective(self.x, self.keep, self.pred)[0])
+        self.timed("backward", loss.backward)
+        self.timed("optimizer", lambda: (self.optimizer.step(), self.optimizer.zero_grad()))
+
+
+class TDVStep(Step):
+    """One training step of train_tdv.py."""
+
+    def __init__(self, args, device):
+        self.args, self.device, self.parts = args, device, {}
+        torch.manual_seed(0)
+        self.config = T.Args(model=args.model, frames=args.frames, size=args.size, dtype=args.dtype, checkpoint=args.checkpoint)
+        self.objective = T.TDV(self.config).to(device)
+        if args.compile:
+            M.compile_blocks(self.objective)
+        self.optimizer = torch.optim.AdamW(M.param_groups(self.objective, 0.01), lr=1e-4, fused=True)
+        self.x = torch.randn(args.batch, 3, args.frames, args.size, args.size, device=device)
+
+    def __call__(self):
+        if self.device.type == "cpu":
+            M.tune_cpu()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
+            loss = self.timed("forward", lambda: self.objective(self.x)[0])
+        self.timed("backward", loss.backward)
+        self.timed("optimizer", lambda: (self.optimizer.step(), self.optimizer.zero_grad(), self.objective.after_step(0, True)))
+
+    def flops(self):
+        return self.objective.flops()
+
+
+METHODS = {"vjepa": {"ours": Step, "hf": HFStep}, "mae4d": {"ours": MAEStep, "hf": HFMAEStep}, "salt": {"ours": SALTStep, "vjepa": Step}, "tdv": {"ours": TDVStep}}
 
 
 def step(args):
     device = torch.device(args.device)
     cuda = device.type == "cuda"
     peak = lambda: round((torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30, 2)
-    jobs = {name: method(args, device) for name, method in METHODS[args.method].items() if args.only in ("", name)}
+    jobs = {name: method(args, device) for name, method in METHODS[args.method].items() if args.only in ("", name if name == "ours" else "peer")}
     times = alternate(jobs, args.rounds, time.perf_counter)
-    if args.only == "hf":
-        return {"model": args.model, "seconds": round(statistics.median(times["hf"]), 4), "peak_gb": peak()}
+    if args.only == "peer":
+        return {"model": args.model, "peer": [*jobs][0], "seconds": round(statistics.median([*times.values()][0]), 4), "peak_gb": peak()}
     ours, seconds = jobs["ours"], statistics.median(times["ours"])
     flops = ours.flops() * args.batch
     result = {"model": args.model, "batch": args.batch, "dtype": args.dtype, "compiled": args.compile, "seconds": round(seconds, 4),
               "clips_per_s": round(args.batch / seconds, 2), "tflops": round(flops / seconds / 1e12, 3), "mfu": round(flops / seconds / 989e12, 3) if cuda else None,
               "split": {k: round(statistics.median(v[1:]), 4) for k, v in ours.parts.items()},
               "peak_gb": peak()}
-    if "hf" in jobs:
-        result["faster_than_hf"] = ratios(times, "hf")["ours"]
+    for peer in set(jobs) - {"ours"}:
+        result[f"faster_than_{peer}"] = ratios(times, peer)["ours"]
     return result
 
 
@@ -360,6 +406,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["step", "gpu", "reader", "world", "soak"])
     parser.add_argument("videos", nargs="*")
     parser.add_argument("--model", default="vit_b")
+    parser.add_argument("--teacher_model", default="", help="salt: size of the frozen teacher, as large as the student if it is not said")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
@@ -371,6 +418,6 @@ if __name__ == "__main__":
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint", action="store_true")
     parser.add_argument("--method", choices=METHODS, default="vjepa")
-    parser.add_argument("--only", choices=["", "ours", "hf"], default="", help="time one side alone: its own peak memory")
+    parser.add_argument("--only", choices=["", "ours", "peer"], default="", help="time one side alone: its own peak memory")
     arguments = parser.parse_args()
     print(json.dumps({"step": step, "gpu": gpu, "reader": reader, "world": world, "soak": soak}[arguments.what](arguments)))
