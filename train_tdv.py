@@ -210,9 +210,11 @@ class Distillation(nn.Module):
 
     def ce(self, kind, zhat, h, weight=None):
         """Cross-entropy from teacher tokens h to student tokens zhat, (..., D) each; kind 0: CLS, 1: patches; weight (...,) sums to 1, or a mean."""
-        (s, Ws), weight = self.head(zhat), torch.full(zhat.shape[:-1], 1 / max(1, zhat[..., 0].numel()), device=zhat.device) if weight is None else weight
+        s, Ws = self.head(zhat)
         with torch.no_grad():
             t, Wt = self.target_head(h)
+        if weight is None:
+            weight = torch.full(s.shape[:-1], 1 / math.prod(s.shape[:-1]), device=s.device)
         loss, entropy, mean = ChunkedCE.apply(s.flatten(0, -2), Ws, t.flatten(0, -2), Wt, self.centres[kind], weight.flatten(), self.args.temp, self.args.ce_rows)
         self.means[kind].append(mean)                           # of this micro-batch, until the step is taken
         return loss, entropy
@@ -280,7 +282,7 @@ class TDV(Distillation):
         weight = moves.float() / moves.sum().clamp(min=1)                                                       # (F,)
         square = lambda e: ((e.float() ** 2).mean((1, 2)) * weight).sum()
         loss, still, n = square(zhat - h), square((z - h).detach()), z.shape[1] - 1
-        metrics = {"mse": loss.detach(), "still": still, "moved": (square((zhat - z).detach()))}
+        metrics = {"mse": loss.detach(), "still": still, "moved": square((zhat - z).detach())}
         loss = self.args.w_mse * loss
         for kind, (name, w, tokens) in enumerate((("cls", self.args.w_cls, slice(0, 1)), ("patch", self.args.w_patch, slice(1, None)))):
             if w:
@@ -602,16 +604,18 @@ def main(args):
     extra = {"step": 0, "random_acc": None, "random_knn": None, "bad": 0, "loss": None, "window": [], "flops": 0.0} | (run.load(model, optimizer) if args.resume else {})
     first, window = extra.pop("step"), extra["window"]
 
-    D_, moving = objective.encoder.width, getattr(objective, "motion", None) is not None
+    width, moving = objective.encoder.width, getattr(objective, "motion", None) is not None
 
-    def features(x):                                            # means over tokens: CLS of teacher and student, the teacher's patches, what the motion encoder knows
+    def features(x):
+        """Means over the tokens of a clip: CLS of the teacher, of the student, the teacher's patches, what the motion encoder knows."""
         with run.autocast():
             teacher, student, T = model(x, which="teacher"), model(x, which="student"), x.shape[2]
             means = [teacher[:, :T], student[:, :T], teacher[:, T:]] + ([model(x, which="motion")] if moving else [])
             return torch.cat([v.float().mean(1) for v in means], 1)
 
-    heads = {"probe_acc": lambda x, y, xv: M.linear_probe(x[:, 2 * D_ :], y, xv[:, 2 * D_ :]), "knn_acc": lambda x, y, xv: M.knn_probe(x[:, :D_], y, xv[:, :D_]),
-             "knn_student": lambda x, y, xv: M.knn_probe(x[:, D_ : 2 * D_], y, xv[:, D_ : 2 * D_])}
+    heads = {"probe_acc": lambda x, y, xv: M.linear_probe(x[:, 2 * width :], y, xv[:, 2 * width :]),
+             "knn_acc": lambda x, y, xv: M.knn_probe(x[:, :width], y, xv[:, :width]),                               # the paper's monitor
+             "knn_student": lambda x, y, xv: M.knn_probe(x[:, width : 2 * width], y, xv[:, width : 2 * width])}
 
     def accuracies():
         return run.probe(features, *probe, dataclasses.replace(clip, train=False, clips=1), heads) if probe else {}
