@@ -313,11 +313,13 @@ class VJEPA(nn.Module):
         apart = [(p - h.gather(1, ids[..., None].expand(-1, -1, h.shape[-1]))).abs() for p, ids in zip(zhat, pred)]     # [(B,M,D)]
         losses = [(e * self.nearness(k, m)[..., None] if self.args.distance else e).mean() for e, k, m in zip(apart, keep, pred)]
         loss, metrics = sum(losses) / len(losses), {f"loss_{spec}": part.detach() for spec, part in zip(self.args.masks, losses)}
-        slices = lambda v: v.unflatten(1, (self.encoder.grid[0], -1))                                                   # (B,N,D) -> (B,t,hw,D)
-        z = slices(F.layer_norm(self.encoder(x).float(), h.shape[-1:])) if self.full_pass else None
-        for name, weight in self.weights(self.step).items():
-            term = TERMS[name](z, slices(h), x, [e.mean(-1) for e in apart], self)
-            loss, metrics = loss + weight * term, metrics | {name: term.detach(), f"{name}_weighted": weight * term.detach()}
+        if self.terms:
+            slices = lambda v: v.unflatten(1, (self.encoder.grid[0], -1))               # (B,N,D) -> (B,t,hw,D)
+            z = slices(F.layer_norm(self.encoder(x).float(), h.shape[-1:])) if self.full_pass else None
+            inputs = z, slices(h), x, [e.mean(-1) for e in apart], self
+            for name, weight in self.weights(self.step).items():
+                term = TERMS[name](*inputs)
+                loss, metrics = loss + weight * term, metrics | {name: term.detach(), f"{name}_weighted": weight * term.detach()}
         tokens = h.flatten(0, 1)
         return loss, metrics | {"tokens": tokens[:: max(1, len(tokens) // 2048)]}
 
@@ -342,7 +344,7 @@ class VJEPA(nn.Module):
         M.ema_update(list(self.target.parameters()), list(self.encoder.parameters()), self.schedules(step)["ema"])
 
     def schedules(self, step):
-        """Functions of the step alone; all of them are stretched (Appendix A)."""
+        """Functions of the step alone; all of them are stretched (Appendix A), but not the weights of the terms."""
         a, end = self.args, self.args.stretch * self.args.steps
         lr = a.start_lr + (a.lr - a.start_lr) * step / a.warmup if step < a.warmup else cosine(step - a.warmup, end - a.warmup, a.lr, a.final_lr)
         linear = lambda first, last: first + (last - first) * min(1.0, step / end)
