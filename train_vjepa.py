@@ -148,8 +148,9 @@ ROWS = {                                                # what a row adds to its
     "fwm_ucf": {
         "motion_guided": dict(motion=2.0), "kin_l1": dict(kin_l1=1.0) | NO_EMA, "kin_l1_weak": dict(kin_l1=0.1) | NO_EMA,
         "kin_accel": dict(kin_accel=0.1) | NO_EMA, "kin_huber": dict(kin_huber=0.1) | NO_EMA, "kin_split": dict(kin_split=0.1) | NO_EMA,
-        "kin_anneal": dict(kin_l1=0.1, anneal=True) | NO_EMA, "sigreg": dict(sigreg=1.0), "sigreg_no_ema": dict(sigreg=1.0) | NO_EMA, "hamiltonian": dict(hamiltonian=0.1), "velgate": dict(velgate=0.1),
-        "future_predictive": dict(temporal_keep=0.5), "motion_future": dict(temporal_keep=0.5, motion=2.0)},
+        "kin_anneal": dict(kin_l1=0.1, anneal=True) | NO_EMA, "velgate": dict(velgate=0.1), "hamiltonian": dict(hamiltonian=0.1),
+        "sigreg": dict(sigreg=1.0), "sigreg_no_ema": dict(sigreg=1.0) | NO_EMA, "future_predictive": dict(temporal_keep=0.5),
+        "motion_future": dict(temporal_keep=0.5, motion=2.0)},
     "fwm_paper": {
         "fwm_hw_ld": FWM | dict(hw=1.0, ld=1.0), "ld": dict(ld=1.0), "fwm": FWM, "ac_hw": dict(ac=1.0, hw=0.3), "amg": AMG, "hw": dict(hw=0.3),
         "hw_ld": dict(hw=1.0, ld=1.0), "fwm_ld": FWM | dict(ld=1.0), "combo": AMG | dict(delta=0.5, hw=0.3), "delta": dict(delta=0.5), "ac": dict(ac=1.0),
@@ -186,8 +187,9 @@ import model as M
 
 # --- terms --------------------------------------------------------------------------------------------------------------------------------
 # A term is a function of z (B,t,hw,D), what the encoder makes of the full clip, h (B,t,hw,D), what the target makes of it (both layer-normed, h without
-# gradient), x (B,3,T,H,W) the clip, errors [(B,M)] the base loss's error at each predicted token, an entry a mask, and o, the objective: its flags and heads.
-# It gives a number, which is added to the loss times the flag of the same name. Slice s of a clip is z[:, s]; app and dyn are the halves of the channels.
+# gradient), x (B,3,T,H,W) the clip, errors [(B,M)] the base loss's error at each predicted token (before --distance), an entry a mask, and o, the
+# objective: its flags and heads. It gives a number, which is added to the loss times the flag of the same name. Slice s of a clip is z[:, s]; app and
+# dyn are the halves of the channels.
 
 def hard(e, tau):
     """e (B,n) errors of n tokens -> their mean, weighted within each clip by softmax(e / tau) * n, which passes no gradient (Eqs. 9 to 11)."""
