@@ -668,18 +668,23 @@ def save_png(path, image):
 # --- masks ------------------------------------------------------------------------------------------------------------------------------
 # Each returns hidden, bool (B,t,h,w): what the context does not see and the predictor predicts. Every clip keeps and hides at least one token.
 
-def multiblock(rng, B, grid, blocks, scale, time=1.0, aspect=(0.75, 1.5)):
-    """V-JEPA's masks: the union of `blocks` rectangles of `scale` of the frame each, through a share `time` of the slices. The rectangle's shape is
-    drawn once for the whole batch (so that lengths vary little), its places for every clip; clips without any context are drawn again."""
+def block_shape(rng, grid, scale, time=1.0, aspect=(0.75, 1.5)):
+    """(bt, bh, bw) of a block of `scale` of the frame through a share `time` of the slices, of a random aspect ratio."""
     t, h, w = grid
     bt = min(max(int(t * time), 1), t)
     for _ in range(100):  # a large block of an unlucky shape may cover the frame
         area, ratio = int(h * w * scale), rng.uniform(*aspect)
         bh, bw = (min(max(round(math.sqrt(area * r)), 1), n) for r, n in ((ratio, h), (1 / ratio, w)))
         if (bt, bh, bw) != (t, h, w):
-            break
-    else:
-        raise DataError(f"blocks of {scale} of a {h}x{w} grid leave no context")
+            return bt, bh, bw
+    raise DataError(f"blocks of {scale} of a {h}x{w} grid leave no context")
+
+
+def multiblock(rng, B, grid, blocks, scale, time=1.0, aspect=(0.75, 1.5)):
+    """V-JEPA's masks: the union of `blocks` rectangles of `scale` of the frame each, through a share `time` of the slices. The rectangle's shape is
+    drawn once for the whole batch (so that lengths vary little), its places for every clip; clips without any context are drawn again."""
+    t, h, w = grid
+    bt, bh, bw = block_shape(rng, grid, scale, time, aspect)
     slices, bt = (1, 1) if bt == t else (t, bt)  # through all of time: one slice stands for all of them
     hidden, todo = np.empty((B, slices, h, w), dtype=bool), np.arange(B)
     while len(todo):
@@ -737,20 +742,24 @@ def parse_mask(text):
                         "with numbers in (0, 1]") from None
 
 
-def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", bucket=1, rows=None):
+def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", bucket=1, rows=None, temporal_keep=1.0):
     """The masks of one step: (keep, pred), for each spec an int64 tensor (b,K) and (b,M) of sorted token ids, for the clips `rows` (a slice) of the
     global batch of B. K and M are the smallest counts in the whole batch, rounded down to a multiple of `bucket`, so every rank sees the same shapes.
     "Smallest" as in 24 clips, what V-JEPA has on a GPU: of B clips the B/24 with the fewest tokens take the masks of others, or one odd clip in
     thousands would leave all of them next to no context.
-    trim: what is left out to get there is chosen at "random", or, "prefix", lies last in time (V-JEPA's code)."""
+    trim: what is left out to get there is chosen at "random", or, "prefix", lies last in time (V-JEPA's code).
+    temporal_keep < 1: the context lies in this first share of the slices, and all that is not context is predicted (FWM-HW-LD's Future-Predictive)."""
     first, last, _ = (rows or slice(None)).indices(B)
     keep, pred, N = [], [], math.prod(grid)
     for i, spec in enumerate(specs):
         function, arguments = parse_mask(spec)
         rng = np.random.default_rng([seed, step, i])
         hidden = function(rng, B, grid, **arguments, **({"aspect": aspect} if function is multiblock else {})).reshape(B, N)
+        hidden[:, early_tokens(grid, temporal_keep) :] = True
         seen, unseen = N - np.count_nonzero(hidden, axis=1), np.count_nonzero(hidden, axis=1)
-        K, M = (np.sort(counts)[(B - 1) // 24] for counts in (seen, unseen))
+        if not seen.any():
+            raise DataError(f"mask {spec!r}: no clip keeps a token in the first {temporal_keep} of its slices")
+        K, M = (np.sort(counts[counts > 0])[(np.count_nonzero(counts) - 1) // 24] for counts in (seen, unseen))
         few = np.flatnonzero((seen < K) | (unseen < M))
         hidden[few] = hidden[rng.choice(np.setdiff1d(np.arange(B), few), len(few))]
         if trim == "random":  # its own stream, wound on to the first row: a rank draws only its own rows' numbers
@@ -758,9 +767,57 @@ def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", 
         else:
             keys = np.broadcast_to(np.arange(N) / N, (last - first, N))
         for ids, chosen, smallest in ((keep, ~hidden[first:last], K), (pred, hidden[first:last], M)):
+            if ids is pred and temporal_keep < 1:
+                chosen, smallest = np.ones_like(chosen), N - keep[-1].shape[1]
+                np.put_along_axis(chosen, keep[-1].numpy(), False, axis=1)
             length = int(smallest) // bucket * bucket or int(smallest)
             ids.append(torch.from_numpy(np.sort(np.argpartition(np.where(chosen, keys, 2.0), length - 1, axis=1)[:, :length], axis=1)))
     return keep, pred
+
+
+def early_tokens(grid, temporal_keep):
+    """How many tokens lie in the first share `temporal_keep` of the slices, of one slice at least."""
+    return max(1, int(grid[0] * temporal_keep)) * grid[1] * grid[2]
+
+
+def motion_map(x, tubelet, patch):
+    """x (B,3,T,H,W) -> (B,t,h,w) in [0,1]: each token's mean |frame(t+1) - frame(t)|, as a share of the clip's largest; 0 in a still clip."""
+    change = x.diff(dim=2).abs().mean(1, keepdim=True)
+    change = F.avg_pool3d(torch.cat([change, change[:, :, -1:]], 2), (tubelet, patch, patch))[:, 0]  # the last frame has no next one
+    return change / change.amax((1, 2, 3), keepdim=True).clamp_min(1e-6)
+
+
+def motion_centres(rng, motion, count, strength, uniform):
+    """`count` token ids of a clip with this motion (t,h,w): P(id) ~ exp(strength * motion), or, with probability `uniform`, the same for all."""
+    p = np.exp(strength * motion.ravel())
+    return rng.choice(p.size, count, p=(1 - uniform) * p / p.sum() + uniform / p.size)
+
+
+def guide_masks(keep, pred, motion, specs, seed, step, first, strength, uniform=0.1, aspect=(0.75, 1.5), temporal_keep=1.0):
+    """The masks (keep, pred) that sample_masks gave some rows of a step, moved to where these clips move: as many tokens of each kind and blocks of the
+    same shape, but around centres from motion_centres, cut at the frame's edge by sliding inwards. motion (b,t,h,w); `first` is the global number of
+    the first row: a clip's masks depend on it and on the clip, not on rank or micro-batch. Where blocks overlap more than
+    the lengths allow, visible tokens are predicted too; context and predicted tokens are disjoint always."""
+    moves, out = motion.double().cpu().numpy(), ([], [])
+    grid = moves.shape[1:]
+    for i, spec in enumerate(specs):
+        function, arguments = parse_mask(spec)
+        if function is not multiblock:
+            raise DataError(f"mask {spec!r}: only blocks can be guided by motion")
+        blocks, K, M = arguments.pop("blocks"), keep[i].shape[1], pred[i].shape[1]
+        shape, orders = block_shape(np.random.default_rng([seed, step, i]), grid, **arguments, aspect=aspect), []
+        for row, clip in enumerate(moves, first):
+            rng, rank = np.random.default_rng([seed, step, i, 2, row]), np.zeros(grid)
+            for centre in zip(*np.unravel_index(motion_centres(rng, clip, blocks, strength, uniform), grid)):
+                start = [min(max(c - b // 2, 0), n - b) for c, b, n in zip(centre, shape, grid)]
+                rank[tuple(slice(a, a + b) for a, b in zip(start, shape))] = 1
+            rank = rank.ravel()
+            rank[early_tokens(grid, temporal_keep) :] = 2  # visible, hidden, too late to be context: in this order, at random within each
+            orders.append(np.argsort(rank + rng.random(rank.size)))
+        order = np.stack(orders)
+        for side, ids in zip(out, (order[:, :K], order[:, -M:])):
+            side.append(torch.from_numpy(np.sort(ids, axis=1)).to(motion.device))
+    return out
 
 
 # --- dense data sets as downloaded -> clip.mp4 + clip.safetensors ------------------------------------------------------------------------

@@ -10,6 +10,7 @@
     python probe.py classify --encoder random:out/laptop/encoder.safetensors --data world --head attentive      before any learning
     python probe.py classify --encoder pixels:diff --data world --head linear                                   without any encoder
     python probe.py reconstruct --encoder out/laptop_mae4d --data world                             a folder of train_mae4d.py: error and a picture
+    python probe.py compare out/*                                               a table of finished runs, with differences to the first
     python probe.py plot --runs out/laptop out/laptop_salt out/laptop_salt/stage1                   accuracy against loss and FLOPs
     python probe.py classify --encoder vitl.pt --train k400_train.csv --val k400_val.csv --head attentive4 --segments 8 --views 3 --train_passes 20
 
@@ -37,13 +38,14 @@ import tyro
 @dataclasses.dataclass
 class Args:
     """Defaults are V-JEPA's (appendix B.1, Table 6) unless the comment names another source."""
-    task: tyro.conf.Positional[Literal["classify", "reconstruct", "plot"]]   # a row of TASKS
+    task: tyro.conf.Positional[Literal["classify", "reconstruct", "plot", "compare"]]   # a row of TASKS
     # encoder
     encoder: str = ""                  # a weight file or the folder of a run or HF model; random:vit_s or random:PATH for random weights; pixels:frame or pixels:diff for none
     layer: int = 0                     # blocks to run before reading out; 0: what the encoder's file says, else all of them and the final norm
     heads: int = 0                     # attention heads of an encoder whose file and size do not tell them
     pool: Literal["mean", "cls"] = "mean"   # for linear and knn: the mean over patch tokens, or the CLS token of an encoder that has one
-    runs: tuple[str, ...] = ()         # plot: folders of training runs
+    runs: tuple[str, ...] = ()         # plot, compare: folders of training runs; the word --runs may be left out
+    baseline: str = ""                 # compare: the run that the others are compared with; empty: the first
     # data
     data: str = ""                     # world: both splits of the built-in world, instead of --train and --val
     train: str = ""                    # list of `path label` lines
@@ -79,7 +81,14 @@ class Args:
     device: str = ""                   # empty: cuda where there is one
 
 
-ARGS = tyro.cli(Args, description=__doc__) if __name__ == "__main__" else None     # before torch is imported, so that --help is instant
+def parse_args():
+    words = sys.argv[1:]
+    if words[:1] in (["plot"], ["compare"]) and words[1:] and not words[1].startswith("-"):
+        words.insert(1, "--runs")
+    return tyro.cli(Args, args=words, description=__doc__)
+
+
+ARGS = parse_args() if __name__ == "__main__" else None     # before torch is imported, so that --help is instant
 
 import numpy as np
 import torch
@@ -508,7 +517,33 @@ def plot(args, device):
     return {"metric": "r2", "value": r2, "points": len(points), "picture": str(Path(args.out_dir) / "plot.png")}, {}
 
 
-TASKS = {"classify": classify, "reconstruct": reconstruct, "plot": plot}      # (args, device) -> what is printed, what else is logged
+def compare(args, device):
+    """A Markdown table, a row a run: the last accuracy of its online probe and the last of each probe whose --out_dir was the run's folder, in per cent, each
+    beside its difference to the baseline in points (FWM-HW-LD, Table 4). Folders without log.jsonl are passed over."""
+    names = [run for run in args.runs if (Path(run) / "log.jsonl").exists()]
+    baseline = args.baseline or (names or [""])[0]
+    if baseline not in names:
+        raise D.DataError(f"--baseline {baseline}: not among the runs with a log.jsonl: {' '.join(names) or 'none'}")
+    table = {}                                                  # run -> column -> accuracy; of what was done twice, the later line counts
+    for run in names:
+        lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+        table[run] = {"online probe": line["probe_acc"] for line in lines if line.get("probe_acc") is not None}
+        if (probes := Path(run) / "probe.jsonl").exists():
+            for line in map(json.loads, probes.read_text().splitlines()):
+                if line["task"] == "classify":
+                    table[run][f"{Path(line['args']['val'] or line['args']['data']).stem}, {line['head']}"] = line["value"]
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    print("| run |" + "".join(f" {column} | Δ |" for column in columns) + "\n|---|" + "---|---|" * len(columns))
+    deltas = {}
+    for run, row in table.items():
+        deltas[run] = {c: row[c] - table[baseline][c] for c in columns if c in row and c in table[baseline]}
+        said = lambda c: f" {100 * row[c]:.2f} |" if c in row else " - |"
+        change = lambda c: " |" if run == baseline else f" {100 * deltas[run][c]:+.2f} |" if c in deltas[run] else " - |"
+        print(f"| {Path(run).name} |" + "".join(said(c) + change(c) for c in columns))
+    return {"metric": "delta", "value": deltas, "baseline": baseline}, {}
+
+
+TASKS = {"classify": classify, "reconstruct": reconstruct, "plot": plot, "compare": compare}      # (args, device) -> what is printed, what else is logged
 
 
 def main(args):

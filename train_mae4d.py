@@ -516,6 +516,7 @@ def main(args):
     if run.rank == 0:
         print(json.dumps({"steps": done, "loss": extra["loss"], "probe_acc": probe_acc, "random_acc": extra["random_acc"], "bad": extra["bad"],
                           "seconds": round(time.time() - run.start, 1), "out_dir": args.out_dir}), flush=True)
+    model = None                                                # before its process group: the other way round a rank may wait for ever as it leaves
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -5,10 +5,12 @@ Bardes et al. 2024, "Revisiting Feature Prediction for Learning Visual Represent
     zhat = P(z, mask tokens at pred)           -> (B,M,D)                 a narrow predictor that knows where, not what
     h    = LN(Ebar(x))[pred]                   -> (B,M,D)                 targets: the full clip, once for all masks, no gradient
     L    = mean over masks of mean |zhat - h|;    Ebar <- m Ebar + (1 - m) E   after every optimizer step
+    L   += sum of weight * term(LN(E(x)), LN(Ebar(x)), x)     auxiliary objectives, all off by default (Adhikari 2026, FWM-HW-LD): --ld 1.0, see TERMS
 
     Laptop, two cores, five minutes, no download:      python train_vjepa.py --preset laptop
     Eight GPUs, the paper's ViT-L/16 recipe:           torchrun --nproc-per-node 8 train_vjepa.py --data k710.csv:0.335 ssv2.csv:0.1 howto.csv:0.565
     V-JEPA 2's recipe (rope, 256 px, constant rates):  torchrun --nproc-per-node 8 train_vjepa.py --preset vjepa2 --data ...
+    A row of FWM-HW-LD's tables, four GPUs:            torchrun --nproc-per-node 4 train_vjepa.py --preset fwm_hw_ld
 
 The laptop run ends with a linear probe on eight camera motions; README.md states what to expect and what to watch.
 """
@@ -65,6 +67,28 @@ class Args:
     aspect: tuple[float, float] = (0.75, 1.5)        # of a block
     trim: Literal["random", "prefix"] = "random"     # how ids are cut to the batch minimum; prefix is the official code's way
     bucket: int = 1                        # > 1: token counts are multiples of it, so that fewer shapes reach the kernels
+    # auxiliary objectives: weights of the terms, 0 is off (Adhikari 2026 = FWM-HW-LD, which ROWS quotes; formulas: TERMS)
+    hw: float = 0.0                        # the base loss once more, hard tokens weighted up; while it is on, ld's error is weighted alike
+    tau: float = 1.0                       # temperature of these weights: softmax(error / tau)
+    static: float = 0.0                    # the first half of the channels (appearance) stays as it is from slice to slice
+    orth: float = 0.0                      # its covariance with the second half (dynamics)
+    ld: float = 0.0                        # a head predicts the target's change; with static or orth on, from the dynamics half alone, as ac
+    kin_l1: float = 0.0                    # the change from slice to slice is small
+    kin_huber: float = 0.0                 # the same by Huber's loss
+    kin_accel: float = 0.0                 # the change of the change is small
+    kin_split: float = 0.0                 # the same on the first half of the channels
+    anneal: bool = False                   # weights of the kin_ terms fall to 0 by a cosine over the run
+    velgate: float = 0.0                   # kin_l1 on the half of a clip's tokens whose target changes least
+    sigreg: float = 0.0                    # tokens are normal along random directions (LeJEPA)
+    hamiltonian: float = 0.0               # the halves of the channels move as Hamilton's equations say, by a learned energy
+    delta: float = 0.0                     # the change equals the target's
+    spectral: float = 0.0                  # so does the spectrum over time, high frequencies weighted up
+    ltc: float = 0.0                       # closer to the target of the same slice than to the next slice's, by a margin of 0.5
+    ac: float = 0.0                        # a head predicts the change of each patch's mean colour
+    distance: bool = False                 # weight of a predicted token in the base loss: 1/sqrt of its distance to the context, in tokens
+    motion: float = 0.0                    # > 0: blocks of the masks lie around centres drawn by exp(this * motion), motion in [0,1]
+    motion_uniform: float = 0.1            # share of the centres that are drawn without looking at motion
+    temporal_keep: float = 1.0             # < 1: the context lies in this first share of the slices, all else is predicted
     # optimization
     steps: int = 90_000
     batch_size: int = 3072                 # clips per step over all ranks, whatever their number
@@ -82,7 +106,7 @@ class Args:
     clip_grad: float = 10.0                # global norm; 0: off (the paper is silent, 10 is the official config's)
     max_skips: int = 10                    # stop after so many steps in a row with a loss or gradient that is not finite
     # the run
-    preset: str = ""                       # vjepa2, vjepa2_cooldown, laptop, laptop_video: values that become the defaults of all flags
+    preset: str = ""                       # vjepa2, vjepa2_cooldown, laptop, laptop_video, fwm_paper, fwm_ucf or a row of ROWS: values that become the defaults of all flags
     out_dir: str = "out/vjepa"
     seed: int = 0
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -112,6 +136,27 @@ PRESETS = {
 }
 PRESETS["laptop_video"] = PRESETS["laptop"] | dict(     # real video of a still camera: what never moves is hidden, or it is all that is learned (README)
     data=(), probe_data=(), frames=16, stride=3, size=48, highpass=4.0, crop_scale=(0.3, 0.5), crop_ratio=(0.75, 1.35), steps=3000, out_dir="out/laptop_video")
+PRESETS["fwm_paper"] = dict(                            # FWM-HW-LD, Table 1: the baseline of Table 4, and of Table 3 with other data
+    data=("ucf101.csv:0.2", "ssv2.csv:0.6", "imagenet100.csv:0.2"), model="vit_b", stride=2, pos="rope", pred_depth=8, pred_width=256, pred_heads=8,
+    distance=True, steps=30_000, batch_size=32, lr=6e-4, start_lr=1e-6, warmup=300, final_weight_decay=0.04, ema=0.99925, final_ema=0.99925, stretch=1.0,
+    out_dir="out/fwm_paper")
+PRESETS["fwm_ucf"] = PRESETS["fwm_paper"] | dict(data=("ucf101.csv",), out_dir="out/fwm_ucf")
+
+NO_EMA = dict(ema=0.0, final_ema=0.0)                   # the target is the encoder itself, without gradient
+FWM, AMG = dict(static=0.05, orth=0.01), dict(motion=5.0, motion_uniform=0.0)
+ROWS = {                                                # what a row adds to its baseline: the rows of Table 3 to fwm_ucf, those of Table 4 to fwm_paper
+    "fwm_ucf": {
+        "motion_guided": dict(motion=2.0), "kin_l1": dict(kin_l1=1.0) | NO_EMA, "kin_l1_weak": dict(kin_l1=0.1) | NO_EMA,
+        "kin_accel": dict(kin_accel=0.1) | NO_EMA, "kin_huber": dict(kin_huber=0.1) | NO_EMA, "kin_split": dict(kin_split=0.1) | NO_EMA,
+        "kin_anneal": dict(kin_l1=0.1, anneal=True) | NO_EMA, "velgate": dict(velgate=0.1), "hamiltonian": dict(hamiltonian=0.1),
+        "sigreg": dict(sigreg=1.0), "sigreg_no_ema": dict(sigreg=1.0) | NO_EMA, "future_predictive": dict(temporal_keep=0.5),
+        "motion_future": dict(temporal_keep=0.5, motion=2.0)},
+    "fwm_paper": {
+        "fwm_hw_ld": FWM | dict(hw=1.0, ld=1.0), "ld": dict(ld=1.0), "fwm": FWM, "ac_hw": dict(ac=1.0, hw=0.3), "amg": AMG, "hw": dict(hw=0.3),
+        "hw_ld": dict(hw=1.0, ld=1.0), "fwm_ld": FWM | dict(ld=1.0), "combo": AMG | dict(delta=0.5, hw=0.3), "delta": dict(delta=0.5), "ac": dict(ac=1.0),
+        "fac": FWM | dict(ac=1.0), "ltc": dict(ltc=0.5), "spectral": dict(spectral=1.0)},
+}
+PRESETS |= {name: PRESETS[base] | row | {"out_dir": f"out/{name}"} for base, rows in ROWS.items() for name, row in rows.items()}
 
 
 def parse_args(argv=None):
@@ -140,6 +185,100 @@ import data as D
 import model as M
 
 
+# --- terms --------------------------------------------------------------------------------------------------------------------------------
+# A term is a function of z (B,t,hw,D), what the encoder makes of the full clip, h (B,t,hw,D), what the target makes of it (both layer-normed, h without
+# gradient), x (B,3,T,H,W) the clip, errors [(B,M)] the base loss's error at each predicted token (before --distance), an entry a mask, and o, the
+# objective: its flags and heads. It gives a number, which is added to the loss times the flag of the same name. Slice s of a clip is z[:, s]; app and
+# dyn are the halves of the channels.
+
+def hard(e, tau):
+    """e (B,n) errors of n tokens -> their mean, weighted within each clip by softmax(e / tau) * n, which passes no gradient (Eqs. 9 to 11)."""
+    return ((e.detach() / tau).softmax(1) * e.shape[1] * e).mean()
+
+
+def hw(z, h, x, errors, o):
+    return sum(hard(e, o.args.tau) for e in errors) / len(errors)
+
+
+def static(z, h, x, errors, o):
+    app, _ = z.chunk(2, -1)
+    return app.diff(dim=1).abs().mean()
+
+
+def orth(z, h, x, errors, o):
+    app, dyn = (c - c.mean(0) for c in z.flatten(0, 2).chunk(2, -1))                    # (n, D/2), of all tokens of the batch
+    with torch.autocast(z.device.type, enabled=False):                                  # a sum of many small products of either sign
+        return (app.T @ dyn).square().sum() / len(app)
+
+
+def ld(z, h, x, errors, o):
+    e = (o.heads["ld"](o.dynamics(z[:, :-1])) - h.diff(dim=1)).abs().mean(-1).flatten(1)
+    return hard(e, o.args.tau) if o.args.hw else e.mean()
+
+
+def kin_l1(z, h, x, errors, o):
+    return z.diff(dim=1).abs().mean()
+
+
+def kin_huber(z, h, x, errors, o):
+    return F.huber_loss(z[:, 1:], z[:, :-1])                                            # quadratic up to 1
+
+
+def kin_accel(z, h, x, errors, o):
+    return z.diff(n=2, dim=1).abs().mean()
+
+
+def kin_split(z, h, x, errors, o):
+    return kin_accel(z.chunk(2, -1)[0], h, x, errors, o)
+
+
+def velgate(z, h, x, errors, o):
+    speed = h.diff(dim=1).abs().mean(-1).flatten(1)                                     # (B, (t-1)*hw)
+    slow = speed <= speed.median(1, keepdim=True).values
+    return z.diff(dim=1).abs().mean(-1).flatten(1)[slow].mean()
+
+
+def sigreg(z, h, x, errors, o, directions=64):
+    """Epps and Pulley's statistic (LeJEPA): the squared distance between the characteristic function of the tokens along a direction and that of
+    N(0,1), exp(-s^2/2), integrated over |s| <= 3 with exp(-s^2/2) as weight, a mean over directions. Not times the number of tokens."""
+    seed = torch.Generator().manual_seed(o.args.seed * 1_000_003 + o.step)              # the same directions on all ranks, others at every step
+    axes = F.normalize(torch.randn(z.shape[-1], directions, generator=seed), dim=0).to(z.device)
+    with torch.autocast(z.device.type, enabled=False):
+        along, knots = z.flatten(0, 2) @ axes, torch.linspace(-3, 3, 17, device=z.device)                                           # (n, directions)
+        far = [((along * s).cos().mean(0) - (-s * s / 2).exp()).square() + (along * s).sin().mean(0).square() for s in knots]
+        return torch.trapezoid(torch.stack(far) * (-knots * knots / 2).exp()[:, None], knots, dim=0).mean()
+
+
+def hamiltonian(z, h, x, errors, o):
+    now = z[:, :-1]                                                                     # its halves are positions q and momenta p
+    dq, dp = torch.autograd.grad(o.heads["hamiltonian"](now).sum(), now, create_graph=True)[0].chunk(2, -1)
+    return (z.diff(dim=1) - torch.cat([dp, -dq], -1)).abs().mean()
+
+
+def delta(z, h, x, errors, o):
+    return (z.diff(dim=1) - h.diff(dim=1)).abs().mean()
+
+
+def spectral(z, h, x, errors, o):
+    apart = torch.view_as_real(torch.fft.rfft(z - h, dim=1, norm="ortho")).abs()        # (B, t//2+1, hw, D, 2)
+    weight = torch.arange(1, apart.shape[1] + 1, device=z.device)
+    return (apart * (weight / weight.float().mean()).view(1, -1, 1, 1, 1)).mean()
+
+
+def ltc(z, h, x, errors, o, margin=0.5):
+    near, far = F.cosine_similarity(z[:, :-1], h[:, :-1], dim=-1), F.cosine_similarity(z[:, :-1], h[:, 1:], dim=-1)
+    return (margin - near + far).clamp_min(0).mean()
+
+
+def ac(z, h, x, errors, o):
+    colour = F.avg_pool3d(x, (o.args.tubelet, o.args.patch, o.args.patch)).flatten(3).permute(0, 2, 3, 1)                               # (B,t,hw,3)
+    return (o.heads["ac"](o.dynamics(z[:, :-1])) - colour.diff(dim=1)).abs().mean()
+
+
+TERMS = {f.__name__: f for f in (hw, static, orth, ld, kin_l1, kin_huber, kin_accel, kin_split, velgate, sigreg, hamiltonian, delta, spectral, ltc, ac)}
+# --- end of the terms ---------------------------------------------------------------------------------------------------------------------
+
+
 class VJEPA(nn.Module):
     """The whole method: encoder, predictor, target encoder, loss and EMA (section 3)."""
 
@@ -155,6 +294,13 @@ class VJEPA(nn.Module):
         if args.init:
             self.encoder.load_state_dict(given.state_dict())
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.terms, self.step = [name for name in TERMS if getattr(args, name)], 0      # the step is set by the loop: weights may depend on it
+        self.full_pass = self.terms not in ([], ["hw"])         # all but hw read what the encoder makes of the full clip
+        self.factorised = bool(args.static or args.orth)
+        width, seen = shape["width"], shape["width"] // 2 if self.factorised else shape["width"]
+        sizes = {"ld": (seen, width), "ac": (seen, 3), "hamiltonian": (width, 1)}
+        self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(i, 256), nn.GELU(), nn.Linear(256, o, bias=o > 1))      # an energy has no zero
+                                    for name, (i, o) in sizes.items() if name in self.terms})       # last: nothing else is drawn differently
 
     def forward(self, x, keep=None, pred=None):
         """x (B,3,T,H,W); keep, pred: lists, one entry a mask, of ids (B,K) and (B,M) -> loss, metrics.
@@ -166,10 +312,33 @@ class VJEPA(nn.Module):
             h = self.target(x)
             h = F.layer_norm(h.float(), h.shape[-1:])           # (B,N,D)
         zhat = self.predictor(self.encoder(x, keep), keep, pred)                         # [(B,M,D)]
-        terms = [(p - h.gather(1, ids[..., None].expand(-1, -1, h.shape[-1]))).abs().mean() for p, ids in zip(zhat, pred)]
-        metrics = {f"loss_{spec}": term.detach() for spec, term in zip(self.args.masks, terms)}
+        apart = [(p - h.gather(1, ids[..., None].expand(-1, -1, h.shape[-1]))).abs() for p, ids in zip(zhat, pred)]     # [(B,M,D)]
+        losses = [(e * self.nearness(k, m)[..., None] if self.args.distance else e).mean() for e, k, m in zip(apart, keep, pred)]
+        loss, metrics = sum(losses) / len(losses), {f"loss_{spec}": part.detach() for spec, part in zip(self.args.masks, losses)}
+        if self.terms:
+            slices = lambda v: v.unflatten(1, (self.encoder.grid[0], -1))               # (B,N,D) -> (B,t,hw,D)
+            z = slices(F.layer_norm(self.encoder(x).float(), h.shape[-1:])) if self.full_pass else None
+            inputs = z, slices(h), x, [e.mean(-1) for e in apart], self
+            for name, weight in self.weights(self.step).items():
+                term = TERMS[name](*inputs)
+                loss, metrics = loss + weight * term, metrics | {name: term.detach(), f"{name}_weighted": weight * term.detach()}
         tokens = h.flatten(0, 1)
-        return sum(terms) / len(terms), metrics | {"tokens": tokens[:: max(1, len(tokens) // 2048)]}
+        return loss, metrics | {"tokens": tokens[:: max(1, len(tokens) // 2048)]}
+
+    def nearness(self, keep, pred):
+        """1/sqrt of the distance, in tokens, from each predicted token to the nearest of the context (B,M)."""
+        t, h, w = self.encoder.grid
+        place = lambda ids: torch.stack([ids // (h * w), ids // w % h, ids % w], -1).float()                            # (B,n,3)
+        return torch.cdist(place(pred), place(keep), compute_mode="donot_use_mm_for_euclid_dist").amin(-1).rsqrt()
+
+    def dynamics(self, z):
+        """The channels that the heads of ld and ac see: with static or orth on, the second half."""
+        return z.chunk(2, -1)[1] if self.factorised else z
+
+    def weights(self, step):
+        """Of the terms that are on."""
+        fall = cosine(step, self.args.steps, 1.0, 0.0) if self.args.anneal else 1.0
+        return {name: getattr(self.args, name) * (fall if name.startswith("kin_") else 1.0) for name in self.terms}
 
     @torch.no_grad()
     def after_step(self, step):
@@ -177,16 +346,17 @@ class VJEPA(nn.Module):
         M.ema_update(list(self.target.parameters()), list(self.encoder.parameters()), self.schedules(step)["ema"])
 
     def schedules(self, step):
-        """Functions of the step alone; all of them are stretched (Appendix A)."""
+        """Functions of the step alone; all of them are stretched (Appendix A), but not the weights of the terms."""
         a, end = self.args, self.args.stretch * self.args.steps
         lr = a.start_lr + (a.lr - a.start_lr) * step / a.warmup if step < a.warmup else cosine(step - a.warmup, end - a.warmup, a.lr, a.final_lr)
         linear = lambda first, last: first + (last - first) * min(1.0, step / end)
         return {"lr": lr, "weight_decay": linear(a.weight_decay, a.final_weight_decay), "ema": linear(a.ema, a.final_ema)}
 
     def flops(self, keep, pred):
-        """Forward and backward FLOPs of one clip (the backward pass costs two forwards; the target has none)."""
+        """Forward and backward FLOPs of one clip (the backward pass costs two forwards; the target has none; the heads, under a hundredth, do not count)."""
         k, m = [i.shape[1] for i in keep], [i.shape[1] for i in pred]
-        return self.target.flops(math.prod(self.target.grid)) + 3 * (self.encoder.flops(*k) + self.predictor.flops(*zip(k, m)))
+        full = self.target.flops(math.prod(self.target.grid))
+        return full + 3 * (self.encoder.flops(*k) + self.predictor.flops(*zip(k, m)) + self.full_pass * full)
 
 
 # --- runtime (identical in every script; python tests/test_runtime.py --fix re-copies it) ---
@@ -395,8 +565,9 @@ def dry_run(args, run, objective, samples):
     flops = sum(objective.flops(*s) for s in samples) / len(samples) * args.batch_size
     k, m = ([sum(i.shape[1] for i in s[j]) for s in samples] for j in (0, 1))
     count = lambda module: sum(p.numel() for p in module.parameters())
-    size, trained = M.SIZES[args.model], count(objective.encoder) + count(objective.predictor)
-    token_values = (max(k) * size["width"] * size["depth"] + (max(k) + max(m)) * args.pred_width * args.pred_depth) * (1 if args.checkpoint else 16)
+    size, trained = M.SIZES[args.model], count(objective) - count(objective.target)
+    encoded = max(k) + objective.full_pass * math.prod(objective.encoder.grid)
+    token_values = (encoded * size["width"] * size["depth"] + (max(k) + max(m)) * args.pred_width * args.pred_depth) * (1 if args.checkpoint else 16)
     shards = run.ranks if args.fsdp else 1
     memory = (trained * 16 + count(objective.target) * 4) // shards + per_rank * token_values * (2 if args.dtype == "bf16" else 4)
     days = flops * args.steps / (run.ranks * 0.5 * 989e12) / 86400
@@ -419,7 +590,14 @@ def main(args):
     except ValueError as e:
         fail(e)
     grid = objective.encoder.grid
-    samples = [D.sample_masks(args.masks, args.seed, step, min(args.batch_size, 64), grid, args.aspect, args.trim, args.bucket) for step in range(8)]
+    if args.motion and any(":" in spec for spec in args.masks):
+        fail("--motion places blocks: --masks must all be BLOCKSxSCALE[xTIME]")
+    if not 0 < args.temporal_keep <= 1 or args.motion_uniform > 1 or not args.tau:
+        fail("--temporal_keep must lie in (0, 1], --motion_uniform in [0, 1], and --tau be positive")
+    if objective.full_pass and grid[0] < 3:
+        fail(f"terms compare three slices of a clip: --frames {args.frames} makes {grid[0]}")
+    how = dict(aspect=args.aspect, temporal_keep=args.temporal_keep)
+    samples = [D.sample_masks(args.masks, args.seed, step, min(args.batch_size, 64), grid, trim=args.trim, bucket=args.bucket, **how) for step in range(8)]
     if args.dry_run:
         return dry_run(args, run, objective, samples)
     if args.preset == "vjepa2_cooldown" and not args.init:
@@ -460,16 +638,19 @@ def main(args):
 
     for step in tqdm(range(first, last), initial=first, total=args.steps, disable=run.rank > 0 or not sys.stderr.isatty()):
         torch.manual_seed(args.seed * 1_000_003 + step)         # no random state outlives a step, so none needs saving
-        now = objective.schedules(step)
+        now, objective.step = objective.schedules(step), step
         for g in optimizer.param_groups:
             g["lr"], g["weight_decay"] = now["lr"], now["weight_decay"] if g["decay"] else 0.0
-        keep, pred = D.sample_masks(args.masks, args.seed, step, args.batch_size, grid, args.aspect, args.trim, args.bucket, rows)
+        keep, pred = D.sample_masks(args.masks, args.seed, step, args.batch_size, grid, trim=args.trim, bucket=args.bucket, rows=rows, **how)
         seen, bad = [], 0
         for i in range(0, per_rank, micro):
             begin = time.perf_counter()
             batch = next(loader)
             wait += time.perf_counter() - begin
             x, k, m = D.prepare(batch, run.device), [ids[i : i + micro].to(run.device) for ids in keep], [ids[i : i + micro].to(run.device) for ids in pred]
+            if args.motion:
+                k, m = D.guide_masks(k, m, D.motion_map(x, args.tubelet, args.patch), args.masks, args.seed, step, rows.start + i,
+                                     args.motion, args.motion_uniform, **how)
             run.sync(model, i + micro >= per_rank)
             with run.autocast():
                 loss, metrics = model(x, k, m)
@@ -530,6 +711,7 @@ def main(args):
     if run.rank == 0:
         print(json.dumps({"steps": done, "loss": extra["loss"], "probe_acc": probe_acc, "random_acc": extra["random_acc"], "bad": extra["bad"],
                           "seconds": round(time.time() - run.start, 1), "out_dir": args.out_dir}), flush=True)
+    model = None                                                # before its process group: the other way round a rank may wait for ever as it leaves
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -5,6 +5,7 @@
     python tests/bench.py reader VIDEO [VIDEO ...]                   clips/s from files, beside decord and PyAV (pip install -r tests/requirements.txt)
     python tests/bench.py world  [--device cuda]                      clips/s of the built-in world, alone and with its labels
     python tests/bench.py soak   [--steps 2000]                      a laptop run killed every 200 steps against an undisturbed one: equal weights?
+    python tests/bench.py terms  [--steps 2000 --seeds 0 1 2 --rows ld hw --data LIST]    every row of FWM-HW-LD at laptop size: motion task, speed, memory
 The last line on stdout is one JSON object.
 """
 import argparse
@@ -359,6 +360,39 @@ def world(args):
     return {"clips_per_s": out, "device": args.device}
 
 
+# --- auxiliary objectives -----------------------------------------------------------------------------------------------------------------
+
+def terms(args):
+    """Trains `--preset laptop` with the flags of each row, one run after the other, and prints a Markdown table: the online probe (eight motions of the world,
+    also where the clips are --data's), and steps/s and peak memory as ratios to the baseline, medians over seeds."""
+    rows = {"baseline": {}} | {name: row for table in V.ROWS.values() for name, row in table.items() if not args.rows or name in args.rows}
+    found = {}
+    with tempfile.TemporaryDirectory() as root:
+        for seed in args.seeds:                                     # seeds outermost: a slow hour of the machine hits all rows
+            for name, row in rows.items():
+                out = f"{root}/{name}{seed}"
+                flags = [f for key, value in row.items() for f in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
+                data = ["--data", *args.data] if args.data else []
+                command = [sys.executable, "train_vjepa.py", "--preset", "laptop", "--distance", "--steps", str(args.steps), "--seed", str(seed), "--sample_every", "0",
+                           "--log_every", str(max(1, args.steps // 10)), "--out_dir", out, *data, *flags]
+                done = subprocess.run(command, cwd=Path(V.__file__).parent, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{name}: {done.stderr[-2000:]}")
+                lines = [line for line in map(json.loads, Path(out, "log.jsonl").read_text().splitlines()) if "loss" in line]
+                found.setdefault(name, []).append({"probe_acc": json.loads(done.stdout.splitlines()[-1])["probe_acc"], "peak_gb": lines[-1]["peak_gb"],
+                                                   "clips_per_s": statistics.median(line["clips_per_s"] for line in lines), "rankme": lines[-1]["rankme"]})
+                print(f"seed {seed} {name}: {found[name][-1]}", file=sys.stderr, flush=True)
+    print("| row | motion task, top-1, % | Δ | steps/s | memory | RankMe |\n|---|---|---|---|---|---|")
+    middle = lambda name, key: statistics.median(run[key] for run in found[name])
+    for name, runs in found.items():
+        accuracy = [100 * run["probe_acc"] for run in runs]
+        spread = f" +- {statistics.stdev(accuracy):.1f}" if len(runs) > 1 else ""
+        change = statistics.mean(accuracy) - statistics.mean(100 * run["probe_acc"] for run in found["baseline"])
+        speed, memory = (middle(name, key) / middle("baseline", key) for key in ("clips_per_s", "peak_gb"))
+        print(f"| {name} | {statistics.mean(accuracy):.1f}{spread} | {change:+.1f} | {speed:.2f} | {memory:.2f} | {middle(name, 'rankme'):.0f} |", flush=True)
+    return {"steps": args.steps, "seeds": args.seeds, "rows": found}
+
+
 # --- endurance --------------------------------------------------------------------------------------------------------------------------
 
 def soak(args):
@@ -403,7 +437,7 @@ def soak(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "gpu", "reader", "world", "soak"])
+    parser.add_argument("what", choices=["step", "gpu", "reader", "world", "terms", "soak"])
     parser.add_argument("videos", nargs="*")
     parser.add_argument("--model", default="vit_b")
     parser.add_argument("--teacher_model", default="", help="salt: size of the frozen teacher, as large as the student if it is not said")
@@ -414,10 +448,13 @@ if __name__ == "__main__":
     parser.add_argument("--pos", choices=["rope", "sincos"], default="rope")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", nargs="+", default=[])
+    parser.add_argument("--data", nargs="+", default=[])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint", action="store_true")
     parser.add_argument("--method", choices=METHODS, default="vjepa")
     parser.add_argument("--only", choices=["", "ours", "peer"], default="", help="time one side alone: its own peak memory")
     arguments = parser.parse_args()
-    print(json.dumps({"step": step, "gpu": gpu, "reader": reader, "world": world, "soak": soak}[arguments.what](arguments)))
+    print(json.dumps({"step": step, "gpu": gpu, "reader": reader, "world": world, "terms": terms, "soak": soak}[arguments.what](arguments)))
