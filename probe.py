@@ -777,8 +777,9 @@ def points_loss(out, y):
 
 
 def points_answer(out):
-    """-> (B,P,T,3): place, and 1 where the point is called visible: seen, and its place is certain."""
-    return torch.cat([out[..., :2].sigmoid(), (out[..., 2:3].sigmoid() * (1 - out[..., 3:].sigmoid()) > 0.5).float()], -1)
+    """-> (B,P,T,3): place, and 1 where the point is called visible. TAPIR also hides points whose place is uncertain, which is right for good trackers only:
+    where most places are off by more than 6 pixels it would hide nearly all of them."""
+    return torch.cat([out[..., :2].sigmoid(), (out[..., 2:3] > 0).float()], -1)
 
 
 def jaccards(p, y):
@@ -936,7 +937,7 @@ DENSE = {
                   head=lambda s: M.Readout(s.width, s.grid, 128, queries=(s.frames // 2, s.size // 8, s.size // 8), steps=s.args.resample, **s.wide(1024, 16)),
                   call=ask_depth, loss=lambda out, y: squares(first(out), y), answer=first, tally=depth_sums, constants=typical(1)),
     "segment": dict(labels=("masks",), y=kinds, layers=4, up=True, final=mean_iou, call=ask_moments(now),
-                    head=lambda s: M.UPerNet(s.width, s.grid[1:], s.frames // s.grid[0] * s.classes, s.wide(512, 1, 64)["width"]),
+                    head=lambda s: M.UPerNet(s.width, s.grid[1:], s.frames // s.grid[0] * s.classes, s.wide(512, 1, 32)["width"]),
                     loss=lambda out, y: mean_of(F.cross_entropy(out[y["y"] < 255], y["y"][y["y"] < 255], reduction="none")),
                     answer=same, tally=confusion, constants=commonest),
     "flow": dict(labels=("flow",), y=flow, layers=4, up=False, final=ratio("epe"), channels=2, call=ask_moments(now, following),
@@ -1022,6 +1023,12 @@ def learn(row, s, rates, data, rows, config):
     return models
 
 
+def best_of(found, up):
+    """Index of the best among metrics, of which the first entry counts; one that is not finite loses."""
+    value = [next(iter(f.values())) * (1 if up else -1) for f in found]
+    return max(range(len(found)), key=lambda i: value[i] if math.isfinite(value[i]) else -math.inf)
+
+
 @torch.no_grad()
 def measure(row, s, answers, data, rows, size, keep=0):
     """The metric of each of these functions (z, y) -> answer over these rows, and answers and labels of the first `keep` batches."""
@@ -1056,10 +1063,9 @@ def space_time(args, device, opened=None):
         v = torch.cat([y["y"].reshape(-1, channels) for y in ys])
         v = v[v.isfinite().all(1)]
         s.mean, s.std = v.mean(0), v.std(0) + 1e-6
-    better = lambda found: max(range(len(found)), key=lambda i: (value := next(iter(found[i].values()))) * (1 if row["up"] else -1) if math.isfinite(value) else -math.inf)
 
     constants = row["constants"](ys, s)
-    constant = constants[better([row["final"](torch.cat([row["tally"](c(y), y).double().cpu() for y in ys])) for c in constants])]
+    constant = constants[best_of([row["final"](torch.cat([row["tally"](c(y), y).double().cpu() for y in ys])) for c in constants], row["up"])]
     rates = args.grid_lr or ((1e-3,) if args.data else (3e-4,)) if args.finetune else args.grid_lr or ((3e-3, 1e-3) if args.data else (1e-4, 3e-4, 1e-3))
     fit, held = hold_out(train.source.paths or [str(i) for i in rows], args.group, args.holdout, args.seed) if len(rates) > 1 else (rows, rows[:0])
     models = [m for some in ([[lr] for lr in rates] if args.finetune else [rates]) for m in learn(row, s, some, train, fit, config)]
@@ -1068,7 +1074,7 @@ def space_time(args, device, opened=None):
         if args.finetune:
             train.tune(m.encoder)
         found += measure(row, s, [m], train, held, args.micro_batch)[0]
-    best = models[better(found) if found else 0]
+    best = models[best_of(found, row["up"]) if found else 0]
     if args.finetune:
         val.tune(best.encoder)
     (base, result), kept = measure(row, s, [constant, best], val, np.arange(len(val.source)), args.micro_batch, keep=1)
@@ -1087,21 +1093,21 @@ def space_time(args, device, opened=None):
 
 def heat(v, truth):
     """Numbers (...) -> colours (...,3) from blue to red over the range of the truth."""
-    low, high = np.nanquantile(truth, (0.02, 0.98)) if np.isfinite(truth).any() else (0, 1)
+    low, high = np.nanquantile(truth.numpy(), (0.02, 0.98)) if truth.isfinite().any() else (0, 1)
     v = ((v - low) / max(high - low, 1e-9)).clamp(0, 1)
     return torch.stack([(1.5 - (4 * v - centre).abs()).clamp(0, 1) for centre in (3, 2, 1)], -1).nan_to_num()
 
 
 def wheel(v, truth):
     """Flow (...,2) -> its direction as a hue, its length (of the longest true one) as saturation: nothing moves where it is white."""
-    top = np.nanquantile(truth.norm(dim=-1), 0.98) if np.isfinite(truth).any() else 1
+    top = np.nanquantile(truth.norm(dim=-1).numpy(), 0.98) if truth.isfinite().any() else 1
     angle, far = torch.atan2(v[..., 1], v[..., 0])[..., None], (v.norm(dim=-1) / max(top, 1e-9)).clamp(max=1)[..., None]
     return (1 - far * (0.5 - 0.5 * torch.cos(angle - torch.tensor([0, 2, 4]) * math.pi / 3))).nan_to_num()
 
 
 def hue(i):
     """The colour of thing i."""
-    return wheel(torch.tensor([math.cos(2.4 * i), math.sin(2.4 * i)])[None], torch.ones(1, 2))[0]
+    return wheel(torch.tensor([math.cos(2.4 * i), math.sin(2.4 * i)])[None], torch.tensor([[1.0, 0]]))[0]
 
 
 def palette(v, truth):
@@ -1153,6 +1159,7 @@ def draw(args, s, data, p, y, rows):
             r = torch.linspace(-1, 1, 32)
             strips[0][0, 0, :32, :32] = wheel(torch.stack(torch.meshgrid(r, r, indexing="xy"), -1), torch.ones(1, 2) / 2**0.5)
     else:
+        shown = strips[0] = 0.4 * shown.mean(-1, keepdim=True).expand(shown.shape)                     # grey and dark, for the marks to stand out
         strips.append(shown.clone())
         for i, (k, frame) in itertools.product(range(n), enumerate(at)):
             for o in range(min(16, y["y"].shape[1])):
@@ -1274,7 +1281,7 @@ def everything(args, device):
         tasks = [t for t in tasks if has >= {*DENSE.get(t, {"labels": ["impossible"]})["labels"]} - {*D.SEEN} and (t != "classify" or (train.labels >= 0).all())]
     if unknown := {*args.tasks} - {*tasks}:
         raise D.DataError(f"--tasks {min(unknown)}: not a task with labels in this data; there are {', '.join(tasks)}")
-    tasks, found, opened, picture = args.tasks or tasks, {}, {}, None
+    tasks, found, opened, picture, begin = args.tasks or tasks, {}, {}, None, time.time()
     for seed in args.seeds or (args.seed,):
         if args.encoder.startswith("random:"):
             opened.clear()                                      # another seed is another encoder
@@ -1295,7 +1302,7 @@ def everything(args, device):
                     picture = picture or components(args, opened[group][1])
                 result, _ = space_time(a, device, opened.get(group))
             found.setdefault(task, []).append(result)
-            print(f"seed {seed}  {task}  {result['metric']} {result['value']:.4f}  constant {result['constant']:.4f}", file=sys.stderr, flush=True)
+            print(f"{time.time() - begin:.0f} s  seed {seed}  {task}  {result['metric']} {result['value']:.4f}  constant {result['constant']:.4f}", file=sys.stderr, flush=True)
     table = []
     for task, results in found.items():
         first, values = results[0], [r["value"] for r in results]
