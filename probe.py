@@ -5,10 +5,14 @@
     attentive4  three self-attention blocks over all tokens, then the same     a grid of rates and decays, trained at once (V-JEPA 2, SALT)
     linear      Linear on the standardised mean over tokens
     knn         the 20 nearest training clips by cosine of that mean vote with weight exp(cos / 0.07); nothing is trained
+    pose, points, boxes, depth, segment, flow, stereo, detect: table DENSE, by 4DS's protocol (A.2): head(tokens, what is asked) -> loss against dense labels
+    physics     nothing is trained: mean |P(E(first frames), ids of the later ones) - h|, higher on the impossible video of a pair?
 
     python probe.py classify --encoder out/laptop/encoder.safetensors --data world --head attentive
     python probe.py classify --encoder random:out/laptop/encoder.safetensors --data world --head attentive      before any learning
     python probe.py classify --encoder pixels:diff --data world --head linear                                   without any encoder
+    python probe.py all --encoder out/laptop --data world --seeds 0 1 2             every task, one table: all.md, all.json, radar.png, a picture a task
+    python probe.py depth --encoder vitl.pt --train scannet_train.txt --val scannet_val.txt            or --finetune 4ds
     python probe.py reconstruct --encoder out/laptop_mae4d --data world                             a folder of train_mae4d.py: error and a picture
     python probe.py plot --runs out/laptop out/laptop_salt out/laptop_salt/stage1                   accuracy against loss and FLOPs
     python probe.py classify --encoder vitl.pt --train k400_train.csv --val k400_val.csv --head attentive4 --segments 8 --views 3 --train_passes 20
@@ -71,10 +75,10 @@ class Args:
     holdout: float = 0.1               # share of the train videos that chooses among them; nothing is held out where there is no choice
     group: str = ""                    # regular expression: videos whose paths match with the same text are held out together (a person: "user\\d+")
     epochs: int = 20
-    batch_size: int = 0                # videos; 0: the paper's 256, less (a multiple of 16) for lists that would give fewer than 32 steps an epoch
+    batch_size: int = 0                # videos; 0: 32 for space and time, else the paper's 256, less (a multiple of 16) for lists that would give fewer than 32 steps an epoch
     seed: int = 0                      # random weights, held-out videos, order, initial heads
     # tasks of space and time (4DS, appendix A), and all
-    steps: int = 0                     # 0: 40,000, fine-tuning 20,000, on the built-in world 300; the first tenth, at most 1000, warms up. Batches: --batch_size, or 32
+    steps: int = 0                     # 0: 40,000, fine-tuning 20,000, on the world 300; the first tenth, at most 1000, warms up. Batches are of 32
     width: int = 0                     # of the readout; 0: the paper's (768 to 1024), on the world 128 and for convolutions 64
     resample: int = 0                  # moments to which tokens are interpolated in time (16: 4DS's); 0: as many as there are
     classes: int = 0                   # of segment; 0: up to the highest in the labels of 512 train clips
@@ -252,7 +256,8 @@ class Features:
     def stream(self, rows, size, turn):
         """Read and encode these rows in order -> (features (b, V, S*N, D), ok (b,)), `size` videos at a time. A bad video is told once."""
         how = dict(rows=rows, batch_size=size, workers=self.args.workers, seed=self.seed(turn))
-        for batch in D.dense_batches(self.source, self.clip, [k for k in (self.key,) if k != "video"], **how) if self.key else D.eval_batches(self.source, self.clip, **how):
+        others = [self.key] if self.key == "right" else []
+        for batch in D.dense_batches(self.source, self.clip, others, **how) if self.key else D.eval_batches(self.source, self.clip, **how):
             batch["video"] = batch[self.key or "video"]
             for path, reason in batch["bad"]:
                 self.bad[path] = reason
@@ -581,8 +586,8 @@ class Dense:
     def store(self, folder):
         for f in self.features.values():
             f.store(folder)
-        self.labels = [[{n: b[n][i] for n in self.names} for b in self.read(range(len(self.source)), self.args.micro_batch, turn, self.names) for i in range(len(b["ok"]))]
-                       for turn in range(self.features["video"].turns)]
+        read = lambda turn: self.read(range(len(self.source)), self.args.micro_batch, turn, self.names)
+        self.labels = [[{n: b[n][i] for n in self.names} for b in read(turn) for i in range(len(b["ok"]))] for turn in range(self.features["video"].turns)]
 
     def of(self, layers):
         """The same, whose batches have the tokens of these of the layers only."""
@@ -770,10 +775,10 @@ def points(labels, s):
 def points_loss(out, y):
     """Huber on places (its corner at 4 pixels of 256), cross-entropy on "is seen" and on "is off by more than 6 pixels of 256" (TAPIR's two numbers)."""
     asked, seen = y["asked"][:, :, None].expand(y["seen"].shape), y["seen"] & y["asked"][:, :, None]
-    xy, bce = out[..., :2].sigmoid(), F.binary_cross_entropy_with_logits
-    off = ((xy.detach() - y["y"]).norm(dim=-1) > 6 / 256).float()
-    return (100 * mean_of(F.huber_loss(xy[seen], y["y"][seen], delta=4 / 256, reduction="none"))
-            + 0.1 * mean_of(bce(out[..., 2][asked], y["seen"][asked].float(), reduction="none")) + 0.1 * mean_of(bce(out[..., 3][seen], off[seen], reduction="none")))
+    xy, bce = out[..., :2].sigmoid(), lambda logit, truth: mean_of(F.binary_cross_entropy_with_logits(logit, truth.float(), reduction="none"))
+    off = (xy.detach() - y["y"]).norm(dim=-1) > 6 / 256
+    place = mean_of(F.huber_loss(xy[seen], y["y"][seen], delta=4 / 256, reduction="none"))
+    return 100 * place + 0.1 * bce(out[..., 2][asked], y["seen"][asked]) + 0.1 * bce(out[..., 3][seen], off[seen])
 
 
 def points_answer(out):
@@ -815,7 +820,10 @@ def ious(p, y):
 def actions(labels, s):
     """What each box shows: AVA's actions; in the world, whether it is a sphere or a box."""
     y = labels["boxes"].isfinite().all(-1).any(1)
-    kind = labels["actions"].float() if "actions" in labels else torch.eye(2, device=y.device)[[0] * D.SPHERES + [1] * D.BOXES].expand(len(y), -1, -1)
+    if "actions" in labels:
+        kind = labels["actions"].float()
+    else:
+        kind = torch.eye(2, device=y.device)[[0] * D.SPHERES + [1] * D.BOXES].expand(len(y), -1, -1)
     return {"y": kind.masked_fill(~y[..., None], math.nan), "boxes": labels["boxes"]}
 
 
@@ -997,13 +1005,13 @@ def learn(row, s, rates, data, rows, config):
         groups += [dict(g, peak=lr) for g in M.param_groups(models[-1], (a.grid_wd or (1e-4,))[0])]
     if a.finetune:
         encoder, depth = copy.deepcopy(data.encoder).requires_grad_(True), config["depth"]
-        decay = {"norm.": 1.0} | {f"blocks.{i}.": 0.8 ** (depth - i) for i in range(depth)} | {"": 0.8 ** (depth + 1)}
-        groups += [dict(g, peak=rates[0] * g["factor"]) for g in M.param_groups(encoder, 1e-4 if a.finetune == "4ds" else 0.05, {"": 0.003} if a.finetune == "4ds" else decay)]
+        layers = {"norm.": 1.0} | {f"blocks.{i}.": 0.8 ** (depth - i) for i in range(depth)} | {"": 0.8 ** (depth + 1)}
+        wd, factors = (1e-4, {"": 0.003}) if a.finetune == "4ds" else (0.05, layers)
+        groups += [dict(g, peak=rates[0] * g["factor"]) for g in M.param_groups(encoder, wd, factors)]
         models[0].encoder = encoder
         data.tune(encoder)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-    steps = a.steps or (300 if a.data else 20_000 if a.finetune else 40_000)
-    batch, warmup = a.batch_size or 32, min(1000, steps // 10)
+    steps, batch, warmup = a.steps, a.batch_size or 32, min(1000, a.steps // 10)
     micro = math.gcd(batch, a.micro_batch) if a.finetune else batch
     batches = data.endless(rows, micro, a.seed)
     for step in tqdm(range(steps), desc=a.task, disable=not sys.stderr.isatty()):
@@ -1046,7 +1054,7 @@ def measure(row, s, answers, data, rows, size, keep=0):
 
 def space_time(args, device, opened=None):
     """A task of DENSE: a head on frozen tokens (or --finetune), its metric on val, and that of the best constant answer."""
-    row = DENSE[args.task]
+    row, args = DENSE[args.task], dataclasses.replace(args, steps=args.steps or (300 if args.data else 20_000 if args.finetune else 40_000))
     train, val, config, top, quarters = opened or open_clips(args, row["labels"], row["layers"], args.task == "classify", device)
     want = quarters if row["layers"] > 1 else (args.layer or config.get(f"layer_{args.task}") or top,)
     train, val, rows = train.of(want), val.of(want), np.arange(len(train.source))
@@ -1055,7 +1063,7 @@ def space_time(args, device, opened=None):
     if args.task == "classify":
         s.classes = int(train.source.labels.max()) + 1
     if args.task == "segment":
-        s.classes = args.classes or int(max(m[m < 255].max() for m in (row["y"](part, s)["y"] for part in labels) if (m < 255).any())) + 1
+        s.classes = args.classes or 1 + max(int(m[m < 255].max()) for m in (row["y"](part, s)["y"] for part in labels) if (m < 255).any())
     ys = [row["y"](part, s) for part in labels]
     if args.task == "detect":
         s.classes = ys[0]["y"].shape[2]
@@ -1065,9 +1073,12 @@ def space_time(args, device, opened=None):
         s.mean, s.std = v.mean(0), v.std(0) + 1e-6
 
     constants = row["constants"](ys, s)
-    constant = constants[best_of([row["final"](torch.cat([row["tally"](c(y), y).double().cpu() for y in ys])) for c in constants], row["up"])]
-    rates = args.grid_lr or ((1e-3,) if args.data else (3e-4,)) if args.finetune else args.grid_lr or ((3e-3, 1e-3) if args.data else (1e-4, 3e-4, 1e-3))
-    fit, held = hold_out(train.source.paths or [str(i) for i in rows], args.group, args.holdout, args.seed) if len(rates) > 1 else (rows, rows[:0])
+    scores = [row["final"](torch.cat([row["tally"](c(y), y).double().cpu() for y in ys])) for c in constants]
+    constant = constants[best_of(scores, row["up"])]
+    usual = ((1e-3,) if args.data else (3e-4,)) if args.finetune else (3e-3, 1e-3) if args.data else (1e-4, 3e-4, 1e-3)
+    rates, fit, held = args.grid_lr or usual, rows, rows[:0]
+    if len(rates) > 1:
+        fit, held = hold_out(train.source.paths or [str(i) for i in rows], args.group, args.holdout, args.seed)
     models = [m for some in ([[lr] for lr in rates] if args.finetune else [rates]) for m in learn(row, s, some, train, fit, config)]
     found = []
     for m in models if len(rates) > 1 else ():
@@ -1081,8 +1092,8 @@ def space_time(args, device, opened=None):
     name, value = next(iter(result.items()))
     picture = draw(args, s, val, *kept[0])
     bad = {k: v for x in (train, val) for f in x.features.values() for k, v in f.bad.items()}
-    result = {"metric": name, "value": value, "constant": base[name], "better": "higher" if row["up"] else "lower", **{k: v for k, v in result.items() if k != name},
-              "lr": rates[models.index(best)], "steps": args.steps or (300 if args.data else 20_000 if args.finetune else 40_000), "finetune": args.finetune,
+    result = {"metric": name, "value": value, "constant": base[name], "better": "higher" if row["up"] else "lower",
+              **{k: v for k, v in result.items() if k != name}, "lr": rates[models.index(best)], "steps": args.steps, "finetune": args.finetune,
               "params": sum(p.numel() for p in best.head.parameters()), "layer": list(want), "n_train": len(train.source), "n_val": len(val.source), "bad": len(bad),
               "picture": picture}
     return result, {"constants": base, "tried": [{"lr": lr, **f} for lr, f in zip(rates, found)], "bad_videos": bad}
@@ -1132,7 +1143,7 @@ MAPS = {"depth": heat, "stereo": heat, "flow": wheel, "segment": palette}
 def draw(args, s, data, p, y, rows):
     """TASK.png: four val clips with what is true and what was answered, or truth against answer -> its path."""
     file, n = Path(args.out_dir) / f"{args.task}.png", min(4, len(rows))
-    p, y = p.detach().cpu()[:n] if args.task in (*MAPS, "points", "boxes", "detect") else p.detach().cpu(), {k: v.cpu() for k, v in y.items()}
+    p, y = p.cpu(), {k: v.cpu() for k, v in y.items()}
     if args.task == "classify":                                 # a row for each clip: probabilities, the true class in red
         image = p.softmax(1)[..., None].repeat(1, 1, 3)
         image[torch.arange(len(p)), y["y"], 0] = 1
@@ -1152,7 +1163,7 @@ def draw(args, s, data, p, y, rows):
     shown = enlarge(video[:, at], zoom)
     strips = [shown]
     if args.task in MAPS:
-        values = [y["y"][:n], p.argmax(-1) if args.task == "segment" else p]
+        values = [y["y"][:n], p[:n].argmax(-1) if args.task == "segment" else p[:n]]
         values = [v if args.task == "depth" else v.flatten(1, 2) for v in values]                       # (n,T,H,W,...)
         strips += [enlarge(MAPS[args.task](v[:, at], values[0]), zoom) for v in values]
         if args.task == "flow":                                 # the key to the colours
@@ -1200,33 +1211,35 @@ def save(file, image):
 
 
 def forecaster(args, device):
-    """--encoder -> its surprise(x, C): mean |P(E(x[:C]), later ids) - h| of windows x (B,3,F,H,W) of which C frames are seen -> (B,); and F, stride, mean, std.
-    h is what the predictor was trained on: LN of the target's tokens (V-JEPA, SALT), or pixels (SALT's first stage, 4DS)."""
-    name, C_ = args.encoder.removeprefix("random:"), None
-    ids = lambda grid, C, a, n: [i.expand(n, -1).to(device) for i in torch.arange(math.prod(grid))[None].split([C // a * grid[1] * grid[2], (grid[0] - C // a) * grid[1] * grid[2]], 1)]
-    norm = lambda h: F.layer_norm(h.float(), h.shape[-1:])
-    at = lambda h, pred: h.gather(1, pred[..., None].expand(-1, -1, h.shape[-1]))
+    """--encoder -> its surprise(x, C) -> (B,): mean |P(E(x[:C]), later ids) - h| over windows x (B,3,F,H,W) of which C frames are seen, and its
+    {frames, stride, size, mean, std}. h is what the predictor was trained on: LN of the target's tokens (V-JEPA, SALT), or pixels (SALT's stage 1, 4DS)."""
+    name, norm = args.encoder.removeprefix("random:"), lambda h: F.layer_norm(h.float(), h.shape[-1:])
+
+    def ids(encoder, x, C):
+        """Token ids of the first C frames, and of the rest."""
+        t, n = x.shape[2] // encoder.tubelet, encoder.grid[1] * encoder.grid[2]
+        return torch.arange(t * n, device=device).expand(len(x), -1).split([C // encoder.tubelet * n, (t - C // encoder.tubelet) * n], 1)
 
     def latent(encoder, predictor, targets):
         def surprise(x, C):
-            keep, pred = ids((x.shape[2] // encoder.tubelet, *encoder.grid[1:]), C, encoder.tubelet, len(x))
-            return (predictor(encoder(x, keep), keep, pred).float() - at(targets(x), pred)).abs().mean((1, 2))
+            (keep, pred), h = ids(encoder, x, C), targets(x)
+            h = h.gather(1, pred[..., None].expand(-1, -1, h.shape[-1]))
+            return (predictor(encoder(x, keep), keep, pred).float() - h).abs().mean((1, 2))
         return surprise
 
-    if not Path(name).is_dir() or (Path(name) / "config.json").exists() and "model_type" in json.loads((Path(name) / "config.json").read_text()):
-        try:                                                    # published weights
+    if not (Path(name) / "latest").exists():                    # published weights
+        try:
+            if name != args.encoder:
+                raise ValueError(f"{args.encoder}: random weights need the folder of a run")
             predictor, config = M.load_predictor(name)
             encoder, target = (M.load_encoder(name, key=key)[0].to(device) for key in ("encoder", "target_encoder"))
         except ValueError as e:
             raise D.DataError(f"--encoder {e}; physics needs an encoder and its predictor: a run's folder, or a file with both") from e
         return latent(encoder, predictor.to(device), lambda x: norm(target(x))), dict(frames=16, stride=4, size=config["size"], **M.IMAGENET)
     o, _ = restore(args, ("vjepa", "salt", "mae4d", "tdv"), device)
-    pixels = dict(mean=[0.0] * 3, std=[1.0] * 3) if hasattr(o, "decoder") else M.IMAGENET
-    about = dict(frames=o.args.frames, stride=o.args.stride, size=o.args.size, **pixels)
     if hasattr(o, "decoder"):                                   # 4DS
         def surprise(x, C):
-            keep, _ = ids(o.encoder.grid, C, o.encoder.tubelet, len(x))
-            return (o(x, keep, reconstruct=True) - x)[:, :, C:].abs().mean((1, 2, 3, 4))
+            return (o(x, ids(o.encoder, x, C)[0], reconstruct=True) - x)[:, :, C:].abs().mean((1, 2, 3, 4))
     elif getattr(o, "motion", None) is not None:                # TDV: each frame from the one before and their difference
         def surprise(x, C):
             a, b = (x[:, :, i:j].transpose(1, 2).flatten(0, 1)[:, :, None] for i, j in ((0, -1), (1, None)))
@@ -1236,7 +1249,8 @@ def forecaster(args, device):
         surprise = latent(o.encoder, o.predictor, o.targets if hasattr(o, "targets") else lambda x: norm(o.target(x)))
     else:
         raise D.DataError(f"--encoder {args.encoder}: has no predictor, so it foretells nothing")
-    return surprise, about
+    pixels = dict(mean=[0.0] * 3, std=[1.0] * 3) if hasattr(o, "decoder") else M.IMAGENET
+    return surprise, dict(frames=o.args.frames, stride=o.args.stride, size=o.args.size, **pixels)
 
 
 @torch.no_grad()
@@ -1247,14 +1261,15 @@ def physics(args, device):
     window, frames = about["frames"], args.frames or about["frames"]
     contexts = args.context or (window // 2,)
     if not all(0 < C < window and C % 2 == 0 for C in contexts) or frames < window:
-        raise D.DataError(f"--context {' '.join(map(str, contexts))} --frames {frames}: of windows of {window} frames an even part is seen, the rest foretold")
+        raise D.DataError(f"--context {contexts} --frames {frames}: of windows of {window} frames an even part is seen, the rest foretold")
     clip = D.Clip(frames, 1 if args.data else args.stride or about["stride"], None, args.size or about["size"], train=False)
     rows, early, shown = [], 0, None
     for batch in D.dense_batches(val, clip, ("impossible", "kind", "change"), batch_size=args.micro_batch, workers=args.workers):
         pair = []
         for key in ("video", "impossible"):
             x = D.prepare({"video": batch[key], "flip": batch["flip"]}, device, about["mean"], about["std"])
-            pair.append(torch.stack([surprise(x[:, :, t : t + window], C) for t in range(0, frames - window + 1, 2) for C in contexts]).mean(0))
+            starts = range(0, frames - window + 1, 2)           # the paper's stride of 2
+            pair.append(torch.stack([surprise(x[:, :, t : t + window], C) for t in starts for C in contexts]).mean(0))
         ok = batch["ok"]
         rows.append(torch.stack([*(v.cpu() for v in pair), batch["kind"].float()], 1)[ok])
         differ = (batch["video"] != batch["impossible"]).flatten(2).any(2)
@@ -1265,10 +1280,10 @@ def physics(args, device):
             save(Path(args.out_dir) / "physics.png", shown.transpose(2, 3).flatten(3, 4).flatten(0, 2))
     possible, impossible, kind = torch.cat(rows).double().T
     right = (impossible > possible).double() + 0.5 * (impossible == possible)
-    kinds = {D.IMPOSSIBLE[int(k)] if args.data else str(int(k)): right[kind == k].mean().item() for k in kind.unique()}
-    return {"metric": "relative_accuracy", "value": right.mean().item(), "constant": 0.5, "better": "higher", "error": (right.std() / len(right) ** 0.5).item(), "kinds": kinds,
-            "surprise": [possible.mean().item(), impossible.mean().item()], "context": contexts, "windows": len(range(0, frames - window + 1, 2)), "n_val": len(right),
-            "differ_early": early}, {"pairs": torch.stack([possible, impossible], 1).tolist()}
+    by_kind = {D.IMPOSSIBLE[int(k)] if args.data else str(int(k)): right[kind == k].mean().item() for k in kind.unique()}
+    return {"metric": "relative_accuracy", "value": right.mean().item(), "constant": 0.5, "better": "higher",
+            "error": (right.std() / len(right) ** 0.5).item(), "kinds": by_kind, "surprise": [possible.mean().item(), impossible.mean().item()],
+            "context": contexts, "windows": len(starts), "n_val": len(right), "differ_early": early}, {"pairs": torch.stack([possible, impossible], 1).tolist()}
 
 
 def everything(args, device):
@@ -1278,7 +1293,8 @@ def everything(args, device):
         train, _ = lists(args, labelled=False)
         beside = Path(train.paths[0]).with_suffix(".safetensors")
         has = set(D.safe_open(beside, "pt").keys()) if beside.exists() else set()
-        tasks = [t for t in tasks if has >= {*DENSE.get(t, {"labels": ["impossible"]})["labels"]} - {*D.SEEN} and (t != "classify" or (train.labels >= 0).all())]
+        needs = {t: {*row["labels"]} - {*D.SEEN} for t, row in DENSE.items()} | {"physics": {"impossible"}}
+        tasks = [t for t in tasks if has >= needs[t] and (t != "classify" or (train.labels >= 0).all())]
     if unknown := {*args.tasks} - {*tasks}:
         raise D.DataError(f"--tasks {min(unknown)}: not a task with labels in this data; there are {', '.join(tasks)}")
     tasks, found, opened, picture, begin = args.tasks or tasks, {}, {}, None, time.time()
@@ -1294,33 +1310,40 @@ def everything(args, device):
                     print(f"physics is left out: {e}", file=sys.stderr)
                     continue
             else:
-                group = task == "flow" and not args.data        # real flow wants neighbouring frames
-                together = [t for t in tasks if t in DENSE and (t == "flow" and not args.data) == group]
+                near = lambda t: t == "flow" and not args.data  # real flow wants neighbouring frames, and so its own tokens
+                group, same = near(task), [t for t in tasks if t in DENSE and near(t) == near(task)]
                 if group not in opened and not args.finetune:
-                    names = dict.fromkeys(n for t in together for n in DENSE[t]["labels"])
-                    opened[group] = open_clips(dataclasses.replace(a, task="all"), [*names], max(DENSE[t]["layers"] for t in together), "classify" in together, device)
+                    names = dict.fromkeys(n for t in same for n in DENSE[t]["labels"])
+                    layers = max(DENSE[t]["layers"] for t in same)
+                    opened[group] = open_clips(dataclasses.replace(a, task="all"), [*names], layers, "classify" in same, device)
                     picture = picture or components(args, opened[group][1])
                 result, _ = space_time(a, device, opened.get(group))
             found.setdefault(task, []).append(result)
-            print(f"{time.time() - begin:.0f} s  seed {seed}  {task}  {result['metric']} {result['value']:.4f}  constant {result['constant']:.4f}", file=sys.stderr, flush=True)
-    table = []
+            said = f"{result['metric']} {result['value']:.4f}  constant {result['constant']:.4f}"
+            print(f"{time.time() - begin:.0f} s  seed {seed}  {task}  {said}", file=sys.stderr, flush=True)
+    if not found:
+        raise D.DataError("no task could be run")
+    table, seeds = [], list(args.seeds or (args.seed,))
     for task, results in found.items():
-        first, values = results[0], [r["value"] for r in results]
-        skill = lambda v, c: (v - c) / (1 - c) if first["better"] == "higher" else 1 - v / c
-        table.append({"task": task, "metric": first["metric"], "better": first["better"], "constant": float(np.mean([r["constant"] for r in results])),
+        first, values, constants = results[0], [r["value"] for r in results], [r["constant"] for r in results]
+        skill = [(v - c) / (1 - c) if first["better"] == "higher" else 1 - v / c for v, c in zip(values, constants)]
+        table.append({"task": task, "metric": first["metric"], "better": first["better"], "constant": float(np.mean(constants)),
                       "value": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None, "values": values,
-                      "skill": float(np.mean([skill(r["value"], r["constant"]) for r in results])), "params": first.get("params"), "layer": first.get("layer")})
-    spread = lambda r: f"{r['value']:.4f}" + (f" +- {r['std']:.4f}" if r["std"] is not None else "")
-    lines = [f"| {r['task']} | {r['metric']} ({r['better']} is better) | {r['constant']:.4f} | {spread(r)} | {r['skill']:.3f} |" for r in table]
-    head = f"`{args.encoder}`, seeds {' '.join(map(str, args.seeds or (args.seed,)))}; skill: 0 is the constant answer, 1 is perfect\n\n| task | metric | constant | value | skill |\n|---|---|---|---|---|\n"
-    M.write(Path(args.out_dir) / "all.md", head + "\n".join(lines) + "\n")
-    M.write(Path(args.out_dir) / "all.json", json.dumps({"encoder": args.encoder, "table": table, "results": found}, indent=1))
+                      "skill": float(np.mean(skill)), "params": first.get("params"), "layer": first.get("layer")})
+    lines = [f"`{args.encoder}`, seeds {' '.join(map(str, seeds))}; skill: 0 is the constant answer, 1 is perfect", "",
+             "| task | metric | constant | value | skill |", "|---|---|---|---|---|"]
+    for r in table:
+        spread = f" +- {r['std']:.4f}" if r["std"] is not None else ""
+        lines.append(f"| {r['task']} | {r['metric']} ({r['better']} is better) | {r['constant']:.4f} | {r['value']:.4f}{spread} | {r['skill']:.3f} |")
+    M.write(Path(args.out_dir) / "all.md", "\n".join(lines) + "\n")
+    M.write(Path(args.out_dir) / "all.json", json.dumps({"encoder": args.encoder, "seeds": seeds, "table": table, "results": found}, indent=1))
     try:
         radar(table, Path(args.out_dir) / "radar.png")
     except ImportError:
         print("no radar.png, which needs: pip install matplotlib", file=sys.stderr)
-    return {"metric": "skill", "value": float(np.mean([r["skill"] for r in table])), "tasks": {r["task"]: {k: r[k] for k in ("metric", "value", "std", "constant")} for r in table},
-            "seeds": list(args.seeds or (args.seed,)), "table": str(Path(args.out_dir) / "all.md"), "pca": picture}, {"table": table}
+    short = {r["task"]: {k: r[k] for k in ("metric", "value", "std", "constant")} for r in table}
+    return {"metric": "skill", "value": float(np.mean([r["skill"] for r in table])), "tasks": short, "seeds": seeds,
+            "table": str(Path(args.out_dir) / "all.md"), "pca": picture}, {"table": table}
 
 
 def radar(table, file):

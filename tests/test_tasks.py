@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -235,6 +236,58 @@ def test_bad_input_is_one_line_and_status_2(flags, folder, tmp_path, capsys):
         probe.main(dataclasses.replace(arguments("depth", tmp_path / "out", encoder=folder), **flags))
     told = capsys.readouterr().err
     assert stop.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1, told
+
+
+# --- real video ---
+
+
+def davis(video_data, tmp_path):
+    """The 20 sequences with their masks -> lists of 15 and 5 of them."""
+    folder, names = video_data / "dense/davis16-val", []
+    for video in sorted((folder / "videos").glob("*.mp4")):
+        packed = np.load(folder / f"{video.stem}.masks.npz")
+        masks = np.unpackbits(packed["bits"], axis=-1)[..., : packed["shape"][2]]
+        (tmp_path / video.name).symlink_to(video)
+        save_file({"masks": torch.from_numpy(masks)}, tmp_path / f"{video.stem}.safetensors")
+        names.append(video.name)
+    assert len(names) == 20
+    (tmp_path / "train.txt").write_text("\n".join(n for i, n in enumerate(names) if i % 4))
+    (tmp_path / "val.txt").write_text("\n".join(names[::4]))
+    return dict(data="", train=str(tmp_path / "train.txt"), val=str(tmp_path / "val.txt"))
+
+
+def test_real_masks_through_the_segment_readout(video_data, folder, tmp_path):
+    """DAVIS, split by sequence. Nothing is learned in three steps: that all works, and what the constant scores."""
+    args = arguments("segment", tmp_path / "out", encoder=folder, stride=2, **davis(video_data, tmp_path))
+    result, more = probe.space_time(args, CPU)
+    share = []                                                  # of the foreground, in the clips of val: the constant answer is "background"
+    for batch in D.dense_batches(D.parse_list(args.val), D.Clip(8, 2, size=32, train=False), ("masks",), batch_size=5):
+        share += [(batch["masks"] == 1).float().mean().item()]
+    assert (result["n_train"], result["n_val"], more["bad_videos"]) == (15, 5, {}) and result["constant"] == pytest.approx((1 - np.mean(share)) / 2, abs=1e-4)
+    assert more["constants"]["macc"] == 0.5 and 0 <= result["value"] <= 1
+
+
+def test_real_flow_and_stereo_through_the_metrics(video_data, folder, tmp_path):
+    """KITTI's pair and Middlebury's motorcycle: the truth scores 0, "nothing moves" its mean length; and the tasks run on them."""
+    dense = video_data / "dense"
+    put = lambda path, file: (path.parent.mkdir(parents=True, exist_ok=True), path.write_bytes(file.read_bytes()))
+    for name, place in (("kitti_frame1", "image_2/000000_10"), ("kitti_frame2", "image_2/000000_11"), ("kitti_flow_gt", "flow_occ/000000_10")):
+        put(tmp_path / f"kitti/training/{place}.png", dense / f"flow/{name}.png")
+    for name, place in (("left", "im0"), ("right", "im1")):
+        put(tmp_path / f"middlebury/motorcycle/{place}.png", dense / f"stereo/motorcycle_{name}.png")
+    disparity = np.load(dense / "stereo/motorcycle_disp.npz")["arr_0"]
+    (tmp_path / "middlebury/motorcycle/disp0.pfm").write_bytes(b"Pf\n%d %d\n-1.0\n" % disparity.shape[::-1] + disparity[::-1].astype("<f4").tobytes())
+    for task, layout, names in (("flow", "kitti", ("flow",)), ("stereo", "middlebury", ("disparity",))):
+        row, file = probe.DENSE[task], str(tmp_path / f"{layout}.txt")
+        D.index(layout, str(tmp_path / layout), file)
+        s = probe.Setting(None, 32, (1, 4, 4), 2, 256)
+        (batch,) = D.dense_batches(D.parse_list(file), D.Clip(2, 1, size=256, train=False), names, batch_size=1)
+        y = row["y"](batch, s)
+        score = lambda p: next(iter(row["final"](row["tally"](p, y).double()).values()))
+        length = batch[names[0]].norm(dim=-1) if task == "flow" else batch[names[0]].abs()
+        assert score(y["y"].nan_to_num()) == 0 and score(torch.zeros_like(y["y"])) == pytest.approx(length.nanmean().item(), rel=1e-4) and length.nanmean() > 1
+        result, _ = probe.space_time(arguments(task, tmp_path / "out", encoder=folder, data="", train=file, val=file), CPU)
+        assert math.isfinite(result["value"]) and result["n_val"] == 1
 
 
 # --- the whole suite, and physics on a run's folder ---
