@@ -70,7 +70,7 @@ class Args:
     flip: bool = True                  # horizontal flip of half of the clips of --train_passes
     # head
     head: Literal["attentive", "attentive4", "linear", "knn", "readout"] = "attentive"     # of classify; readout: 4DS's, with the flags of space and time
-    grid_lr: tuple[float, ...] = ()    # learning rates; empty: those of HEADS; of space and time 4DS's 1e-4, 3e-4 and 1e-3 (world: 1e-3 and 3e-3)
+    grid_lr: tuple[float, ...] = ()    # learning rates; empty: those of HEADS; of space and time 4DS's 1e-4, 3e-4 and 1e-3 (world: 2e-3)
     grid_wd: tuple[float, ...] = ()    # weight decays; each pair is one head, all are trained at once. Space and time have one: 1e-4
     holdout: float = 0.1               # share of the train videos that chooses among them; nothing is held out where there is no choice
     group: str = ""                    # regular expression: videos whose paths match with the same text are held out together (a person: "user\\d+")
@@ -78,7 +78,7 @@ class Args:
     batch_size: int = 0                # videos; 0: 32 for space and time, else the paper's 256, less (a multiple of 16) for lists that would give fewer than 32 steps an epoch
     seed: int = 0                      # random weights, held-out videos, order, initial heads
     # tasks of space and time (4DS, appendix A), and all
-    steps: int = 0                     # 0: 40,000, fine-tuning 20,000, on the world 300; the first tenth, at most 1000, warms up. Batches are of 32
+    steps: int = 0                     # 0: 40,000, fine-tuning 20,000, on the world 600; the first tenth, at most 1000, warms up. Batches are of 32
     width: int = 0                     # of the readout; 0: the paper's (768 to 1024), on the world 128 and for convolutions 64
     resample: int = 0                  # moments to which tokens are interpolated in time (16: 4DS's); 0: as many as there are
     classes: int = 0                   # of segment; 0: up to the highest in the labels of 512 train clips
@@ -618,6 +618,7 @@ class Dense:
             return
         for i, batch in enumerate(self.read(rows, size, turn, [*self.names, *{"right"} & {*self.features}])):
             ok, part = batch["ok"], rows[i * size : i * size + size]
+            self.features["video"].bad.update(batch["bad"])
             if n := int(ok.sum()):
                 still, part = torch.zeros(n, dtype=torch.bool), part[ok.numpy()]
                 z = {k: self.tokens(f.encode({"video": batch[k][ok], "flip": still}, n)) for k, f in self.features.items()} if encode else {}
@@ -1054,7 +1055,7 @@ def measure(row, s, answers, data, rows, size, keep=0):
 
 def space_time(args, device, opened=None):
     """A task of DENSE: a head on frozen tokens (or --finetune), its metric on val, and that of the best constant answer."""
-    row, args = DENSE[args.task], dataclasses.replace(args, steps=args.steps or (300 if args.data else 20_000 if args.finetune else 40_000))
+    row, args = DENSE[args.task], dataclasses.replace(args, steps=args.steps or (600 if args.data else 20_000 if args.finetune else 40_000))
     train, val, config, top, quarters = opened or open_clips(args, row["labels"], row["layers"], args.task == "classify", device)
     want = quarters if row["layers"] > 1 else (args.layer or config.get(f"layer_{args.task}") or top,)
     train, val, rows = train.of(want), val.of(want), np.arange(len(train.source))
@@ -1075,7 +1076,7 @@ def space_time(args, device, opened=None):
     constants = row["constants"](ys, s)
     scores = [row["final"](torch.cat([row["tally"](c(y), y).double().cpu() for y in ys])) for c in constants]
     constant = constants[best_of(scores, row["up"])]
-    usual = ((1e-3,) if args.data else (3e-4,)) if args.finetune else (3e-3, 1e-3) if args.data else (1e-4, 3e-4, 1e-3)
+    usual = ((1e-3,) if args.data else (3e-4,)) if args.finetune else (2e-3,) if args.data else (1e-4, 3e-4, 1e-3)
     rates, fit, held = args.grid_lr or usual, rows, rows[:0]
     if len(rates) > 1:
         fit, held = hold_out(train.source.paths or [str(i) for i in rows], args.group, args.holdout, args.seed)
@@ -1276,7 +1277,8 @@ def physics(args, device):
         early += int((differ & (torch.arange(frames) < batch["change"][:, None] // clip.stride)).any(1)[ok].sum())
         if shown is None:
             at = np.linspace(0, frames - 1, 8).astype(int)
-            shown = enlarge(torch.stack([batch["video"][:6, at], batch["impossible"][:6, at]], 1).float() / 255, max(1, 96 // clip.size))
+            a, b = (batch[k][:6, at].float() / 255 for k in ("video", "impossible"))
+            shown = enlarge(torch.stack([a, b, (a - b).abs()], 1), max(1, 96 // clip.size))             # the possible, the impossible, where they differ
             save(Path(args.out_dir) / "physics.png", shown.transpose(2, 3).flatten(3, 4).flatten(0, 2))
     possible, impossible, kind = torch.cat(rows).double().T
     right = (impossible > possible).double() + 0.5 * (impossible == possible)

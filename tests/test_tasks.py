@@ -222,9 +222,9 @@ def test_image_encoders_have_a_moment_a_frame(tmp_path):
     torch.manual_seed(0)
     encoder = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, tubelet=1, frames=8, size=32, pos="learned", images=True, cls=True)
     M.save_encoder(tmp_path / "e.safetensors", encoder, encoder.config | M.IMAGENET | {"model": None})
-    train, *_ = probe.open_clips(arguments("flow", tmp_path, encoder=str(tmp_path / "e.safetensors")), ("flow",), 4, False, CPU)
-    z, y, _ = next(train.batches(np.arange(2), 2))
-    assert train.grid == (8, 4, 4) and z["video"].shape == (2, 8, 16, 4 * 32)
+    train, _, _, top, quarters = probe.open_clips(arguments("flow", tmp_path, encoder=str(tmp_path / "e.safetensors")), ("flow",), 4, False, CPU)
+    z, y, _ = next(train.of(quarters).batches(np.arange(2), 2))
+    assert (top, quarters, train.layers, train.grid) == (2, (1, 1, 2, 2), (1, 2), (8, 4, 4)) and z["video"].shape == (2, 8, 16, 4 * 32)
     result, _ = probe.space_time(arguments("flow", tmp_path, encoder=str(tmp_path / "e.safetensors")), CPU)
     assert math.isfinite(result["value"])
 
@@ -308,6 +308,14 @@ def test_all_makes_one_table_and_one_picture(folder, tmp_path, capsys, monkeypat
         assert (tmp_path / f"{name}.png").exists()
     pytest.importorskip("matplotlib")
     assert (tmp_path / "radar.png").stat().st_size > 5000
+
+
+def test_pairs_differ_only_where_they_should():
+    """Not before the law breaks, half-way; and then in the thing's neighbourhood only, never in most of the picture."""
+    made = D.World("val").render(range(24), ("impossible", "change"))
+    differ = (made["video"] != made["impossible"]).any(-1)
+    assert not differ[:, :4].any() and (made["change"] >= 4).all() and differ[:, 4:].flatten(1).any(1).all()
+    assert differ[:, 4:].float().mean((1, 2, 3)).max() < 0.3
 
 
 @pytest.mark.parametrize("script", ["train_vjepa", "train_salt", "train_tdv", "train_mae4d"])
