@@ -1061,6 +1061,8 @@ def space_time(args, device, opened=None):
     train, val, rows = train.of(want), val.of(want), np.arange(len(train.source))
     s = Setting(args, config["width"], train.grid, train.clip.frames, train.clip.size)
     labels = [part for _, part, _ in train.batches(rows[:512], args.micro_batch, encode=False)]          # what constants and units are taken from
+    if not labels:
+        raise D.DataError(f"{train.source.name}: no video can be read")
     if args.task == "classify":
         s.classes = int(train.source.labels.max()) + 1
     if args.task == "segment":
@@ -1071,6 +1073,8 @@ def space_time(args, device, opened=None):
     if channels := row.get("channels"):
         v = torch.cat([y["y"].reshape(-1, channels) for y in ys])
         v = v[v.isfinite().all(1)]
+        if len(v) < 2:
+            raise D.DataError(f"{train.source.name}: the first 512 clips have no labels for {args.task}")
         s.mean, s.std = v.mean(0), v.std(0) + 1e-6
 
     constants = row["constants"](ys, s)
@@ -1095,8 +1099,8 @@ def space_time(args, device, opened=None):
     bad = {k: v for x in (train, val) for f in x.features.values() for k, v in f.bad.items()}
     result = {"metric": name, "value": value, "constant": base[name], "better": "higher" if row["up"] else "lower",
               **{k: v for k, v in result.items() if k != name}, "lr": rates[models.index(best)], "steps": args.steps, "finetune": args.finetune,
-              "params": sum(p.numel() for p in best.head.parameters()), "layer": list(want), "n_train": len(train.source), "n_val": len(val.source), "bad": len(bad),
-              "picture": picture}
+              "params": sum(p.numel() for p in best.head.parameters()), "layer": list(want),
+              "n_train": len(train.source), "n_val": len(val.source), "bad": len(bad), "picture": picture}
     return result, {"constants": base, "tried": [{"lr": lr, **f} for lr, f in zip(rates, found)], "bad_videos": bad}
 
 

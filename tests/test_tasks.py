@@ -204,7 +204,7 @@ def test_stored_tokens_are_those_computed_anew(folder, tmp_path):
 @pytest.mark.parametrize("how", ["", "4ds", "vjepa"])
 def test_finetuning_moves_the_encoder_and_frozen_does_not(how, folder, tmp_path, monkeypatch):
     tuned, real = [], probe.learn
-    monkeypatch.setattr(probe, "learn", lambda *a: (tuned.append((a[4], real(*a))), tuned[-1][1])[1])
+    monkeypatch.setattr(probe, "learn", lambda *a: (tuned.append((a[3], real(*a))), tuned[-1][1])[1])
     probe.space_time(arguments("depth", tmp_path, encoder=folder, finetune=how, grid_lr=(1e-2,)), CPU)
     (data, (model,)), (before, _) = tuned[0], M.load_encoder(folder)
     same = [torch.equal(a, b) for a, b in zip(data.encoder.parameters(), before.parameters())]
@@ -248,7 +248,7 @@ def davis(video_data, tmp_path):
         packed = np.load(folder / f"{video.stem}.masks.npz")
         masks = np.unpackbits(packed["bits"], axis=-1)[..., : packed["shape"][2]]
         (tmp_path / video.name).symlink_to(video)
-        save_file({"masks": torch.from_numpy(masks)}, tmp_path / f"{video.stem}.safetensors")
+        save_file({"masks": torch.from_numpy(masks.copy())}, tmp_path / f"{video.stem}.safetensors")
         names.append(video.name)
     assert len(names) == 20
     (tmp_path / "train.txt").write_text("\n".join(n for i, n in enumerate(names) if i % 4))
