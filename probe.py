@@ -487,7 +487,7 @@ def restore(args, scripts, device):
     if isinstance(found, str):
         raise D.DataError(found)
     known = {f.name: tuple(v) if isinstance(v := said[f.name], list) else v for f in dataclasses.fields(T.Args) if f.name in said}
-    a = dataclasses.replace(T.Args(**known), init="")           # a flag that the run did not have yet: its default
+    a = T.Args(**known | ({"init": ""} if "init" in known else {}))         # a flag that the run did not have yet: its default
     torch.manual_seed(args.seed)
     try:
         if script == "salt":

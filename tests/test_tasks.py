@@ -184,7 +184,7 @@ def test_a_task_runs_and_a_perfect_answer_beats_the_constant(task, folder, tmp_p
 
 def test_seeds_repeat_and_rates_are_chosen_on_train(folder, tmp_path):
     flags = dict(encoder=folder, grid_lr=(1e-9, 1e-2), steps=20)
-    (a, more), (b, _), (c, _) = (probe.space_time(arguments("pose", tmp_path, **flags, seed=seed), CPU) for seed in (0, 0, 1))
+    (a, more), (b, _), (c, _) = (probe.space_time(arguments("boxes", tmp_path, **flags, seed=seed), CPU) for seed in (0, 0, 1))
     assert a == b and a["value"] != c["value"] and a["lr"] == 1e-2 and [t["lr"] for t in more["tried"]] == [1e-9, 1e-2]
 
 
