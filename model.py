@@ -140,12 +140,13 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries from x (B,n,D), keys and values from z (B,m,D) as it comes -> (B,n,D)."""
+    """Queries from x (B,n,D), keys and values from z (B,m,in_width or D) as it comes -> (B,n,D). project=False: x are the queries."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, in_width=None, project=True):
         super().__init__()
         self.heads = heads
-        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.q, self.kv = nn.Linear(width, width) if project else nn.Identity(), nn.Linear(in_width or width, 2 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x, z):
         q, (k, v) = self.q(x).unflatten(2, (self.heads, -1)), self.kv(z).unflatten(2, (2, self.heads, -1)).unbind(2)
@@ -284,7 +285,8 @@ class ViT(nn.Module):
         """x (B,3,T,H,W) float, normalised -> (B,N,D); keep (B,K) -> (B,K,D); a list of (B,K_i) -> a list of (B,K_i,D). With cls, token 0 is CLS
         (images: the first T).
 
-        blocks: run only that many blocks and return their output, without the final norm unless all were run. fill: (bool (B,N), values (D,)) puts
+        blocks: run only that many blocks and return their output, without the final norm unless all were run; a tuple of rising numbers: all of these
+        outputs, joined along D. fill: (bool (B,N), values (D,)) puts
         the values in the place of patches (iBOT's mask token); of an image encoder, for clips of one frame.
         """
         if self.images and x.shape[2] > 1:
@@ -295,12 +297,14 @@ class ViT(nn.Module):
             return torch.cat([part.flatten(1, 2) for part in z.tensor_split([int(self.cls_token is not None)], 2)], 1)
         grouped = isinstance(keep, (list, tuple))
         x, rope, lengths = self.embed(x, [keep] if keep is not None and not grouped else keep, fill)
-        depth = len(self.blocks) if blocks is None else blocks
-        if not 0 <= depth <= len(self.blocks):
-            raise ValueError(f"blocks must be 0 to {len(self.blocks)}, not {blocks}")
-        x = run_blocks(x, self.blocks[:depth], rope, lengths, self.checkpoint)
-        if self.norm is not None and depth == len(self.blocks):
-            x = self.norm(x)
+        ends = blocks if isinstance(blocks, tuple) else (len(self.blocks) if blocks is None else blocks,)
+        if not 0 <= ends[0] <= ends[-1] <= len(self.blocks) or list(ends) != sorted(ends):
+            raise ValueError(f"blocks must be 0 to {len(self.blocks)}, rising, not {blocks}")
+        outs = []
+        for start, end in zip((0, *ends), ends):
+            x = run_blocks(x, self.blocks[start:end], rope, lengths, self.checkpoint)
+            outs.append(self.norm(x) if self.norm is not None and end == len(self.blocks) else x)
+        x = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
         return list(x.split(lengths, 1)) if grouped else x
 
     def embed(self, x, keeps=None, fill=None):
@@ -505,6 +509,123 @@ class LatentGridDecoder(nn.Module):
     def flops(self):
         """Forward FLOPs of the projection of one clip."""
         return 2 * self.proj.weight.numel() * self.latents.shape[1]
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# heads of the probes of space and time: features z (B,t,n,D) of t moments and n = h*w places each -> what a task asks
+
+
+class Readout(nn.Module):
+    """4DS's readout, one for every task (section 3.2, appendix A.2): LN(z) + positions -> cross-attention -> q + Linear -> + MLP(LN) -> Linear.
+
+    grid: (t,h,w) of z. queries: a grid of learned queries, which are not projected; None: they are given. steps: resample z to so many moments first.
+    Positions and queries are learned and start as sines and cosines: tokens of a rope encoder do not say where they are, and the paper has the queries
+    of depth learned in one place and Fourier features in another.
+    """
+
+    def __init__(self, in_width, grid, out, *, width, heads, queries=None, steps=0):
+        super().__init__()
+        self.steps = steps or grid[0]
+        self.norm = LayerNorm(in_width, eps=1e-6)
+        self.positions = nn.Parameter(sincos_table(in_width, (self.steps, *grid[1:]))[None].clone())
+        self.queries = nn.Parameter(sincos_table(width, tuple(queries))[None].clone()) if queries else None
+        self.attn = CrossAttention(width, heads, in_width, project=not queries)
+        self.norm2, self.mlp, self.linear = LayerNorm(width, eps=1e-6), Mlp(width, 4 * width, "gelu"), nn.Linear(width, out)
+
+    def forward(self, z, q=None):
+        """z (B,t,n,D), q (B,Q,width) unless the queries are learned -> (B,Q,out)."""
+        if z.shape[1] != self.steps:
+            z = F.interpolate(z.flatten(2).transpose(1, 2), self.steps, mode="linear").transpose(1, 2).unflatten(2, z.shape[2:])
+        z = self.norm(z).flatten(1, 2) + self.positions
+        q = self.queries.expand(len(z), -1, -1) if q is None else q
+        x = q + self.attn(q, z)
+        return self.linear(x + self.mlp(self.norm2(x)))
+
+
+def fourier(x, bases=16):
+    """x (..., C) from 0 to 1 -> (..., C*2*bases): sin and cos of 1 to `bases` half turns."""
+    angle = x[..., None] * torch.arange(1, bases + 1, device=x.device) * math.pi
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
+
+
+class Tracker(nn.Module):
+    """A Readout whose queries are what is given of things in the first frame: Fourier features of C coordinates through an MLP, in `copies` with a
+    learned embedding each, every copy answering for its part of the clip (4DS A.2.3: 8 for points; A.2.4: 1 for boxes)."""
+
+    def __init__(self, in_width, grid, coordinates, frames, out, *, width, heads, copies=1, steps=0):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(32 * coordinates, 512), nn.GELU(), nn.Linear(512, width))
+        self.time = nn.Parameter(sincos_table(width, (copies, 1, 1)).clone())
+        self.out, self.readout = out, Readout(in_width, grid, frames // copies * out, width=width, heads=heads, steps=steps)
+
+    def forward(self, z, first):
+        """z (B,t,n,D), first (B,O,C) as shares of the picture -> (B,O,T,out)."""
+        q = self.embed(fourier(first))[:, :, None] + self.time                                              # (B,O,copies,width)
+        return self.readout(z, q.flatten(1, 2)).view(*first.shape[:2], -1, self.out)
+
+
+def conv(a, b, kernel=3):
+    return nn.Sequential(nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False), nn.GroupNorm(8, b), nn.ReLU())
+
+
+def resize(x, size):
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+def pyramid(z, grid, convs):
+    """z (B,n,4*D) of four layers, shallow to deep -> four maps of 4, 2, 1 and 1/2 times the grid (h,w), each through its convolution."""
+    maps = [v.transpose(1, 2).unflatten(2, grid) for v in z.chunk(4, -1)]
+    sizes = [[max(1, int(side * scale)) for side in grid] for scale in (4, 2, 1, 0.5)]
+    return [f(resize(v, size)) for f, v, size in zip(convs, maps, sizes)]
+
+
+class UPerNet(nn.Module):
+    """Segmentation from four layers: pooling at several scales on the coarsest map, a feature pyramid over all of them, one classifier on their
+    concatenation (Xiao et al., 2018). Maps of a plain ViT are resized to 4, 2, 1 and 1/2 times its grid; group norm for batch norm."""
+
+    def __init__(self, in_width, grid, out, width, pools=(1, 2, 3, 6)):
+        super().__init__()
+        self.grid, self.pools = grid, pools
+        self.lateral = nn.ModuleList(conv(in_width, width, 1) for _ in range(4))
+        self.pooled = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU()) for _ in pools)
+        self.bottom, self.fuse = conv(width * (1 + len(pools)), width), conv(4 * width, width)
+        self.smooth = nn.ModuleList(conv(width, width) for _ in range(3))
+        self.out = nn.Conv2d(width, out, 1)
+
+    def forward(self, z, size):
+        """z (B,n,4*D) -> (B,out,*size)."""
+        x = pyramid(z, self.grid, self.lateral)
+        x[3] = self.bottom(torch.cat([x[3], *(resize(f(F.adaptive_avg_pool2d(x[3], p)), x[3].shape[2:]) for f, p in zip(self.pooled, self.pools))], 1))
+        for i in (2, 1, 0):
+            x[i] = x[i] + resize(x[i + 1], x[i].shape[2:])
+        x = [f(v) for f, v in zip(self.smooth, x)] + [x[3]]
+        return resize(self.out(self.fuse(torch.cat([resize(v, x[0].shape[2:]) for v in x], 1))), size)
+
+
+class TwoFrameDPT(nn.Module):
+    """A picture of values for each place of one frame, told another (flow, stereo; TDV D.3, CroCo v2). Four blocks, each of self-attention, cross-attention
+    to the other frame and MLP, take up one of four layers each; DPT's convolutions join their outputs from coarse to fine."""
+
+    def __init__(self, in_width, grid, out, width, heads):
+        super().__init__()
+        self.grid, D = grid, width
+        self.embed = nn.ModuleList(nn.Sequential(LayerNorm(in_width, eps=1e-6), nn.Linear(in_width, D)) for _ in range(4))
+        self.positions = nn.Parameter(sincos_table(D, (1, *grid))[None].clone())
+        self.blocks = nn.ModuleList(MotionBlock(D, heads, 4 * D, "xattn") for _ in range(4))
+        self.lateral, self.refine = (nn.ModuleList(conv(D, D) for _ in range(4)) for _ in range(2))
+        self.out = nn.Sequential(conv(D, D), nn.Conv2d(D, out, 1))
+
+    def forward(self, z, other, size):
+        """z, other (B,n,4*D) -> (B,out,*size)."""
+        x, hooks = self.positions, []
+        for embed, block, a, b in zip(self.embed, self.blocks, z.chunk(4, -1), other.chunk(4, -1)):
+            x = block(x + embed(a), None, embed(b) + self.positions)
+            hooks.append(x)
+        maps, x = pyramid(torch.cat(hooks, -1), self.grid, self.lateral), 0
+        for f, v in list(zip(self.refine, maps))[::-1]:
+            x = v + (resize(x, v.shape[2:]) if torch.is_tensor(x) else 0)
+            x = x + f(x)
+        return resize(self.out(x), size)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,14 @@
     attentive4  three self-attention blocks over all tokens, then the same     a grid of rates and decays, trained at once (V-JEPA 2, SALT)
     linear      Linear on the standardised mean over tokens
     knn         the 20 nearest training clips by cosine of that mean vote with weight exp(cos / 0.07); nothing is trained
+    pose, points, boxes, depth, segment, flow, stereo, detect: table DENSE, by 4DS's protocol (A.2): head(tokens, what is asked) -> loss against dense labels
+    physics     nothing is trained: mean |P(E(first frames), ids of the later ones) - h|, higher on the impossible video of a pair?
 
     python probe.py classify --encoder out/laptop/encoder.safetensors --data world --head attentive
     python probe.py classify --encoder random:out/laptop/encoder.safetensors --data world --head attentive      before any learning
     python probe.py classify --encoder pixels:diff --data world --head linear                                   without any encoder
+    python probe.py all --encoder out/laptop --data world --seeds 0 1 2             every task, one table: all.md, all.json, radar.png, a picture a task
+    python probe.py depth --encoder vitl.pt --train scannet_train.txt --val scannet_val.txt            or --finetune 4ds
     python probe.py reconstruct --encoder out/laptop_mae4d --data world                             a folder of train_mae4d.py: error and a picture
     python probe.py compare out/*                                               a table of finished runs, with differences to the first
     python probe.py plot --runs out/laptop out/laptop_salt out/laptop_salt/stage1                   accuracy against loss and FLOPs
@@ -19,8 +23,11 @@ held out of the train list; val is looked at once, by that head. The last line o
 accuracy of each class and the confusion matrix. Compare encoders with the same head only: attentive learns a good deal from random weights (the
 world: 69 % against 15 % for linear). attentive4 trains 20 heads as big as a small encoder: without a GPU give it one --grid_lr and one --grid_wd.
 """
+import copy
 import dataclasses
 import hashlib
+import importlib
+import itertools
 import json
 import math
 import os
@@ -38,7 +45,8 @@ import tyro
 @dataclasses.dataclass
 class Args:
     """Defaults are V-JEPA's (appendix B.1, Table 6) unless the comment names another source."""
-    task: tyro.conf.Positional[Literal["classify", "reconstruct", "plot", "compare"]]   # a row of TASKS
+    task: tyro.conf.Positional[Literal["classify", "pose", "points", "boxes", "depth", "segment", "flow", "stereo", "detect", "physics", "all", "reconstruct",
+                                       "plot", "compare"]]       # a row of TASKS
     # encoder
     encoder: str = ""                  # a weight file or the folder of a run or HF model; random:vit_s or random:PATH for random weights; pixels:frame or pixels:diff for none
     layer: int = 0                     # blocks to run before reading out; 0: what the encoder's file says, else all of them and the final norm
@@ -63,14 +71,23 @@ class Args:
     crop_ratio: tuple[float, float] = (0.75, 1.33)   # its aspect ratio
     flip: bool = True                  # horizontal flip of half of the clips of --train_passes
     # head
-    head: Literal["attentive", "attentive4", "linear", "knn"] = "attentive"
-    grid_lr: tuple[float, ...] = ()    # learning rates; empty: those of HEADS
-    grid_wd: tuple[float, ...] = ()    # weight decays; each pair is one head, all are trained at once
+    head: Literal["attentive", "attentive4", "linear", "knn", "readout"] = "attentive"     # of classify; readout: 4DS's, with the flags of space and time
+    grid_lr: tuple[float, ...] = ()    # learning rates; empty: those of HEADS; of space and time 4DS's 1e-4, 3e-4 and 1e-3 (world: 2e-3)
+    grid_wd: tuple[float, ...] = ()    # weight decays; each pair is one head, all are trained at once. Space and time have one: 1e-4
     holdout: float = 0.1               # share of the train videos that chooses among them; nothing is held out where there is no choice
     group: str = ""                    # regular expression: videos whose paths match with the same text are held out together (a person: "user\\d+")
     epochs: int = 20
-    batch_size: int = 0                # videos; 0: the paper's 256, less (a multiple of 16) for lists that would give fewer than 32 steps an epoch
+    batch_size: int = 0                # videos; 0: 32 for space and time, else the paper's 256, less (a multiple of 16) for lists that would give fewer than 32 steps an epoch
     seed: int = 0                      # random weights, held-out videos, order, initial heads
+    # tasks of space and time (4DS, appendix A), and all
+    steps: int = 0                     # 0: 40,000, fine-tuning 20,000, on the world 600; the first tenth, at most 1000, warms up. Batches are of 32
+    width: int = 0                     # of the readout; 0: the paper's (768 to 1024), on the world 128 and for convolutions 64
+    resample: int = 0                  # moments to which tokens are interpolated in time (16: 4DS's); 0: as many as there are
+    classes: int = 0                   # of segment; 0: up to the highest in the labels of 512 train clips
+    finetune: Literal["", "4ds", "vjepa"] = ""     # train the encoder, too: at 0.003 of the head's rate, or 0.8 of it for every layer in between
+    context: tuple[int, ...] = ()      # physics: frames that are seen, of each window as long as a training clip; the rest is foretold. Empty: half
+    tasks: tuple[str, ...] = ()        # all: only these
+    seeds: tuple[int, ...] = ()        # all: run each task for each of these; empty: --seed
     # the run
     out_dir: str = "out/probe"         # probe.jsonl grows by a line a run; confusion.png is the last run's (row: class, column: called)
     cache_dir: str = ""                # features, found again by content; empty: out_dir/features. Delete its files at any time
@@ -94,6 +111,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data as D
 import model as M
@@ -202,12 +220,14 @@ def load(args):
 
 class Features:
     """The frozen features of a list's videos, (V, S*N, D) each, by row: read from disk after store(), else computed at every use.
-    Turn t is the t-th random pass over the list; where nothing is random there is one turn."""
+    Turn t is the t-th random pass over the list; where nothing is random there is one turn. key: what of a dense batch is encoded ("video" or
+    "right"), for tasks of space and time: tokens without CLS, layer may be a tuple. grad: for fine-tuning."""
 
-    def __init__(self, args, encoder, config, source, layer, clip, device):
+    def __init__(self, args, encoder, config, source, layer, clip, device, key=None):
         self.args, self.encoder, self.config, self.source, self.layer, self.clip, self.device = args, encoder, config, source, layer, clip, device
+        self.key, self.grad = key, False
         self.bf16 = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
-        self.pooled = HEADS[args.head]["pooled"]
+        self.pooled = key is None and HEADS[args.head]["pooled"]
         self.turns = max(1, args.train_passes) if clip.train else 1
         self.stored, self.bad = None, {}
         clips, pixels = clip.segments * clip.views, (clip.frames, clip.size, clip.size, 3)
@@ -222,16 +242,21 @@ class Features:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    @torch.no_grad()
     def encode(self, batch, videos):
         """A batch of videos*S*V clips -> (videos, V, S*N, D), or (videos, V, 1, D) pooled, float32 on the device."""
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            return self.encoded(batch, videos)
+
+    def encoded(self, batch, videos):
         parts = []
         for some in torch.arange(len(batch["video"])).split(self.args.micro_batch):
             x = D.prepare({k: batch[k][some] for k in ("video", "flip")}, self.device, self.config["mean"], self.config["std"])
             with self.autocast():
                 z = self.encoder(x, blocks=self.layer or None).float()         # (b, N, D)
-            if self.pooled:
-                cls = int(self.config.get("cls", False)) * (x.shape[2] if self.config.get("images") else 1)     # of an image encoder: one a frame
+            cls = int(self.config.get("cls", False)) * (x.shape[2] if self.config.get("images") else 1)         # of an image encoder: one a frame
+            if self.key:
+                z = z[:, cls:]
+            elif self.pooled:
                 z = (z[:, :cls] if self.args.pool == "cls" else z[:, cls:]).mean(1, keepdim=True)
             parts.append(z)
         z = torch.cat(parts).unflatten(0, (videos, self.clip.segments, self.clip.views)).transpose(1, 2).flatten(2, 3)
@@ -239,7 +264,10 @@ class Features:
 
     def stream(self, rows, size, turn):
         """Read and encode these rows in order -> (features (b, V, S*N, D), ok (b,)), `size` videos at a time. A bad video is told once."""
-        for batch in D.eval_batches(self.source, self.clip, rows=rows, batch_size=size, workers=self.args.workers, seed=self.seed(turn)):
+        how = dict(rows=rows, batch_size=size, workers=self.args.workers, seed=self.seed(turn))
+        others = [self.key] if self.key == "right" else []
+        for batch in D.dense_batches(self.source, self.clip, others, **how) if self.key else D.eval_batches(self.source, self.clip, **how):
+            batch["video"] = batch[self.key or "video"]
             for path, reason in batch["bad"]:
                 self.bad[path] = reason
                 if len(self.bad) == len(set(self.source.paths)):
@@ -249,7 +277,7 @@ class Features:
     def name(self, turn):
         """A hash of all that the features depend on: weights, config, list and files, clip settings, and the pixels that these give for one video."""
         a, clip = self.args, dataclasses.asdict(self.clip)
-        facts = [self.config, self.layer, self.pooled and a.pool, self.bf16, clip, self.clip.train and self.seed(turn), D.fingerprint([self.source])]
+        facts = [self.config, self.layer, self.key, self.pooled and a.pool, self.bf16, clip, self.clip.train and self.seed(turn), D.fingerprint([self.source])]
         digest = hashlib.sha256(json.dumps(facts).encode())
         for key, value in sorted(self.encoder.state_dict().items()):
             digest.update(key.encode() + value.cpu().numpy().tobytes())
@@ -388,14 +416,14 @@ def fit(args, features, labels, classes):
 # --- tasks ---
 
 
-def lists(args):
+def lists(args, labelled=True):
     """The train and the val source."""
     if (args.data, bool(args.train), bool(args.val)) not in (("world", False, False), ("", True, True)):
         raise D.DataError("give --train LIST and --val LIST, or --data world")
     if args.data:
         pair = (("probe", args.train_clips), ("val", args.val_clips))       # "probe" shares no clip with what encoders are trained on
         return [dataclasses.replace(source, labels=source.labels[:clips]) for source, clips in ((D.parse_list("world", s), n) for s, n in pair)]
-    return D.parse_list(args.train, labelled=True), D.parse_list(args.val, labelled=True)
+    return D.parse_list(args.train, labelled=labelled), D.parse_list(args.val, labelled=labelled)
 
 
 def frozen(args, train, val, device):
@@ -428,6 +456,10 @@ def frozen(args, train, val, device):
 
 def classify(args, device):
     """Top-1 and top-5 accuracy on labelled clips."""
+    if args.head == "readout":
+        return space_time(args, device)
+    if args.finetune:
+        raise D.DataError(f"--finetune with --head {args.head}: give --head readout")
     train, val = lists(args)
     known = np.unique(train.labels)
     for source, flag in ((train, "--train"), (val, "--val")):
@@ -451,23 +483,45 @@ def classify(args, device):
     return result, {"per_class": per_class, "confusion": confusion.tolist(), "tried": tried, "bad_videos": bad}
 
 
-def reconstruct(args, device):
-    """Mean squared error of a train_mae4d.py run's decoded clips (--encoder: its folder) beside predicting the clip's mean colour, and a picture."""
-    import train_mae4d as T
-    folder = Path(args.encoder)
+def restore(args, scripts, device):
+    """The run folder --encoder of one of these scripts -> its whole objective with the newest checkpoint's weights, and the checkpoint."""
+    folder = Path(args.encoder.removeprefix("random:"))
     if not (folder / "latest").exists() or not (folder / "config.json").exists():
-        raise D.DataError(f"--encoder {folder}: reconstruct needs the folder of a train_mae4d.py run; decoders are not in encoder files")
+        raise D.DataError(f"--encoder {folder}: {args.task} needs the folder of a training run; predictors and decoders are not in encoder files")
     said = json.loads((folder / "config.json").read_text())["config"]
-    known = {f.name: tuple(said[f.name]) if isinstance(said.get(f.name), list) else said.get(f.name) for f in dataclasses.fields(T.Args)}
-    if "dec_blocks" not in said:
-        raise D.DataError(f"--encoder {folder}: not a run of train_mae4d.py")
-    objective, found = T.MAE4D(dataclasses.replace(T.Args(**known), init="")), M.newest(folder)
+    script = next(name for key, name in (("dec_blocks", "mae4d"), ("split", "salt"), ("prototypes", "tdv"), ("", "vjepa")) if key in {*said, ""})
+    if script not in scripts:
+        raise D.DataError(f"--encoder {folder}: not a run of {' or '.join(f'train_{name}.py' for name in scripts)}")
+    T, found = importlib.import_module(f"train_{script}"), M.newest(folder)
+    if isinstance(found, str):
+        raise D.DataError(found)
+    known = {f.name: tuple(v) if isinstance(v := said[f.name], list) else v for f in dataclasses.fields(T.Args) if f.name in said}
+    a = T.Args(**known | ({"init": ""} if "init" in known else {}))         # a flag that the run did not have yet: its default
+    torch.manual_seed(args.seed)
+    try:
+        if script == "salt":
+            stage = int(m[1]) if (m := re.search(r"stage(\d+)$", str(folder.resolve()))) else len(a.split)
+            teacher = a.teacher or (folder.parent if m else folder) / f"stage{stage - 1}"
+            objective = T.Student(a, *M.load_encoder(teacher)) if stage > 1 else T.VPixel(a)
+        else:
+            objective = {"mae4d": "MAE4D", "vjepa": "VJEPA"}[script] if script != "tdv" else {"tdv": "TDV", "views": "Views"}[a.objective]
+            objective = getattr(T, objective)(a)
+    except ValueError as e:
+        raise D.DataError(f"--encoder {folder}: {e}") from e
+    if args.encoder.startswith("random:"):
+        return objective.to(device).eval().requires_grad_(False), None
     state = {"model": objective.state_dict()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                         # torch's word that this is a single process
         torch.distributed.checkpoint.load(state, checkpoint_id=found)
     objective.load_state_dict(state["model"])
-    objective.to(device).eval()
+    return objective.to(device).eval().requires_grad_(False), found
+
+
+def reconstruct(args, device):
+    """Mean squared error of a train_mae4d.py run's decoded clips (--encoder: its folder) beside predicting the clip's mean colour, and a picture."""
+    import train_mae4d as T
+    objective, found = restore(args, ("mae4d",), device)
     _, val = lists(args)
     config, grid = objective.args, objective.encoder.grid
     clip = D.Clip(args.frames or config.frames, args.stride or config.stride, args.fps or config.fps or None, args.size or config.size, train=False)
@@ -543,7 +597,815 @@ def compare(args, device):
     return {"metric": "delta", "value": deltas, "baseline": baseline}, {}
 
 
-TASKS = {"classify": classify, "reconstruct": reconstruct, "plot": plot, "compare": compare}      # (args, device) -> what is printed, what else is logged
+# --- space and time: what a task asks of a clip, its loss, its metric ---
+
+
+class Dense:
+    """What tasks of space and time see of a source: tokens of the frames (and of the right camera's) by moment and layer, and labels. Stored: tokens on
+    disk as Features keeps them, labels in memory; both are made once and shared by all tasks and seeds."""
+
+    def __init__(self, args, encoder, config, source, layers, clip, device, names):
+        if clip.frames % (a := 1 if config["images"] else config["tubelet"]):
+            raise D.DataError(f"--frames {clip.frames} does not divide into tubelets of {a}")
+        self.args, self.source, self.clip, self.device, self.width, self.layers, self.want = args, source, clip, device, config["width"], layers, layers
+        self.encoder = encoder                                  # as it came: fine-tuning trains copies of it
+        self.grid, self.names, self.labels = (clip.frames // a, *[clip.size // config["patch"]] * 2), [n for n in names if n != "right"], None
+        self.features = {key: Features(args, encoder, config, source, layers, clip, device, key) for key in ("video", *{"right"} & {*names})}
+
+    def seed(self, turn):
+        return self.features["video"].seed(turn)
+
+    def read(self, rows, size, turn, names):
+        yield from D.dense_batches(self.source, self.clip, names, rows=rows, batch_size=size, workers=self.args.workers, seed=self.seed(turn))
+
+    def store(self, folder):
+        for f in self.features.values():
+            f.store(folder)
+        read = lambda turn: self.read(range(len(self.source)), self.args.micro_batch, turn, self.names)
+        self.labels = [[{n: b[n][i] for n in self.names} for b in read(turn) for i in range(len(b["ok"]))] for turn in range(self.features["video"].turns)]
+
+    def of(self, layers):
+        """The same, whose batches have the tokens of these of the layers only."""
+        view = copy.copy(self)
+        view.want = layers
+        return view
+
+    def tokens(self, z):
+        """(b,1,t*n,D of all layers) -> (b,t,n,D of the wanted layers)."""
+        if self.want != self.layers:
+            z = torch.cat([z[..., self.layers.index(i) * self.width :][..., : self.width] for i in self.want], -1)
+        return z[:, 0].unflatten(1, (self.grid[0], -1))
+
+    def tune(self, encoder):
+        """From now on tokens come from this encoder, with gradients."""
+        for f in self.features.values():
+            f.encoder, f.grad = encoder, True
+
+    def batches(self, rows, size, turn=0, encode=True):
+        """For every `size` of these rows, those that can be read: ({key: tokens (b,t,n,D)}, labels as dense_batches has them and "class", rows)."""
+        turn = turn % self.features["video"].turns
+        if self.labels is not None:
+            for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+                part = part[self.features["video"].ok[turn][part]]
+                if len(part):
+                    z = {k: self.tokens(torch.from_numpy(f.stored[turn][part]).to(self.device).float()) for k, f in self.features.items()} if encode else {}
+                    yield z, self.move({n: D.stack([self.labels[turn][r][n] for r in part]) for n in self.names}, part), part
+            return
+        for i, batch in enumerate(self.read(rows, size, turn, [*self.names, *{"right"} & {*self.features}])):
+            ok, part = batch["ok"], rows[i * size : i * size + size]
+            self.features["video"].bad.update(batch["bad"])
+            if n := int(ok.sum()):
+                still, part = torch.zeros(n, dtype=torch.bool), part[ok.numpy()]
+                z = {k: self.tokens(f.encode({"video": batch[k][ok], "flip": still}, n)) for k, f in self.features.items()} if encode else {}
+                yield z, self.move({name: batch[name][ok] for name in self.names}, part), part
+
+    def move(self, labels, rows):
+        return {n: v.to(self.device) for n, v in labels.items()} | {"class": torch.from_numpy(self.source.labels[rows]).to(self.device)}
+
+    def endless(self, rows, size, seed):
+        """Batches of shuffled passes over these rows, without end."""
+        for turn in itertools.count():
+            seen = 0
+            for batch in self.batches(np.random.default_rng((seed, turn)).permutation(rows), size, turn):
+                seen += 1
+                yield batch
+            if not seen:
+                raise D.DataError(f"{self.source.name}: no video can be read")
+
+
+@dataclasses.dataclass
+class Setting:
+    """What heads and labels depend on. mean, std (channels,): of the train labels, the units of what a head puts out."""
+    args: Args
+    width: int                         # of a token
+    grid: tuple                        # (t,h,w)
+    frames: int
+    size: int
+    classes: int = 2
+    mean: torch.Tensor | None = None
+    std: torch.Tensor | None = None
+
+    def wide(self, paper, heads, world=128):
+        """Width and heads of a readout: the paper's, and small ones for the built-in world."""
+        width = self.args.width or (world if self.args.data else paper)
+        return dict(width=width, heads=math.gcd(heads, width))
+
+
+class Asking(nn.Module):
+    """A head of model.py, and how it is asked: call(self, z, y) -> its answer and the labels that this is about."""
+
+    def __init__(self, row, s):
+        super().__init__()
+        self.head, self.call, self.s = row["head"](s), row["call"], s
+
+    def forward(self, z, y):
+        out, y = self.call(self, z, y)
+        if self.s.mean is not None:
+            out = torch.cat([(part := out[..., : len(self.s.mean)]) * self.s.std + self.s.mean, out[..., part.shape[-1] :]], -1)
+        return out, y
+
+
+def mean_of(errors):
+    return errors.sum() / max(1, errors.numel())
+
+
+def known(y):
+    return y["y"].isfinite()
+
+
+def typical(channels):
+    """Constant answers: mean and median of what is known in the train labels, for each channel."""
+    def candidates(ys, s):
+        v = torch.cat([y["y"].reshape(-1, channels) for y in ys])
+        v = v[v.isfinite().all(1)]
+        return [lambda y, c=c.squeeze(): c.expand_as(y["y"]) for c in (v.mean(0), v.median(0).values)]
+    return candidates
+
+
+def ask_plain(m, z, y):
+    return m.head(z["video"])[:, 0], y
+
+
+def ask_ends(m, z, y):
+    return m.head(z["video"][:, [0, -1]])[:, 0], y
+
+
+def ask_depth(m, z, y):
+    return M.unpatch(m.head(z["video"]), (m.s.frames // 2, m.s.size // 8, m.s.size // 8), 2, 8).movedim(1, -1), y
+
+
+def ask_tracks(m, z, y):
+    """In training a random 64 things of each clip (world: 16)."""
+    if m.training and y["first"].shape[1] > (most := 16 if m.s.args.data else 64):
+        pick = torch.randperm(y["first"].shape[1])[:most].to(y["first"].device)
+        y = {k: v[:, pick] for k, v in y.items()}
+    return m.head(z["video"], y["first"].nan_to_num()), y
+
+
+def ask_moments(*frames):
+    """A head that answers for single moments, from the tokens that `frames` pick; in training for one random moment of each clip that has labels.
+    y (B,t,a,H,W,...) -> answer (B,t,a,H,W,channels), in training (B,1,...)."""
+    def call(m, z, y):
+        z, v = [f(z) for f in frames], y["y"]
+        if m.training:
+            some = (v.isfinite() & (v != 255)).flatten(2).any(2).float().cpu() + 1e-6
+            at = torch.arange(len(v))[:, None], torch.multinomial(some, 1)
+            *z, v = (x[at] for x in (*z, v))
+        out = m.head(*(x.flatten(0, 1) for x in z), size=v.shape[3:5]).unflatten(1, (v.shape[2], -1)).movedim(2, -1)
+        return out.unflatten(0, v.shape[:2]), y | {"y": v}
+    return call
+
+
+def now(z):
+    return z["video"]
+
+
+def following(z):
+    return torch.cat([z["video"][:, 1:], z["video"][:, -1:]], 1)
+
+
+def ask_boxes(m, z, y):
+    """The tokens of all layers under each box, weighted by how much of a patch it covers, averaged over the clip -> Linear."""
+    (t, h, w), boxes = m.s.grid, y["boxes"].nan_to_num().unflatten(1, (m.s.grid[0], -1)).flatten(2, 3) / m.s.size       # (B,t,a*O,4) shares
+    edges = [torch.arange(n + 1, device=boxes.device) / n for n in (w, h)]
+    cover = [(torch.minimum(boxes[..., i + 2, None], e[1:]) - torch.maximum(boxes[..., i, None], e[:-1])).clamp(min=0) for i, e in enumerate(edges)]
+    area = (cover[1][..., :, None] * cover[0][..., None, :]).flatten(3).unflatten(2, (-1, y["boxes"].shape[2])).sum(2)  # (B,t,O,n)
+    area = area / area.sum((1, 3), keepdim=True).clamp(min=1e-9)
+    return m.head(torch.einsum("bton,btnd->bod", area, z["video"])), y
+
+
+def relative_pose(labels, s):
+    """(B,12): the last camera in the first one's coordinates, three rows of rotation and translation."""
+    R, p = labels["pose"][..., :3, :3], labels["pose"][..., :3, 3:]
+    back = R[:, 0].transpose(1, 2)
+    return {"y": torch.cat([back @ R[:, -1], back @ (p[:, -1] - p[:, 0])], 2).flatten(1)}
+
+
+def rigid(m):
+    """(B,12) -> the same with the nearest rotation (Procrustes)."""
+    m = m.view(-1, 3, 4)
+    u, _, v = torch.linalg.svd(m[..., :3].double())
+    flip = torch.ones_like(m[:, 0, :3], dtype=torch.double)
+    flip[:, 2] = torch.linalg.det(u @ v)
+    return torch.cat([((u * flip[:, None]) @ v).to(m), m[..., 3:]], 2).flatten(1)
+
+
+CUBE = torch.tensor(list(itertools.product((-0.5, 0.5), (-0.5, 0.5), (0.5, 1.5))))       # corners, in front of the first camera
+
+
+def pose_error(p, y):
+    """Mean distance of the cube's corners moved by either pose, for each clip whose poses are known."""
+    ok = known(y).all(1)
+    p, y = rigid(p[ok]).view(-1, 3, 4), y["y"][ok].view(-1, 3, 4)
+    moved = [CUBE.to(v) @ v[..., :3].transpose(1, 2) + v[:, None, :, 3] for v in (p, y)]
+    return (moved[0] - moved[1]).norm(dim=-1).mean(1, keepdim=True)
+
+
+def points(labels, s):
+    """Points that are seen in the first frame, (B,P,T,2) as shares of the picture."""
+    xy = labels["tracks"].transpose(1, 2) / s.size
+    seen = labels["visible"].transpose(1, 2) & xy.isfinite().all(-1)
+    return {"y": xy, "first": xy[:, :, 0].masked_fill(~seen[:, :, :1], math.nan), "seen": seen, "asked": seen[:, :, 0]}
+
+
+def points_loss(out, y):
+    """Huber on places (its corner at 4 pixels of 256), cross-entropy on "is seen" and on "is off by more than 6 pixels of 256" (TAPIR's two numbers)."""
+    asked, seen = y["asked"][:, :, None].expand(y["seen"].shape), y["seen"] & y["asked"][:, :, None]
+    xy, bce = out[..., :2].sigmoid(), lambda logit, truth: mean_of(F.binary_cross_entropy_with_logits(logit, truth.float(), reduction="none"))
+    off = (xy.detach() - y["y"]).norm(dim=-1) > 6 / 256
+    place = mean_of(F.huber_loss(xy[seen], y["y"][seen], delta=4 / 256, reduction="none"))
+    return 100 * place + 0.1 * bce(out[..., 2][asked], y["seen"][asked]) + 0.1 * bce(out[..., 3][seen], off[seen])
+
+
+def points_answer(out):
+    """-> (B,P,T,3): place, and 1 where the point is called visible. TAPIR also hides points whose place is uncertain, which is right for good trackers only:
+    where most places are off by more than 6 pixels it would hide nearly all of them."""
+    return torch.cat([out[..., :2].sigmoid(), (out[..., 2:3] > 0).float()], -1)
+
+
+def jaccards(p, y):
+    """Jaccard of each clip at 1, 2, 4, 8 and 16 pixels of 256 over the points seen in the first frame and all later frames (TAP-Vid) -> (clips, 5)."""
+    out = []
+    for p, gt, seen, asked in zip(p, y["y"], y["seen"], y["asked"]):
+        p, gt, seen = p[asked, 1:], gt[asked, 1:], seen[asked, 1:]
+        called = p[..., 2] > 0.5
+        near = [seen & ((p[..., :2] - gt).norm(dim=-1) * 256 < r) for r in (1, 2, 4, 8, 16)]
+        if (seen | called).any():                               # true positives / (visible + false positives)
+            out.append(torch.stack([(n & called).sum() / (seen.sum() + (called & ~n).sum()) for n in near]))
+    return torch.stack(out) if out else torch.zeros(0, 5)
+
+
+def boxes(labels, s):
+    """Boxes that cover at least 0.5 % of the first frame, (B,O,T,4) as shares of the picture."""
+    y = labels["boxes"].transpose(1, 2) / s.size
+    area = (y[:, :, 0, 2:] - y[:, :, 0, :2]).prod(-1)
+    y = y.masked_fill(~(area >= 0.005)[:, :, None, None], math.nan)
+    return {"y": y, "first": y[:, :, 0]}
+
+
+def ious(p, y):
+    """Intersection over union of every known box but the first frame's -> (boxes, 1)."""
+    ok = known(y).all(-1)
+    ok[:, :, 0] = False
+    p, y = p[ok], y["y"][ok]
+    area = lambda b: (b[:, 2:] - b[:, :2]).clamp(min=0).prod(1)
+    both = area(torch.cat([torch.maximum(p[:, :2], y[:, :2]), torch.minimum(p[:, 2:], y[:, 2:])], 1))
+    return (both / (area(p) + area(y) - both).clamp(min=1e-9))[:, None]
+
+
+def actions(labels, s):
+    """What each box shows: AVA's actions; in the world, whether it is a sphere or a box."""
+    y = labels["boxes"].isfinite().all(-1).any(1)
+    if "actions" in labels:
+        kind = labels["actions"].float()
+    else:
+        kind = torch.eye(2, device=y.device)[[0] * D.SPHERES + [1] * D.BOXES].expand(len(y), -1, -1)
+    return {"y": kind.masked_fill(~y[..., None], math.nan), "boxes": labels["boxes"]}
+
+
+def average_precision(score, y):
+    """Area under the steps of precision over recall; what has equal scores is called together. score, y (n,)."""
+    value, group = torch.unique(-score, return_inverse=True)
+    hits, n = (torch.zeros(len(value), dtype=torch.double).index_add(0, group, v.double()).cumsum(0) for v in (y, torch.ones_like(y)))
+    return ((hits.diff(prepend=hits.new_zeros(1)) / hits[-1]) * hits / n).sum() if hits[-1] else None
+
+
+def mean_ap(rows):
+    """rows (boxes, 2*C): scores, then truth -> mean over the classes that occur."""
+    found = [average_precision(s, y) for s, y in zip(*(v.T for v in rows.chunk(2, 1)))]
+    return {"map": float(np.mean([f for f in found if f is not None]))}
+
+
+def kinds(labels, s):
+    """Classes (B,t,a,H,W), 255 unknown; of the world wall, floor, spheres, boxes: its objects are classes only in pairs."""
+    mask = labels["masks"].long()
+    if s.args.data:
+        mask = torch.tensor([0, 1] + [2] * D.SPHERES + [3] * D.BOXES + [255] * 256, device=mask.device)[mask]
+    return {"y": mask.unflatten(1, (s.grid[0], -1))}
+
+
+def confusion(p, y):
+    """(1, C*C): row by row, what pixels of each class were called. p (..., C)."""
+    C, y = p.shape[-1], y["y"]
+    ok = y < C
+    return torch.bincount(y[ok] * C + p.argmax(-1)[ok], minlength=C * C)[None]
+
+
+def mean_iou(counts):
+    """From the confusion of the whole data set: mean over classes that occur or are called, and accuracy over classes that occur."""
+    counts = counts.sum(0).view(math.isqrt(counts.shape[1]), -1)
+    hit, truth, called = counts.diag(), counts.sum(1), counts.sum(0)
+    return {"miou": (hit / (truth + called - hit)).nanmean().item(), "macc": (hit / truth).nanmean().item()}
+
+
+def flow(labels, s):
+    y = F.pad(labels["flow"], (0, 0, 0, 0, 0, 0, 0, 1), value=math.nan)                  # the last frame's leads out of the clip
+    return {"y": y.unflatten(1, (s.grid[0], -1))}
+
+
+def flow_sums(p, y):
+    error = (p - y["y"]).norm(dim=-1)
+    error = error[error.isfinite()]
+    return torch.stack([error.sum(), torch.tensor(float(error.numel())).to(error)])[None]
+
+
+def laplace_loss(out, y):
+    """Negative log-likelihood of Laplace's distribution: |d - dhat| / b + log b, out = (dhat, log b)."""
+    ok = known(y)
+    d, b = out[..., 0][ok], out[..., 1][ok].clamp(-5, 5)
+    return mean_of((d - y["y"][ok]).abs() * (-b).exp() + b)
+
+
+def squares(out, y):
+    return mean_of((out - y["y"])[known(y)].square())
+
+
+def first(out):
+    return out[..., 0]
+
+
+def same(out):
+    return out
+
+
+def stereo_sums(p, y):
+    error = (p - y["y"])[known(y)].abs()
+    return torch.stack([error.sum(), (error > 0.5).sum().float(), (error > 1).sum().float(), torch.tensor(float(error.numel())).to(error)])[None]
+
+
+def ratio(*names):
+    """Sums with their count in the last column -> pooled means."""
+    return lambda sums: dict(zip(names, (sums.sum(0)[:-1] / sums.sum(0)[-1]).tolist()))
+
+
+def depth_sums(p, y):
+    ok = known(y)
+    return torch.stack([((p - y["y"]).abs() / y["y"])[ok].sum(), ok.sum().float()])[None]
+
+
+def class_scores(p, y):
+    """Right at first, and among the first five, for each clip -> (B, 2)."""
+    return (p.topk(min(5, p.shape[1]), 1).indices == y["y"][:, None]).cumsum(1)[:, [0, -1]].bool()
+
+
+def commonest(ys, s):
+    """The constant answer of a classifier."""
+    v = torch.cat([y["y"].flatten() for y in ys])
+    best = v[v < s.classes].bincount().argmax()
+    return [lambda y: F.one_hot(torch.full_like(y["y"], best), s.classes).float()]
+
+
+def still(extra=0):
+    """What stands for no video in tracking: everything stays where it was."""
+    return lambda ys, s: [lambda y: F.pad(y["first"][:, :, None].expand(y["y"].shape), (0, extra), value=1.0)]
+
+
+# labels: of dense_batches. y(labels, setting): the task's labels in a form of its own, NaN where unknown. layers: 4 of them, or the last. head, call: see
+# Asking; channels: its answer is in units of the labels' mean and deviation. loss(out, y). answer(out): what the metric takes. tally(answer, y): rows that
+# final(rows) turns into the metric and its companions. up: higher is better. constants(ys): answers that look at no video; the best on train is the baseline
+DENSE = {
+    "classify": dict(labels=(), y=lambda l, s: {"y": l["class"]}, layers=1, up=True, final=lambda c: dict(zip(("top1", "top5"), c.mean(0).tolist())),
+                     head=lambda s: M.Readout(s.width, s.grid, s.classes, queries=(1, 1, 1), steps=s.args.resample, **s.wide(768, 12)), call=ask_plain,
+                     loss=lambda out, y: F.cross_entropy(out, y["y"]), answer=same, tally=class_scores, constants=commonest),
+    "pose": dict(labels=("pose",), y=relative_pose, layers=1, up=False, final=lambda e: {"epe": e.mean().item()}, channels=12,
+                 head=lambda s: M.Readout(s.width, (2, *s.grid[1:]), 12, queries=(1, 1, 1), **s.wide(s.width, 8)), call=ask_ends,
+                 loss=squares, answer=same, tally=pose_error, constants=typical(12)),
+    "points": dict(labels=("tracks", "visible"), y=points, layers=1, up=True, final=lambda j: {"aj": j.mean().item(), "jaccard": j.mean(0).tolist()},
+                   head=lambda s: M.Tracker(s.width, s.grid, 2, s.frames, 4, copies=s.frames // 2, steps=s.args.resample, **s.wide(1024, 8)),
+                   call=ask_tracks, loss=points_loss, answer=points_answer, tally=jaccards, constants=still(1)),
+    "boxes": dict(labels=("boxes",), y=boxes, layers=1, up=True, final=lambda i: {"miou": i.mean().item()},
+                  head=lambda s: M.Tracker(s.width, s.grid, 4, s.frames, 4, steps=s.args.resample, **s.wide(1024, 4)),
+                  call=ask_tracks, loss=squares, answer=same, tally=ious, constants=still()),
+    "depth": dict(labels=("depth",), layers=1, up=False, final=ratio("absrel"), channels=1,
+                  y=lambda l, s: {"y": l["depth"].masked_fill(~((l["depth"] > 0.001) & (l["depth"] < 10)), math.nan)},
+                  head=lambda s: M.Readout(s.width, s.grid, 128, queries=(s.frames // 2, s.size // 8, s.size // 8), steps=s.args.resample, **s.wide(1024, 16)),
+                  call=ask_depth, loss=lambda out, y: squares(first(out), y), answer=first, tally=depth_sums, constants=typical(1)),
+    "segment": dict(labels=("masks",), y=kinds, layers=4, up=True, final=mean_iou, call=ask_moments(now),
+                    head=lambda s: M.UPerNet(s.width, s.grid[1:], s.frames // s.grid[0] * s.classes, s.wide(512, 1, 32)["width"]),
+                    loss=lambda out, y: mean_of(F.cross_entropy(out[y["y"] < 255], y["y"][y["y"] < 255], reduction="none")),
+                    answer=same, tally=confusion, constants=commonest),
+    "flow": dict(labels=("flow",), y=flow, layers=4, up=False, final=ratio("epe"), channels=2, call=ask_moments(now, following),
+                 head=lambda s: M.TwoFrameDPT(s.width, s.grid[1:], 2 * s.frames // s.grid[0], **s.wide(768, 12, 64)),
+                 loss=lambda out, y: mean_of((out - y["y"])[known(y)].abs()), answer=same, tally=flow_sums, constants=typical(2)),
+    "stereo": dict(labels=("right", "disparity"), layers=4, up=False, final=ratio("average", "bad0.5", "bad1"), channels=1,
+                   y=lambda l, s: {"y": l["disparity"].unflatten(1, (s.grid[0], -1))}, call=ask_moments(now, lambda z: z["right"]),
+                   head=lambda s: M.TwoFrameDPT(s.width, s.grid[1:], 2 * s.frames // s.grid[0], **s.wide(768, 12, 64)),
+                   loss=laplace_loss, answer=first, tally=stereo_sums, constants=typical(1)),
+    "detect": dict(labels=("boxes", "actions"), y=actions, layers=4, up=True, final=mean_ap, call=ask_boxes,
+                   head=lambda s: nn.Sequential(M.LayerNorm(4 * s.width), nn.Linear(4 * s.width, s.classes)),
+                   loss=lambda out, y: mean_of(F.binary_cross_entropy_with_logits(out[known(y)], y["y"][known(y)], reduction="none")),
+                   answer=same, tally=lambda p, y: torch.cat([p, y["y"]], 2)[known(y).all(2)],
+                   constants=lambda ys, s: [lambda y: torch.zeros_like(y["y"])]),                   # all boxes alike
+}
+
+
+def open_clips(args, names, layers, labelled, device):
+    """-> the train and val Dense of --encoder with these labels, its config, and the layer that readouts read."""
+    train, val = lists(args, labelled)
+    encoder, config = load(args)
+    if not (depth := config.get("depth", 0)):
+        raise D.DataError(f"--encoder {args.encoder}: {args.task} needs the tokens of an encoder")
+    encoder.to(device).eval().requires_grad_(False)
+    if args.layer > depth:
+        raise D.DataError(f"--layer {args.layer}: the encoder has {depth} blocks")
+    top = args.layer or config.get(f"layer_{args.task}") or config.get("layer") or depth
+    quarters = tuple(max(1, round(top * q / 4)) for q in (1, 2, 3, 4))
+    stride = 1 if "flow" in names or args.data else args.stride or config.get("stride", 4)
+    clip = D.Clip(args.frames or config.get("frames", 16), stride, None, args.size or config.get("size", 224), args.crop_scale, args.crop_ratio, flip=False)
+    if clip.frames % 2 or clip.size % 8 or clip.size % config["patch"]:
+        raise D.DataError(f"--frames {clip.frames} must be even, --size {clip.size} divisible by 8 and by the encoder's patch of {config['patch']}")
+    names, wanted = [n for n in names if not (args.data and n == "actions")], {top, *(quarters if layers > 1 else ())}
+    if args.task == "all" and not args.layer:
+        wanted.add(config.get("layer_classify") or top)
+    both = []
+    for source, random in ((train, args.train_passes > 0), (val, False)):
+        try:
+            both.append(Dense(args, encoder, config, source, tuple(sorted(wanted)), dataclasses.replace(clip, train=random), device, names))
+        except ValueError as e:
+            raise D.DataError(f"--encoder {args.encoder} cannot take these clips: {e}") from e
+    folder = Path(args.cache_dir or Path(args.out_dir) / "features")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not args.finetune and sum(f.bytes for x in both for f in x.features.values()) <= min(args.cache_gb * 1e9, 0.9 * shutil.disk_usage(folder).free):
+        for x in both:
+            x.store(folder)
+    return *both, config, top, quarters
+
+
+def learn(row, s, rates, data, rows, config):
+    """One head for each learning rate, all on the same batches, by 4DS's recipe (A.2): AdamW, warm-up, cosine. Fine-tuning takes one rate: a copy of the
+    encoder is trained with the head, at 0.003 of its rate (4DS, A.4) or 0.8 of it for each layer that lies between (V-JEPA, Table 8)."""
+    a, models, groups = s.args, [], []
+    for lr in rates:
+        torch.manual_seed(a.seed)
+        models.append(Asking(row, s).to(data.device).train())
+        groups += [dict(g, peak=lr) for g in M.param_groups(models[-1], (a.grid_wd or (1e-4,))[0])]
+    if a.finetune:
+        encoder, depth = copy.deepcopy(data.encoder).requires_grad_(True), config["depth"]
+        layers = {"norm.": 1.0} | {f"blocks.{i}.": 0.8 ** (depth - i) for i in range(depth)} | {"": 0.8 ** (depth + 1)}
+        wd, factors = (1e-4, {"": 0.003}) if a.finetune == "4ds" else (0.05, layers)
+        groups += [dict(g, peak=rates[0] * g["factor"]) for g in M.param_groups(encoder, wd, factors)]
+        models[0].encoder = encoder
+        data.tune(encoder)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    steps, batch, warmup = a.steps, a.batch_size or 32, min(1000, a.steps // 10)
+    micro = math.gcd(batch, a.micro_batch) if a.finetune else batch
+    batches = data.endless(rows, micro, a.seed)
+    for step in tqdm(range(steps), desc=a.task, disable=not sys.stderr.isatty()):
+        share = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        for g in groups:
+            g["lr"] = max(1e-7, g["peak"] * share)
+        for _ in range(batch // micro):
+            z, labels, _ = next(batches)
+            y = row["y"](labels, s)
+            for m in models:
+                torch.manual_seed(a.seed * 1_000_003 + step)    # what a head picks at random does not depend on the other heads
+                with data.features["video"].autocast():
+                    out, asked = m(z, y)
+                (row["loss"](out.float(), asked) * (micro / batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return models
+
+
+def best_of(found, up):
+    """Index of the best among metrics, of which the first entry counts; one that is not finite loses."""
+    value = [next(iter(f.values())) * (1 if up else -1) for f in found]
+    return max(range(len(found)), key=lambda i: value[i] if math.isfinite(value[i]) else -math.inf)
+
+
+@torch.no_grad()
+def measure(row, s, answers, data, rows, size, keep=0):
+    """The metric of each of these functions (z, y) -> answer over these rows, and answers and labels of the first `keep` batches."""
+    tallies, kept = [[] for _ in answers], []
+    for z, labels, part in data.batches(rows, size, encode=any(isinstance(f, Asking) for f in answers)):
+        y = row["y"](labels, s)
+        for tally, f in zip(tallies, answers):
+            with data.features["video"].autocast():
+                p = row["answer"](f.eval()(z, y)[0].float()) if isinstance(f, Asking) else f(y)
+            tally.append(row["tally"](p, y).double().cpu())
+        if len(kept) < keep:
+            kept.append((p, y, part))
+    return [row["final"](torch.cat(t)) for t in tallies], kept
+
+
+def space_time(args, device, opened=None):
+    """A task of DENSE: a head on frozen tokens (or --finetune), its metric on val, and that of the best constant answer."""
+    row, args = DENSE[args.task], dataclasses.replace(args, steps=args.steps or (600 if args.data else 20_000 if args.finetune else 40_000))
+    train, val, config, top, quarters = opened or open_clips(args, row["labels"], row["layers"], args.task == "classify", device)
+    want = quarters if row["layers"] > 1 else (args.layer or config.get(f"layer_{args.task}") or top,)
+    train, val, rows = train.of(want), val.of(want), np.arange(len(train.source))
+    s = Setting(args, config["width"], train.grid, train.clip.frames, train.clip.size)
+    labels = [part for _, part, _ in train.batches(rows[:512], args.micro_batch, encode=False)]          # what constants and units are taken from
+    if not labels:
+        raise D.DataError(f"{train.source.name}: no video can be read")
+    if args.task == "classify":
+        s.classes = int(train.source.labels.max()) + 1
+    if args.task == "segment":
+        s.classes = args.classes or 1 + max(int(m[m < 255].max()) for m in (row["y"](part, s)["y"] for part in labels) if (m < 255).any())
+    ys = [row["y"](part, s) for part in labels]
+    if args.task == "detect":
+        s.classes = ys[0]["y"].shape[2]
+    if channels := row.get("channels"):
+        v = torch.cat([y["y"].reshape(-1, channels) for y in ys])
+        v = v[v.isfinite().all(1)]
+        if len(v) < 2:
+            raise D.DataError(f"{train.source.name}: the first 512 clips have no labels for {args.task}")
+        s.mean, s.std = v.mean(0), v.std(0) + 1e-6
+
+    constants = row["constants"](ys, s)
+    scores = [row["final"](torch.cat([row["tally"](c(y), y).double().cpu() for y in ys])) for c in constants]
+    constant = constants[best_of(scores, row["up"])]
+    usual = ((1e-3,) if args.data else (3e-4,)) if args.finetune else (2e-3,) if args.data else (1e-4, 3e-4, 1e-3)
+    rates, fit, held = args.grid_lr or usual, rows, rows[:0]
+    if len(rates) > 1:
+        fit, held = hold_out(train.source.paths or [str(i) for i in rows], args.group, args.holdout, args.seed)
+    models = [m for some in ([[lr] for lr in rates] if args.finetune else [rates]) for m in learn(row, s, some, train, fit, config)]
+    found = []
+    for m in models if len(rates) > 1 else ():
+        if args.finetune:
+            train.tune(m.encoder)
+        found += measure(row, s, [m], train, held, args.micro_batch)[0]
+    best = models[best_of(found, row["up"]) if found else 0]
+    if args.finetune:
+        val.tune(best.encoder)
+    (base, result), kept = measure(row, s, [constant, best], val, np.arange(len(val.source)), args.micro_batch, keep=1)
+    name, value = next(iter(result.items()))
+    picture = draw(args, s, val, *kept[0])
+    bad = {k: v for x in (train, val) for f in x.features.values() for k, v in f.bad.items()}
+    result = {"metric": name, "value": value, "constant": base[name], "better": "higher" if row["up"] else "lower",
+              **{k: v for k, v in result.items() if k != name}, "lr": rates[models.index(best)], "steps": args.steps, "finetune": args.finetune,
+              "params": sum(p.numel() for p in best.head.parameters()), "layer": list(want),
+              "n_train": len(train.source), "n_val": len(val.source), "bad": len(bad), "picture": picture}
+    return result, {"constants": base, "tried": [{"lr": lr, **f} for lr, f in zip(rates, found)], "bad_videos": bad}
+
+
+# --- pictures of tasks ---
+
+
+def heat(v, truth):
+    """Numbers (...) -> colours (...,3) from blue to red over the range of the truth."""
+    low, high = np.nanquantile(truth.numpy(), (0.02, 0.98)) if truth.isfinite().any() else (0, 1)
+    v = ((v - low) / max(high - low, 1e-9)).clamp(0, 1)
+    return torch.stack([(1.5 - (4 * v - centre).abs()).clamp(0, 1) for centre in (3, 2, 1)], -1).nan_to_num()
+
+
+def wheel(v, truth):
+    """Flow (...,2) -> its direction as a hue, its length (of the longest true one) as saturation: nothing moves where it is white."""
+    top = np.nanquantile(truth.norm(dim=-1).numpy(), 0.98) if truth.isfinite().any() else 1
+    angle, far = torch.atan2(v[..., 1], v[..., 0])[..., None], (v.norm(dim=-1) / max(top, 1e-9)).clamp(max=1)[..., None]
+    return (1 - far * (0.5 - 0.5 * torch.cos(angle - torch.tensor([0, 2, 4]) * math.pi / 3))).nan_to_num()
+
+
+def hue(i):
+    """The colour of thing i."""
+    return wheel(torch.tensor([math.cos(2.4 * i), math.sin(2.4 * i)])[None], torch.tensor([[1.0, 0]]))[0]
+
+
+def palette(v, truth):
+    return torch.stack([hue(i) for i in range(255)] + [torch.zeros(3)])[v.long()]
+
+
+def enlarge(image, zoom):
+    """(...,H,W,3) with every pixel `zoom` times."""
+    return image.repeat_interleave(zoom, -3).repeat_interleave(zoom, -2)
+
+
+def outline(image, box, colour):
+    """Draw a box, given as shares, into (H,W,3)."""
+    if box.isfinite().all():
+        (x0, y0), (x1, y1) = [(v * (len(image) - 1)).round().int().clamp(0, len(image) - 1).tolist() for v in (box[:2], box[2:])]
+        image[[y0, y1], x0 : x1 + 1] = image[y0 : y1 + 1, [x0, x1]] = colour
+
+
+MAPS = {"depth": heat, "stereo": heat, "flow": wheel, "segment": palette}
+
+
+def draw(args, s, data, p, y, rows):
+    """TASK.png: four val clips with what is true and what was answered, or truth against answer -> its path."""
+    file, n = Path(args.out_dir) / f"{args.task}.png", min(4, len(rows))
+    p, y = p.cpu(), {k: v.cpu() for k, v in y.items()}
+    if args.task == "classify":                                 # a row for each clip: probabilities, the true class in red
+        image = p.softmax(1)[..., None].repeat(1, 1, 3)
+        image[torch.arange(len(p)), y["y"], 0] = 1
+        return save(file, enlarge(image, 16))
+    if args.task == "pose":                                     # twelve panels: truth to the right, answer up
+        image = torch.ones(3, 4, 96, 96, 3)
+        for i, (a, b) in enumerate(zip(y["y"].T, p.T)):
+            low, high = a.nan_to_num().min(), a.nan_to_num().max() + 1e-9
+            at = [((v - low) / (high - low) * 90 + 2).nan_to_num(-1).clamp(-1, 93).int() for v in (a, b)]
+            panel = image[i // 4, i % 4]
+            panel[:, -1] = panel[-1] = 0.5
+            for u, v in zip(*at):
+                panel[95 - v - 2 : 95 - v, u : u + 2] = torch.tensor([0.8, 0.1, 0.1])
+        return save(file, image.transpose(1, 2).flatten(2, 3).flatten(0, 1))
+    video = next(data.read(rows[:n], n, 0, []))["video"].float() / 255                                  # (n,T,H,W,3)
+    at, zoom = np.linspace(0, s.frames - 1, 4).astype(int), max(1, 128 // s.size)
+    shown = enlarge(video[:, at], zoom)
+    strips = [shown]
+    if args.task in MAPS:
+        values = [y["y"][:n], p[:n].argmax(-1) if args.task == "segment" else p[:n]]
+        values = [v if args.task == "depth" else v.flatten(1, 2) for v in values]                       # (n,T,H,W,...)
+        strips += [enlarge(MAPS[args.task](v[:, at], values[0]), zoom) for v in values]
+        if args.task == "flow":                                 # the key to the colours
+            r = torch.linspace(-1, 1, 32)
+            strips[0][0, 0, :32, :32] = wheel(torch.stack(torch.meshgrid(r, r, indexing="xy"), -1), torch.ones(1, 2) / 2**0.5)
+    else:
+        shown = strips[0] = 0.4 * shown.mean(-1, keepdim=True).expand(shown.shape)                     # grey and dark, for the marks to stand out
+        strips.append(shown.clone())
+        for i, (k, frame) in itertools.product(range(n), enumerate(at)):
+            for o in range(min(16, y["y"].shape[1])):
+                if args.task == "points":                       # both strips: squares where points are, dots where they are said to be, if visible
+                    spots = [(0, y["y"][i, o, frame], 3, y["seen"][i, o, frame]), (1, p[i, o, frame, :2], 1, p[i, o, frame, 2] > 0.5)]
+                    for strip, xy, r, seen in spots:
+                        if seen and y["asked"][i, o]:
+                            outline(strips[strip][i, k], torch.cat([xy - r / 128, xy + r / 128]), hue(o))
+                elif args.task == "boxes":
+                    outline(strips[0][i, k], y["y"][i, o, frame], hue(o))
+                    if y["first"][i, o].isfinite().all():
+                        outline(strips[1][i, k], p[i, o, frame], hue(o))
+                else:                                           # above the true class, below the one with the highest score
+                    for strip, kind in zip(strips, (y["y"][i, o].nan_to_num(), p[i, o])):
+                        outline(strip[i, k], y["boxes"][i, frame, o] / s.size, hue(int(kind.argmax())))
+    return save(file, torch.stack(strips, 1).transpose(2, 3).flatten(3, 4).flatten(0, 2))
+
+
+def components(args, data):
+    """pca.png: four val clips, and the first three principal components of their tokens as colours."""
+    data, n = data.of(data.layers[-1:]), min(4, len(data.source))
+    z, _, rows = next(data.batches(np.arange(n), n))
+    video = next(data.read(rows, n, 0, []))["video"].float() / 255
+    z, (t, h, w) = z["video"].cpu().flatten(0, 2), data.grid
+    u, s, _ = torch.linalg.svd(z - z.mean(0), full_matrices=False)
+    u, zoom = (u[:, :3] - u[:, :3].amin(0)) / (u[:, :3].amax(0) - u[:, :3].amin(0)), max(1, 128 // data.clip.size)
+    colours = enlarge(u.view(n, t, h, w, 3), data.clip.size // h * zoom)
+    strips = torch.stack([enlarge(video[:, :: data.clip.frames // t], zoom), colours], 1)
+    return save(Path(args.out_dir) / "pca.png", strips.transpose(2, 3).flatten(3, 4).flatten(0, 2))
+
+
+def save(file, image):
+    D.save_png(file, image.clamp(0, 1).mul(255).byte().numpy())
+    return str(file)
+
+
+# --- intuitive physics, and the whole suite ---
+
+
+def forecaster(args, device):
+    """--encoder -> its surprise(x, C) -> (B,): mean |P(E(x[:C]), later ids) - h| over windows x (B,3,F,H,W) of which C frames are seen, and its
+    {frames, stride, size, mean, std}. h is what the predictor was trained on: LN of the target's tokens (V-JEPA, SALT), or pixels (SALT's stage 1, 4DS)."""
+    name, norm = args.encoder.removeprefix("random:"), lambda h: F.layer_norm(h.float(), h.shape[-1:])
+
+    def ids(encoder, x, C):
+        """Token ids of the first C frames, and of the rest."""
+        t, n = x.shape[2] // encoder.tubelet, encoder.grid[1] * encoder.grid[2]
+        return torch.arange(t * n, device=device).expand(len(x), -1).split([C // encoder.tubelet * n, (t - C // encoder.tubelet) * n], 1)
+
+    def latent(encoder, predictor, targets):
+        def surprise(x, C):
+            (keep, pred), h = ids(encoder, x, C), targets(x)
+            h = h.gather(1, pred[..., None].expand(-1, -1, h.shape[-1]))
+            return (predictor(encoder(x, keep), keep, pred).float() - h).abs().mean((1, 2))
+        return surprise
+
+    if not (Path(name) / "latest").exists():                    # published weights
+        try:
+            if name != args.encoder:
+                raise ValueError(f"{args.encoder}: random weights need the folder of a run")
+            predictor, config = M.load_predictor(name)
+            encoder, target = (M.load_encoder(name, key=key)[0].to(device) for key in ("encoder", "target_encoder"))
+        except ValueError as e:
+            raise D.DataError(f"--encoder {e}; physics needs an encoder and its predictor: a run's folder, or a file with both") from e
+        return latent(encoder, predictor.to(device), lambda x: norm(target(x))), dict(frames=16, stride=4, size=config["size"], **M.IMAGENET)
+    o, _ = restore(args, ("vjepa", "salt", "mae4d", "tdv"), device)
+    if hasattr(o, "decoder"):                                   # 4DS
+        def surprise(x, C):
+            return (o(x, ids(o.encoder, x, C)[0], reconstruct=True) - x)[:, :, C:].abs().mean((1, 2, 3, 4))
+    elif getattr(o, "motion", None) is not None:                # TDV: each frame from the one before and their difference
+        def surprise(x, C):
+            a, b = (x[:, :, i:j].transpose(1, 2).flatten(0, 1)[:, :, None] for i, j in ((0, -1), (1, None)))
+            z = o.encoder(a)
+            return (z + o.motion(b if o.args.motion_input == "frame" else b - a, z) - o.target(b)).abs().mean((1, 2)).view(len(x), -1).mean(1)
+    elif hasattr(o, "predictor"):
+        surprise = latent(o.encoder, o.predictor, o.targets if hasattr(o, "targets") else lambda x: norm(o.target(x)))
+    else:
+        raise D.DataError(f"--encoder {args.encoder}: has no predictor, so it foretells nothing")
+    pixels = dict(mean=[0.0] * 3, std=[1.0] * 3) if hasattr(o, "decoder") else M.IMAGENET
+    return surprise, dict(frames=o.args.frames, stride=o.args.stride, size=o.args.size, **pixels)
+
+
+@torch.no_grad()
+def physics(args, device):
+    """Is the impossible version of a scene more surprising than the possible one? Nothing is trained (SALT, appendix D; Garrido et al., 2025)."""
+    surprise, about = forecaster(args, device)
+    _, val = lists(args, labelled=False)
+    window, frames = about["frames"], args.frames or about["frames"]
+    contexts = args.context or (window // 2,)
+    if not all(0 < C < window and C % 2 == 0 for C in contexts) or frames < window:
+        raise D.DataError(f"--context {contexts} --frames {frames}: of windows of {window} frames an even part is seen, the rest foretold")
+    clip = D.Clip(frames, 1 if args.data else args.stride or about["stride"], None, args.size or about["size"], train=False)
+    rows, early, shown = [], 0, None
+    for batch in D.dense_batches(val, clip, ("impossible", "kind", "change"), batch_size=args.micro_batch, workers=args.workers):
+        pair = []
+        for key in ("video", "impossible"):
+            x = D.prepare({"video": batch[key], "flip": batch["flip"]}, device, about["mean"], about["std"])
+            starts = range(0, frames - window + 1, 2)           # the paper's stride of 2
+            pair.append(torch.stack([surprise(x[:, :, t : t + window], C) for t in starts for C in contexts]).mean(0))
+        ok = batch["ok"]
+        rows.append(torch.stack([*(v.cpu() for v in pair), batch["kind"].float()], 1)[ok])
+        differ = (batch["video"] != batch["impossible"]).flatten(2).any(2)
+        early += int((differ & (torch.arange(frames) < batch["change"][:, None] // clip.stride)).any(1)[ok].sum())
+        if shown is None:
+            at = np.linspace(0, frames - 1, 8).astype(int)
+            a, b = (batch[k][:6, at].float() / 255 for k in ("video", "impossible"))
+            shown = enlarge(torch.stack([a, b, (a - b).abs()], 1), max(1, 96 // clip.size))             # the possible, the impossible, where they differ
+            save(Path(args.out_dir) / "physics.png", shown.transpose(2, 3).flatten(3, 4).flatten(0, 2))
+    possible, impossible, kind = torch.cat(rows).double().T
+    right = (impossible > possible).double() + 0.5 * (impossible == possible)
+    by_kind = {D.IMPOSSIBLE[int(k)] if args.data else str(int(k)): right[kind == k].mean().item() for k in kind.unique()}
+    return {"metric": "relative_accuracy", "value": right.mean().item(), "constant": 0.5, "better": "higher",
+            "error": (right.std() / len(right) ** 0.5).item(), "kinds": by_kind, "surprise": [possible.mean().item(), impossible.mean().item()],
+            "context": contexts, "windows": len(starts), "n_val": len(right), "differ_early": early}, {"pairs": torch.stack([possible, impossible], 1).tolist()}
+
+
+def everything(args, device):
+    """All tasks that the data has labels for, tokens computed once: all.json and all.md, a row for each task, and radar.png."""
+    tasks = [*DENSE, "physics"]
+    if not args.data:
+        train, _ = lists(args, labelled=False)
+        beside = Path(train.paths[0]).with_suffix(".safetensors")
+        has = set(D.safe_open(beside, "pt").keys()) if beside.exists() else set()
+        needs = {t: {*row["labels"]} - {*D.SEEN} for t, row in DENSE.items()} | {"physics": {"impossible"}}
+        tasks = [t for t in tasks if has >= needs[t] and (t != "classify" or (train.labels >= 0).all())]
+    if unknown := {*args.tasks} - {*tasks}:
+        raise D.DataError(f"--tasks {min(unknown)}: not a task with labels in this data; there are {', '.join(tasks)}")
+    tasks, found, opened, picture, begin = args.tasks or tasks, {}, {}, None, time.time()
+    for seed in args.seeds or (args.seed,):
+        if args.encoder.startswith("random:"):
+            opened.clear()                                      # another seed is another encoder
+        for task in tasks:
+            a = dataclasses.replace(args, seed=seed, task=task)
+            if task == "physics":
+                try:
+                    result, _ = physics(a, device)
+                except D.DataError as e:
+                    print(f"physics is left out: {e}", file=sys.stderr)
+                    continue
+            else:
+                near = lambda t: t == "flow" and not args.data  # real flow wants neighbouring frames, and so its own tokens
+                group, same = near(task), [t for t in tasks if t in DENSE and near(t) == near(task)]
+                if group not in opened and not args.finetune:
+                    names = dict.fromkeys(n for t in same for n in DENSE[t]["labels"])
+                    layers = max(DENSE[t]["layers"] for t in same)
+                    opened[group] = open_clips(dataclasses.replace(a, task="all"), [*names], layers, "classify" in same, device)
+                    picture = picture or components(args, opened[group][1])
+                result, _ = space_time(a, device, opened.get(group))
+            found.setdefault(task, []).append(result)
+            said = f"{result['metric']} {result['value']:.4f}  constant {result['constant']:.4f}"
+            print(f"{time.time() - begin:.0f} s  seed {seed}  {task}  {said}", file=sys.stderr, flush=True)
+    if not found:
+        raise D.DataError("no task could be run")
+    table, seeds = [], list(args.seeds or (args.seed,))
+    for task, results in found.items():
+        first, values, constants = results[0], [r["value"] for r in results], [r["constant"] for r in results]
+        skill = [(v - c) / (1 - c) if first["better"] == "higher" else 1 - v / c for v, c in zip(values, constants)]
+        table.append({"task": task, "metric": first["metric"], "better": first["better"], "constant": float(np.mean(constants)),
+                      "value": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None, "values": values,
+                      "skill": float(np.mean(skill)), "params": first.get("params"), "layer": first.get("layer")})
+    lines = [f"`{args.encoder}`, seeds {' '.join(map(str, seeds))}; skill: 0 is the constant answer, 1 is perfect", "",
+             "| task | metric | constant | value | skill |", "|---|---|---|---|---|"]
+    for r in table:
+        spread = f" +- {r['std']:.4f}" if r["std"] is not None else ""
+        lines.append(f"| {r['task']} | {r['metric']} ({r['better']} is better) | {r['constant']:.4f} | {r['value']:.4f}{spread} | {r['skill']:.3f} |")
+    M.write(Path(args.out_dir) / "all.md", "\n".join(lines) + "\n")
+    M.write(Path(args.out_dir) / "all.json", json.dumps({"encoder": args.encoder, "seeds": seeds, "table": table, "results": found}, indent=1))
+    try:
+        radar(table, Path(args.out_dir) / "radar.png")
+    except ImportError:
+        print("no radar.png, which needs: pip install matplotlib", file=sys.stderr)
+    short = {r["task"]: {k: r[k] for k in ("metric", "value", "std", "constant")} for r in table}
+    return {"metric": "skill", "value": float(np.mean([r["skill"] for r in table])), "tasks": short, "seeds": seeds,
+            "table": str(Path(args.out_dir) / "all.md"), "pca": picture}, {"table": table}
+
+
+def radar(table, file):
+    """The skill of each task on its own axis."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    angle = np.linspace(0, 2 * np.pi, len(table), endpoint=False)
+    figure, axis = plt.subplots(figsize=(5, 5), subplot_kw={"projection": "polar"}, constrained_layout=True)
+    value = [max(0, r["skill"]) for r in table]
+    axis.fill(angle, value, alpha=0.3)
+    axis.plot([*angle, angle[0]], [*value, value[0]], "o-")
+    axis.set_xticks(angle, [f"{r['task']}\n{r['metric']} {r['value']:.3g}" for r in table], fontsize=8)
+    axis.set_ylim(0, 1)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+TASKS = {**{name: space_time for name in DENSE}, "classify": classify, "physics": physics, "all": everything, "reconstruct": reconstruct, "plot": plot,
+         "compare": compare}
+# each: (args, device) -> what is printed, what else is logged
 
 
 def main(args):

@@ -1,0 +1,332 @@
+"""The tasks of space and time: metrics by hand and against torchmetrics, each task for three steps, fine-tuning, pictures, the whole suite."""
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data as D
+import model as M
+import probe
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+
+
+def arguments(task, tmp_path, **flags):
+    return probe.Args(task=task, **dict(encoder="random:vit_n", data="world", train_clips=24, val_clips=16, frames=8, size=32, steps=3, batch_size=8, width=32,
+                                        grid_lr=(1e-3,), workers=0, out_dir=str(tmp_path)) | flags)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An encoder of 8 x 32 px like a laptop's."""
+    torch.manual_seed(0)
+    encoder = M.ViT(width=32, depth=4, heads=2, mlp=64, patch=8, frames=8, size=32)
+    M.save_encoder(tmp_path / "encoder.safetensors", encoder, encoder.config | M.IMAGENET | {"model": None, "stride": 4, "fps": 0.0})
+    return str(tmp_path / "encoder.safetensors")
+
+
+# --- metrics ---
+
+
+def test_pose_error_by_hand_and_the_nearest_rotation():
+    turn = torch.tensor([[0.0, -1, 0, 1], [1, 0, 0, 2], [0, 0, 1, 3]]).flatten()
+    still = torch.eye(3, 4).flatten()
+    moved = still.clone()
+    moved[3] = 0.25                                             # 0.25 to the right: every corner is off by that
+    y = {"y": torch.stack([still, turn, still, torch.full((12,), math.nan)])}
+    p = torch.stack([moved, turn, still * 3, still])            # three times a rotation is that rotation; the fourth clip's pose is not known
+    assert torch.allclose(probe.pose_error(p, y)[:, 0], torch.tensor([0.25, 0, 0]), atol=1e-6)
+    g = torch.Generator().manual_seed(0)
+    for m in torch.randn(20, 12, generator=g):
+        R = probe.rigid(m[None]).view(3, 4)[:, :3].double()
+        assert torch.allclose(R @ R.T, torch.eye(3).double(), atol=1e-5) and torch.linalg.det(R) > 0.99
+        given, best = m.view(3, 4)[:, :3].double(), None
+        for _ in range(20):                                     # no rotation near it is nearer to m
+            turn = torch.linalg.matrix_exp(0.1 * (a := torch.randn(3, 3, generator=g).double()) - 0.1 * a.T)
+            assert (R - given).norm() <= (turn @ R - given).norm() + 1e-9
+
+
+def test_relative_pose_leads_from_the_last_camera_to_the_first():
+    made = D.World("val").render([0, 3, 5], ("pose",))
+    y = probe.relative_pose(made, None)["y"].view(3, 3, 4)
+    for pose, m in zip(made["pose"].double(), y.double()):
+        want = torch.linalg.inv(pose[0]) @ pose[-1]
+        assert torch.allclose(torch.cat([m, torch.tensor([[0.0, 0, 0, 1]]).double()]), want, atol=1e-5)
+
+
+def test_jaccard_by_hand():
+    """Two points, three frames of which the first does not count. Point 0: near by 3 px of 256, then hidden and said to be hidden. Point 1: seen twice, once called
+    hidden, once 12 px off. Radius 4: one hit, seen 3, one called where it is not: 1 / (3 + 1). Radius 16: 2 / 3. Radius 1, 2: 0 / (3 + 2)."""
+    y = {"y": torch.zeros(1, 2, 3, 2), "seen": torch.tensor([[[True, True, False], [True, True, True]]]), "asked": torch.ones(1, 2, dtype=torch.bool)}
+    p = torch.zeros(1, 2, 3, 3)
+    p[0, 0, 1] = torch.tensor([3 / 256, 0, 1])
+    p[0, 1, 2] = torch.tensor([0, 12 / 256, 1])
+    assert probe.jaccards(p, y)[0].tolist() == pytest.approx([0, 0, 1 / 4, 1 / 4, 2 / 3])
+    y["asked"][0, 1] = False                                    # not seen in the first frame: not asked
+    assert probe.jaccards(p, y)[0].tolist() == pytest.approx([0, 0, 1, 1, 1])
+
+
+def test_jaccard_equals_tap_vids_counts():
+    """Independent, in numpy, as TAP-Vid defines it."""
+    g = np.random.default_rng(0)
+    gt, seen = g.random((3, 7, 6, 2), dtype=np.float32), g.random((3, 7, 6)) < 0.7
+    seen[:, :, 0] = True
+    p = np.concatenate([gt + g.normal(0, 0.02, gt.shape), (g.random((3, 7, 6, 1)) < 0.7)], -1).astype(np.float32)
+    ours = probe.jaccards(torch.from_numpy(p), {"y": torch.from_numpy(gt), "seen": torch.from_numpy(seen), "asked": torch.ones(3, 7, dtype=torch.bool)}).numpy()
+    for b in range(3):
+        for k, r in enumerate((1, 2, 4, 8, 16)):
+            v, c = seen[b, :, 1:], p[b, :, 1:, 2] > 0.5
+            within = (((p[b, :, 1:, :2] - gt[b, :, 1:]) * 256) ** 2).sum(-1) < r**2
+            hits, false = (within & v & c).sum(), ((~v & c) | (~within & c)).sum()
+            assert ours[b, k] == pytest.approx(hits / (v.sum() + false))
+
+
+def test_iou_by_hand():
+    box = lambda *v: torch.tensor(v, dtype=torch.float)
+    y = {"y": torch.stack([torch.stack([box(0, 0, 1, 1), box(0, 0, 0.5, 0.5), box(0.5, 0.5, 1, 1), torch.full((4,), math.nan)])])[None]}
+    p = torch.stack([torch.stack([box(0.9, 0.9, 1, 1), box(0.25, 0, 0.75, 0.5), box(0, 0, 0.4, 0.4), box(0, 0, 1, 1)])])[None]
+    assert probe.ious(p, y)[:, 0].tolist() == pytest.approx([1 / 3, 0])             # the first frame's box was given
+    small = probe.boxes({"boxes": torch.tensor([[[[0, 0, 2, 2.0], [0, 0, 10, 10]]] * 2])}, probe.Setting(None, 8, (1, 4, 4), 2, 32))
+    assert small["y"][0, 0].isnan().all() and small["first"][0, 1].tolist() == [0, 0, 10 / 32, 10 / 32]       # 4 of 1024 pixels are below 0.5 %
+
+
+def test_depth_flow_and_stereo_by_hand():
+    y = {"y": torch.tensor([[2.0, math.nan, 4.0]])}
+    assert probe.DENSE["depth"]["final"](probe.depth_sums(torch.tensor([[1.0, 5, 5]]), y)) == {"absrel": pytest.approx((0.5 + 0.25) / 2)}
+    kept = probe.DENSE["depth"]["y"]({"depth": torch.tensor([0.0005, 5, 11, math.nan])}, None)["y"]
+    assert kept.isnan().tolist() == [True, False, True, True]
+    y = {"y": torch.tensor([[[0.0, 0], [math.nan, math.nan]], [[1, 1], [2, 2]]])}
+    assert probe.DENSE["flow"]["final"](probe.flow_sums(torch.tensor([[[3.0, 4], [9, 9]], [[1, 1], [2, 3]]]), y)) == {"epe": pytest.approx(6 / 3)}
+    y, p = {"y": torch.tensor([1.0, 2, 3, 4, math.nan])}, torch.tensor([1.5, 3, 3.75, 9, 0])          # errors 0.5, 1, 0.75, 5: bad is strictly more
+    assert probe.DENSE["stereo"]["final"](probe.stereo_sums(p, y)) == pytest.approx({"average": 7.25 / 4, "bad0.5": 3 / 4, "bad1": 1 / 4})
+
+
+def test_segmentation_counts_by_hand_and_as_torchmetrics():
+    y = torch.tensor([[0, 0, 1], [1, 2, 255]])
+    called = torch.tensor([[0, 1, 1], [1, 2, 0]])
+    one = lambda c, n=3: torch.nn.functional.one_hot(c, n).float()
+    found = probe.mean_iou(probe.confusion(one(called), {"y": y}).double())
+    assert found == pytest.approx({"miou": (1 / 2 + 2 / 3 + 1) / 3, "macc": (1 / 2 + 1 + 1) / 3})
+    torchmetrics = pytest.importorskip("torchmetrics", reason="pip install torchmetrics")
+    g = torch.Generator().manual_seed(0)
+    y, p = torch.randint(0, 5, (4, 16, 16), generator=g), torch.randn(4, 16, 16, 5, generator=g)
+    y[torch.rand(y.shape, generator=g) < 0.2] = 255
+    parts = [probe.confusion(a, {"y": b}) for a, b in zip(p, y)]                    # the data set's confusion, not a mean over pictures
+    iou = torchmetrics.JaccardIndex(task="multiclass", num_classes=5, ignore_index=255)(p.argmax(-1), y)
+    accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=5, average="macro", ignore_index=255)(p.argmax(-1), y)
+    assert probe.mean_iou(torch.cat(parts).double()) == pytest.approx({"miou": float(iou), "macc": float(accuracy)}, abs=1e-6)
+
+
+def test_average_precision_by_hand_and_as_torchmetrics():
+    ap = lambda s, y: float(probe.average_precision(torch.tensor(s), torch.tensor(y)))
+    assert ap([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0]) == pytest.approx((1 + 2 / 3) / 2)
+    assert ap([0.5, 0.5, 0.5, 0.5], [1, 0, 1, 0]) == pytest.approx(0.5)             # all alike: the share of positives, in whatever order they stand
+    assert probe.average_precision(torch.zeros(3), torch.zeros(3)) is None
+    torchmetrics = pytest.importorskip("torchmetrics", reason="pip install torchmetrics")
+    g = torch.Generator().manual_seed(0)
+    s, y = (torch.rand(200, 3, generator=g) * 20).round() / 20, torch.randint(0, 2, (200, 3), generator=g)
+    want = torchmetrics.AveragePrecision(task="multilabel", num_labels=3)(s, y)
+    assert probe.mean_ap(torch.cat([s.double(), y.double()], 1))["map"] == pytest.approx(float(want), abs=1e-6)
+
+
+def test_top1_and_top5():
+    p = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [9, 8, 7, 6, 5, 4, 3], [9, 8, 7, 6, 5, 4, 3]])
+    assert probe.class_scores(p, {"y": torch.tensor([0, 4, 6])}).tolist() == [[True, True], [False, True], [False, False]]
+
+
+def test_boxes_pool_what_they_cover():
+    """A box over one patch and half of the next; tokens are their own number."""
+    s = probe.Setting(None, 1, (1, 2, 2), 2, 8)
+    seen = {}
+    m = type("m", (), {"s": s, "head": staticmethod(lambda v: seen.setdefault("v", v))})
+    z = torch.arange(4.0).view(1, 1, 4, 1)
+    probe.ask_boxes(m, {"video": z}, {"boxes": torch.tensor([[[[0, 0, 6, 4.0]], [[0, 0, 6, 4]]]])})
+    assert seen["v"].flatten().tolist() == pytest.approx([(0 * 4 + 1 * 2) / 6])
+
+
+# --- tasks ---
+
+
+@pytest.mark.parametrize("task", [*probe.DENSE])
+def test_a_task_runs_and_a_perfect_answer_beats_the_constant(task, folder, tmp_path, monkeypatch):
+    row, perfect = probe.DENSE[task], []
+    tally = row["tally"]
+
+    def spy(p, y):
+        """What the true labels themselves score."""
+        truth = y["y"]
+        if task in ("segment", "classify"):
+            truth = torch.nn.functional.one_hot(truth.clamp(max=p.shape[-1] - 1), p.shape[-1]).float()
+        if task == "points":
+            truth = torch.cat([truth, y["seen"][..., None].float()], -1)
+        perfect.append(tally(truth, y).double())
+        return tally(p, y)
+
+    monkeypatch.setitem(row, "tally", spy)
+    args = arguments(task, tmp_path, encoder=folder, head="readout")
+    result, more = probe.space_time(args, CPU)
+    best = next(iter(row["final"](torch.cat(perfect)).values()))
+    assert best == pytest.approx(1.0 if row["up"] else 0.0, abs=1e-5)
+    assert abs(best - result["constant"]) > 0.02 and math.isfinite(result["value"]) and result["n_val"] == 16
+    assert Path(result["picture"]).read_bytes()[:4] == b"\x89PNG"
+    json.dumps(result | more, allow_nan=False)
+
+
+def test_seeds_repeat_and_rates_are_chosen_on_train(folder, tmp_path):
+    flags = dict(encoder=folder, grid_lr=(1e-9, 1e-2), steps=20)
+    (a, more), (b, _), (c, _) = (probe.space_time(arguments("boxes", tmp_path, **flags, seed=seed), CPU) for seed in (0, 0, 1))
+    assert a == b and a["value"] != c["value"] and a["lr"] == 1e-2 and [t["lr"] for t in more["tried"]] == [1e-9, 1e-2]
+
+
+def test_stored_tokens_are_those_computed_anew(folder, tmp_path):
+    both = []
+    for gb in (50.0, 0.0):
+        train, *_ = probe.open_clips(arguments("flow", tmp_path, encoder=folder, cache_gb=gb), ("flow", "right", "disparity"), 4, False, CPU)
+        both.append(list(train.batches(np.arange(24), 8)))
+    for (z, y, rows), (z2, y2, rows2) in zip(*both, strict=True):
+        assert np.array_equal(rows, rows2) and {*z} == {"video", "right"} and all(torch.allclose(z[k], z2[k], atol=5e-3) for k in z)
+        assert all(torch.equal(y[k], y2[k]) for k in y) and z["video"].shape == (8, 4, 16, 4 * 32)
+        assert (z["video"] - z["right"]).abs().max() > 0.1
+    view = train.of((4,))
+    assert torch.equal(next(view.batches(np.arange(8), 8))[0]["video"], both[1][0][0]["video"][..., 96:])
+
+
+@pytest.mark.parametrize("how", ["", "4ds", "vjepa"])
+def test_finetuning_moves_the_encoder_and_frozen_does_not(how, folder, tmp_path, monkeypatch):
+    tuned, real = [], probe.learn
+    monkeypatch.setattr(probe, "learn", lambda *a: (tuned.append((a[3], real(*a))), tuned[-1][1])[1])
+    probe.space_time(arguments("depth", tmp_path, encoder=folder, finetune=how, grid_lr=(1e-2,)), CPU)
+    (data, (model,)), (before, _) = tuned[0], M.load_encoder(folder)
+    same = [torch.equal(a, b) for a, b in zip(data.encoder.parameters(), before.parameters())]
+    assert all(same)                                            # the one that was given is never touched
+    if how:
+        moved = {n: (a - b).abs().max().item() for (n, a), (_, b) in zip(model.encoder.named_parameters(), before.named_parameters())}
+        assert min(moved.values()) > 0
+        first, last = (max(v for n, v in moved.items() if n.startswith(f"blocks.{i}.")) for i in (0, 3))
+        assert max(moved.values()) < 3e-4 if how == "4ds" else first < 0.75 * last
+    else:
+        assert not hasattr(model, "encoder")
+
+
+def test_image_encoders_have_a_moment_a_frame(tmp_path):
+    torch.manual_seed(0)
+    encoder = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, tubelet=1, frames=8, size=32, pos="learned", images=True, cls=True)
+    M.save_encoder(tmp_path / "e.safetensors", encoder, encoder.config | M.IMAGENET | {"model": None})
+    train, _, _, top, quarters = probe.open_clips(arguments("flow", tmp_path, encoder=str(tmp_path / "e.safetensors")), ("flow",), 4, False, CPU)
+    z, y, _ = next(train.of(quarters).batches(np.arange(2), 2))
+    assert (top, quarters, train.layers, train.grid) == (2, (1, 1, 2, 2), (1, 2), (8, 4, 4)) and z["video"].shape == (2, 8, 16, 4 * 32)
+    result, _ = probe.space_time(arguments("flow", tmp_path, encoder=str(tmp_path / "e.safetensors")), CPU)
+    assert math.isfinite(result["value"])
+
+
+@pytest.mark.parametrize("flags", [dict(encoder="pixels:diff"), dict(layer=99), dict(frames=7), dict(size=36), dict(encoder="random:vit_n", task="physics"),
+                                   dict(task="all", tasks=("taste",)), dict(task="classify", finetune="4ds"), dict(task="depth", train="x")])
+def test_bad_input_is_one_line_and_status_2(flags, folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        probe.main(dataclasses.replace(arguments("depth", tmp_path / "out", encoder=folder), **flags))
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1, told
+
+
+# --- real video ---
+
+
+def davis(video_data, tmp_path):
+    """The 20 sequences with their masks -> lists of 15 and 5 of them."""
+    folder, names = video_data / "dense/davis16-val", []
+    for video in sorted((folder / "videos").glob("*.mp4")):
+        packed = np.load(folder / f"{video.stem}.masks.npz")
+        masks = np.unpackbits(packed["bits"], axis=-1)[..., : packed["shape"][2]]
+        (tmp_path / video.name).symlink_to(video)
+        save_file({"masks": torch.from_numpy(masks.copy())}, tmp_path / f"{video.stem}.safetensors")
+        names.append(video.name)
+    assert len(names) == 20
+    (tmp_path / "train.txt").write_text("\n".join(n for i, n in enumerate(names) if i % 4))
+    (tmp_path / "val.txt").write_text("\n".join(names[::4]))
+    return dict(data="", train=str(tmp_path / "train.txt"), val=str(tmp_path / "val.txt"))
+
+
+def test_real_masks_through_the_segment_readout(video_data, folder, tmp_path):
+    """DAVIS, split by sequence. Nothing is learned in three steps: that all works, and what the constant scores."""
+    args = arguments("segment", tmp_path / "out", encoder=folder, stride=2, **davis(video_data, tmp_path))
+    result, more = probe.space_time(args, CPU)
+    share = []                                                  # of the foreground, in the clips of val: the constant answer is "background"
+    for batch in D.dense_batches(D.parse_list(args.val), D.Clip(8, 2, size=32, train=False), ("masks",), batch_size=5):
+        share += [(batch["masks"] == 1).float().mean().item()]
+    assert (result["n_train"], result["n_val"], more["bad_videos"]) == (15, 5, {}) and result["constant"] == pytest.approx((1 - np.mean(share)) / 2, abs=1e-4)
+    assert more["constants"]["macc"] == 0.5 and 0 <= result["value"] <= 1
+
+
+def test_real_flow_and_stereo_through_the_metrics(video_data, folder, tmp_path):
+    """KITTI's pair and Middlebury's motorcycle: the truth scores 0, "nothing moves" its mean length; and the tasks run on them."""
+    dense = video_data / "dense"
+    put = lambda path, file: (path.parent.mkdir(parents=True, exist_ok=True), path.write_bytes(file.read_bytes()))
+    for name, place in (("kitti_frame1", "image_2/000000_10"), ("kitti_frame2", "image_2/000000_11"), ("kitti_flow_gt", "flow_occ/000000_10")):
+        put(tmp_path / f"kitti/training/{place}.png", dense / f"flow/{name}.png")
+    for name, place in (("left", "im0"), ("right", "im1")):
+        put(tmp_path / f"middlebury/motorcycle/{place}.png", dense / f"stereo/motorcycle_{name}.png")
+    disparity = np.load(dense / "stereo/motorcycle_disp.npz")["arr_0"]
+    (tmp_path / "middlebury/motorcycle/disp0.pfm").write_bytes(b"Pf\n%d %d\n-1.0\n" % disparity.shape[::-1] + disparity[::-1].astype("<f4").tobytes())
+    for task, layout, names in (("flow", "kitti", ("flow",)), ("stereo", "middlebury", ("disparity",))):
+        row, file = probe.DENSE[task], str(tmp_path / f"{layout}.txt")
+        D.index(layout, str(tmp_path / layout), file)
+        s = probe.Setting(None, 32, (1, 4, 4), 2, 256)
+        (batch,) = D.dense_batches(D.parse_list(file), D.Clip(2, 1, size=256, train=False), names, batch_size=1)
+        y = row["y"](batch, s)
+        score = lambda p: next(iter(row["final"](row["tally"](p, y).double()).values()))
+        length = batch[names[0]].norm(dim=-1) if task == "flow" else batch[names[0]].abs()
+        assert score(y["y"].nan_to_num()) == 0 and score(torch.zeros_like(y["y"])) == pytest.approx(length.nanmean().item(), rel=1e-4) and length.nanmean() > 1
+        result, _ = probe.space_time(arguments(task, tmp_path / "out", encoder=folder, data="", train=file, val=file), CPU)
+        assert math.isfinite(result["value"]) and result["n_val"] == 1
+
+
+# --- the whole suite, and physics on a run's folder ---
+
+
+def test_all_makes_one_table_and_one_picture(folder, tmp_path, capsys, monkeypatch):
+    passes, real = [], probe.Features.store
+    monkeypatch.setattr(probe.Features, "store", lambda self, path: (passes.append(self.key), real(self, path)))
+    probe.main(arguments("all", tmp_path, encoder=folder, seeds=(0, 1), steps=2, tasks=("pose", "flow", "stereo", "physics")))
+    shown = capsys.readouterr()
+    result = json.loads(shown.out.splitlines()[-1])
+    assert sorted(passes) == ["right", "right", "video", "video"]                   # train and val: once for all tasks and seeds
+    assert "physics is left out" in shown.err and {*result["tasks"]} == {"pose", "flow", "stereo"} and result["seeds"] == [0, 1]
+    table = json.loads((tmp_path / "all.json").read_text())["table"]
+    assert [len(r["values"]) for r in table] == [2, 2, 2] and all(r["std"] > 0 for r in table)
+    assert table[0]["value"] == pytest.approx(np.mean(table[0]["values"])) and (tmp_path / "all.md").read_text().count("\n") == 7
+    for name in ("pca", "pose", "flow", "stereo"):
+        assert (tmp_path / f"{name}.png").exists()
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "radar.png").stat().st_size > 5000
+
+
+def test_pairs_differ_only_where_they_should():
+    """Not before the law breaks, half-way; and then in the thing's neighbourhood only, never in most of the picture."""
+    made = D.World("val").render(range(24), ("impossible", "change"))
+    differ = (made["video"] != made["impossible"]).any(-1)
+    assert not differ[:, :4].any() and (made["change"] >= 4).all() and differ[:, 4:].flatten(1).any(1).all()
+    assert differ[:, 4:].float().mean((1, 2, 3)).max() < 0.3
+
+
+@pytest.mark.parametrize("script", ["train_vjepa", "train_salt", "train_tdv", "train_mae4d"])
+def test_physics_reads_the_folder_of_every_script(script, run, tmp_path):
+    status, _, err = run(f"{script}.py", "--preset", "laptop", "--steps", "2", "--batch_size", "4", "--probe_every", "0", "--save_every", "2", "--workers", "0",
+                         "--out_dir", tmp_path / "run", "--probe_data")
+    assert status == 0, err
+    args = probe.Args(task="physics", encoder=str(tmp_path / "run"), data="world", val_clips=24, workers=0, out_dir=str(tmp_path))
+    result, more = probe.physics(args, CPU)
+    pairs = np.array(more["pairs"])
+    assert result["value"] == pytest.approx(((pairs[:, 1] > pairs[:, 0]) + 0.5 * (pairs[:, 1] == pairs[:, 0])).mean())
+    assert result["differ_early"] == 0 and (pairs[:, 0] != pairs[:, 1]).all() and len(result["kinds"]) == len(D.IMPOSSIBLE)
+    again, _ = probe.physics(dataclasses.replace(args, encoder=f"random:{tmp_path / 'run'}", seed=3), CPU)
+    assert again["surprise"] != result["surprise"]
