@@ -539,7 +539,8 @@ def reconstruct(args, device):
 
 
 def plot(args, device):
-    """Online-probe accuracy against training loss and against FLOPs, a curve a run of --runs; R^2 is that of a line through all points of the left panel."""
+    """Online-probe accuracy against training loss and against FLOPs, a curve a run of --runs. R^2 is that of a line through the points of the left panel:
+    of each run (does its loss choose among its checkpoints?) and of all runs together (does it choose among runs?)."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -547,7 +548,8 @@ def plot(args, device):
     except ImportError:
         raise D.DataError("plot needs: pip install matplotlib") from None
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    points = []
+    points, each = [], {}
+    fit = lambda pairs: float(np.corrcoef(np.array(pairs).T)[0, 1] ** 2) if len(pairs) > 2 else None
     for run in args.runs:
         if not (log := Path(run) / "log.jsonl").exists():
             raise D.DataError(f"--runs {run}: no log.jsonl in this folder")
@@ -560,6 +562,7 @@ def plot(args, device):
             raise D.DataError(f"--runs {run}: no probe_acc in its log (train with --probe_data and --probe_every)")
         loss, flops, accuracy = zip(*(rows[s] for s in sorted(rows)))
         points += zip(loss, accuracy)
+        each[run] = fit([*zip(loss, accuracy)])
         axes[0].plot(loss, accuracy, "o-", label=run)
         axes[1].semilogx(flops, accuracy, "o-", label=run)
     for axis, name in zip(axes, ("training loss", "training FLOPs")):
@@ -567,8 +570,7 @@ def plot(args, device):
         axis.legend(fontsize=7)
     figure.savefig(Path(args.out_dir) / "plot.png", dpi=120)
     plt.close(figure)
-    r2 = float(np.corrcoef(np.array(points).T)[0, 1] ** 2) if len(points) > 2 else None
-    return {"metric": "r2", "value": r2, "points": len(points), "picture": str(Path(args.out_dir) / "plot.png")}, {}
+    return {"metric": "r2", "value": fit(points), "each": each, "points": len(points), "picture": str(Path(args.out_dir) / "plot.png")}, {}
 
 
 def compare(args, device):
