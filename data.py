@@ -634,7 +634,7 @@ def block_masks(seed, index, frames, grid, ratio, spread, share):
     for clip, g in zip(hidden, index):
         rng = np.random.default_rng([seed, BLOCKS, int(g)])
         for t in np.flatnonzero(rng.random(frames) < share):
-            count = max(1, int(h * w * rng.uniform(ratio - spread, ratio + spread)))
+            count = min(max(1, int(h * w * rng.uniform(ratio - spread, ratio + spread))), h * w)
             while (left := count - clip[t].sum()) > 0:
                 area, aspect = rng.uniform(min(4, left), left), math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
                 bh, bw = (min(max(round(math.sqrt(area * r)), 1), n) for r, n in ((aspect, h), (1 / aspect, w)))

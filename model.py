@@ -333,8 +333,13 @@ class ViT(nn.Module):
     def cls_attention(self, x):
         """What CLS attends to in the last block (DINO's pictures): x (F,3,1,H,W) -> (F, heads, n)."""
         x, rope, lengths = self.embed(x)
-        last = self.blocks[-1]
-        qk = last.attn.qkv(last.norm1(run_blocks(x, self.blocks[:-1], rope, lengths, False))).unflatten(2, (3, self.heads, -1))[:, :, :2]
+        last, kept = self.blocks[-1], []
+        hook = last.attn.qkv.register_forward_hook(lambda module, given, out: kept.append(out))  # FSDP gathers a block's weights in its own forward only
+        try:
+            last(run_blocks(x, self.blocks[:-1], rope, lengths, False), rope)
+        finally:
+            hook.remove()
+        qk = kept[0].unflatten(2, (3, self.heads, -1))[:, :, :2]
         q, k = (qk if rope is None else rotate(qk, *rope)).unbind(2)
         return torch.einsum("fhd,fnhd->fhn", q[:, 0].float(), k.float()).mul((self.width // self.heads) ** -0.5).softmax(-1)[:, :, 1:]
 

@@ -496,7 +496,8 @@ def restore(args, scripts, device):
     if isinstance(found, str):
         raise D.DataError(found)
     known = {f.name: tuple(v) if isinstance(v := said[f.name], list) else v for f in dataclasses.fields(T.Args) if f.name in said}
-    a = T.Args(**known | ({"init": ""} if "init" in known else {}))         # a flag that the run did not have yet: its default
+    start = str(folder / "encoder.safetensors") if known.get("init") and not args.encoder.startswith("random:") else ""      # its shape, of whatever family
+    a = T.Args(**known | ({"init": start} if "init" in known else {}))      # a flag that the run did not have yet: its default
     torch.manual_seed(args.seed)
     try:
         if script == "salt":

@@ -206,9 +206,9 @@ def cosine(step, total, first, last):
 class Run:
     """What every script needs and no paper claims: ranks, out directory, log, signals, checkpoints, online probe."""
     FREE = {"out_dir", "resume", "stop_at", "workers", "timeout", "micro_batch", "save_every", "keep", "log_every", "probe_every", "sample_every", "compile",
-            "fsdp", "checkpoint", "wandb", "max_bad_fraction", "max_skips", "dry_run", "stage"}     # flags that a resumed run may change
+            "fsdp", "checkpoint", "wandb", "max_bad_fraction", "max_skips", "dry_run", "stage", "ce_rows"}     # flags that a resumed run may change
     POSITIVE = {"steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "log_every", "save_every", "keep", "timeout", "prototypes", "ce_rows", "temp"}
-    SHARES = {"ema", "final_ema", "max_bad_fraction"}
+    SHARES = {"ema", "final_ema", "max_bad_fraction", "betas"}
     stop = False                                                # of the process: a signal between two stages counts for the next one
 
     def __init__(self, args):
@@ -216,10 +216,12 @@ class Run:
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for name, value in vars(args).items():
             for v in (value if isinstance(value, tuple) else (value,)):
-                if isinstance(v, (int, float)) and not (0 <= v < math.inf and (v > 0 or name not in self.POSITIVE) and (v <= 1 or name not in self.SHARES)):
+                if isinstance(v, (int, float)) and not (0 <= v < math.inf and (v > 0 or name not in self.POSITIVE) and (v <= 1 - 1e-9 * (name == "betas") or name not in self.SHARES)):
                     fail(f"--{name} {v}: {'a share from 0 to 1' if name in self.SHARES else 'a positive finite number'} is needed")
         if args.batch_size % (self.ranks * max(1, args.micro_batch)):
             fail(f"--batch_size {args.batch_size} is not a multiple of {self.ranks} rank(s) x --micro_batch {args.micro_batch or 1}")
+        if (args.micro_batch or args.batch_size // self.ranks) % args.clips_per_video:
+            fail(f"--clips_per_video {args.clips_per_video} does not divide the {args.micro_batch or args.batch_size // self.ranks} clips of a forward pass")
         if args.wandb and not importlib.util.find_spec("wandb"):
             fail("--wandb needs: pip install wandb")
         cuda = torch.cuda.is_available()

@@ -99,7 +99,7 @@ class Args:
     clip_grad: float = 1.0                 # global norm; 0: off
     max_skips: int = 10                    # stop after so many steps in a row with a loss or gradient that is not finite
     # the run
-    preset: str = ""                       # dino, ibot, laptop, laptop_video, laptop_dino, ...: values that become the defaults of all flags
+    preset: str = ""                       # dino, ibot, laptop, laptop_video, laptop_video_dino or _ibot: values that become the defaults of all flags
     out_dir: str = "out/tdv"
     seed: int = 0
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -180,7 +180,7 @@ class ChunkedCE(torch.autograd.Function):
             ds[part] = (g @ Ws).to(s.dtype)
             dWs += (g.T @ s[part]).to(Ws.dtype)
         ctx.save_for_backward(ds, dWs)
-        entropy, mean = entropy / len(s), mean / len(s)
+        entropy, mean = entropy / max(1, len(s)), mean / max(1, len(s))
         ctx.mark_non_differentiable(entropy, mean)
         return loss, entropy, mean
 
@@ -216,7 +216,8 @@ class Distillation(nn.Module):
         if weight is None:
             weight = torch.full(s.shape[:-1], 1 / math.prod(s.shape[:-1]), device=s.device)
         loss, entropy, mean = ChunkedCE.apply(s.flatten(0, -2), Ws, t.flatten(0, -2), Wt, self.centres[kind], weight.flatten(), self.args.temp, self.args.ce_rows)
-        self.means[kind].append(mean)                           # of this micro-batch, until the step is taken
+        rows = s[..., 0].numel()
+        self.means[kind].append(torch.cat([mean * rows, mean.new_tensor([rows])]))     # of this micro-batch, until the step is taken
         return loss, entropy
 
     def read(self, x, which):
@@ -234,11 +235,11 @@ class Distillation(nn.Module):
                 M.ema_update(list(target.parameters()), list(source.parameters()), self.schedules(step)["ema"])
             for centre, means in zip(self.centres, self.means):
                 if means and self.args.centre:
-                    mean = sum(means) / len(means)
+                    total = sum(means)                          # logits summed over all tokens, and how many
                     if dist.is_initialized():
-                        dist.all_reduce(mean)
-                        mean /= dist.get_world_size()
-                    centre.lerp_(mean, 0.1)
+                        dist.all_reduce(total)
+                    if total[-1] > 0:
+                        centre.lerp_(total[:-1] / total[-1], 0.1)
         for means in self.means:
             means.clear()
 
@@ -260,6 +261,8 @@ class TDV(Distillation):
         super().__init__(args)
         shape = {k: self.encoder.config[k] for k in ("width", "depth", "heads", "mlp", "patch", "pos", "act", "eps", "frames", "size", "init_std")}
         shape["depth"] = args.motion_depth or shape["depth"]
+        if not args.w_cls and not args.w_patch:
+            self.head.requires_grad_(False)                     # nothing reads it
         self.motion = M.MotionEncoder(**shape, condition=args.condition, cls_condition=args.cls_condition, checkpoint=args.checkpoint) if args.motion else None
 
     def forward(self, x, index=None, which=""):
@@ -279,7 +282,7 @@ class TDV(Distillation):
             h = self.target(then)
         zhat = z + self.motion(change, z) if self.motion is not None else z
         moves = ((then - now).abs().mean((1, 2, 3, 4)) > self.args.motion_threshold) if self.args.motion_threshold else torch.ones(len(z), device=x.device)
-        weight = moves.float() / moves.sum().clamp(min=1)                                                       # (F,)
+        weight = moves.float() / len(moves)                     # (F,): of all pairs, so that micro-batches and ranks do not matter
         square = lambda e: ((e.float() ** 2).mean((1, 2)) * weight).sum()
         loss, still, n = square(zhat - h), square((z - h).detach()), z.shape[1] - 1
         metrics = {"mse": loss.detach(), "still": still, "moved": square((zhat - z).detach())}
@@ -321,10 +324,11 @@ class Views(Distillation):
         mean, std = (x.new_tensor(M.IMAGENET[k]).view(3, 1, 1) for k in ("mean", "std"))
         image = x.transpose(1, 2).flatten(0, 1) * std + mean                                                    # (F,3,H,W) in [0,1], F = B*T
         u = D.view_numbers(a.seed, index, T, 2 + a.local_crops).flatten(0, 1)                                   # (F, views, 16)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):     # bf16 would place pixels wrongly
             view = lambda v, size, scale, **how: ((D.augment(image, u[:, v], size, scale, colour=a.colour, **how) - mean) / std)[:, :, None]
             wide = [view(v, a.size, a.global_scale, crop=v < a.random_crops, blur=(1.0, 0.1)[v], solarise=(0.0, 0.2)[v]) for v in (0, 1)]
             local = [view(v, a.local_size, a.local_scale, blur=0.5) for v in range(2, 2 + a.local_crops)]
+        with torch.no_grad():
             h = [self.target(v) for v in wide]                                                                  # [(F,1+n,D)] * 2
         fill = [None, None]
         if self.mask_token is not None:
@@ -384,9 +388,9 @@ def cosine(step, total, first, last):
 class Run:
     """What every script needs and no paper claims: ranks, out directory, log, signals, checkpoints, online probe."""
     FREE = {"out_dir", "resume", "stop_at", "workers", "timeout", "micro_batch", "save_every", "keep", "log_every", "probe_every", "sample_every", "compile",
-            "fsdp", "checkpoint", "wandb", "max_bad_fraction", "max_skips", "dry_run", "stage"}     # flags that a resumed run may change
+            "fsdp", "checkpoint", "wandb", "max_bad_fraction", "max_skips", "dry_run", "stage", "ce_rows"}     # flags that a resumed run may change
     POSITIVE = {"steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "log_every", "save_every", "keep", "timeout", "prototypes", "ce_rows", "temp"}
-    SHARES = {"ema", "final_ema", "max_bad_fraction"}
+    SHARES = {"ema", "final_ema", "max_bad_fraction", "betas"}
     stop = False                                                # of the process: a signal between two stages counts for the next one
 
     def __init__(self, args):
@@ -394,10 +398,12 @@ class Run:
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for name, value in vars(args).items():
             for v in (value if isinstance(value, tuple) else (value,)):
-                if isinstance(v, (int, float)) and not (0 <= v < math.inf and (v > 0 or name not in self.POSITIVE) and (v <= 1 or name not in self.SHARES)):
+                if isinstance(v, (int, float)) and not (0 <= v < math.inf and (v > 0 or name not in self.POSITIVE) and (v <= 1 - 1e-9 * (name == "betas") or name not in self.SHARES)):
                     fail(f"--{name} {v}: {'a share from 0 to 1' if name in self.SHARES else 'a positive finite number'} is needed")
         if args.batch_size % (self.ranks * max(1, args.micro_batch)):
             fail(f"--batch_size {args.batch_size} is not a multiple of {self.ranks} rank(s) x --micro_batch {args.micro_batch or 1}")
+        if (args.micro_batch or args.batch_size // self.ranks) % args.clips_per_video:
+            fail(f"--clips_per_video {args.clips_per_video} does not divide the {args.micro_batch or args.batch_size // self.ranks} clips of a forward pass")
         if args.wandb and not importlib.util.find_spec("wandb"):
             fail("--wandb needs: pip install wandb")
         cuda = torch.cuda.is_available()
@@ -583,8 +589,14 @@ def main(args):
         fail(e)
     if args.objective == "tdv" and args.frames < 2:
         fail(f"--frames {args.frames}: a pair needs two")
-    if args.objective == "views" and args.local_crops and args.local_size % args.patch:
+    if args.objective == "views" and args.local_crops and (args.local_size % args.patch or not args.local_size):
         fail(f"--local_size {args.local_size} is not divisible by --patch {args.patch}")
+    if args.objective == "views" and args.colour and min(args.size, args.local_size if args.local_crops else args.size) < 8:
+        fail("--colour blurs by up to 6 pixels: views must have 8 or more")
+    if not 0 <= args.mask_ratio[0] - args.mask_ratio[1] <= sum(args.mask_ratio) <= 1:
+        fail(f"--mask_ratio {args.mask_ratio[0]} {args.mask_ratio[1]}: ratio minus and plus spread must lie in [0, 1]")
+    if args.freeze and (not args.init or args.objective != "tdv" or not args.motion):
+        fail("--freeze trains the motion encoder of TDV alone, on an encoder that --init gives")
     if args.dry_run:
         return dry_run(args, run, objective)
     if not args.data:
@@ -613,7 +625,8 @@ def main(args):
             means = [teacher[:, :T], student[:, :T], teacher[:, T:]] + ([model(x, which="motion")] if moving else [])
             return torch.cat([v.float().mean(1) for v in means], 1)
 
-    heads = {"probe_acc": lambda x, y, xv: M.linear_probe(x[:, 2 * width :], y, xv[:, 2 * width :]),
+    heads = {"teacher_acc": lambda x, y, xv: M.linear_probe(x[:, 2 * width : 3 * width], y, xv[:, 2 * width : 3 * width]),   # what the exported encoder has
+             "probe_acc": lambda x, y, xv: M.linear_probe(x[:, 2 * width :], y, xv[:, 2 * width :]),
              "knn_acc": lambda x, y, xv: M.knn_probe(x[:, :width], y, xv[:, :width]),                               # the paper's monitor
              "knn_student": lambda x, y, xv: M.knn_probe(x[:, width : 2 * width], y, xv[:, width : 2 * width])}
 
@@ -676,7 +689,8 @@ def main(args):
                  f"all of them: python data.py check {' '.join(args.data)}", 1)
         if window and (done % args.log_every == 0 or done == args.steps):
             means, span = {name: sum(w[name] for w in window) / len(window) for name in window[0]}, time.perf_counter() - since
-            run.log({"step": done, **means, **now, "grad_norm": norm if math.isfinite(norm) else None, "feature_std": tokens.float().std(0).mean().item(),
+            recovered = {"recovered": 1 - means["mse"] / means["still"]} if means.get("still") else {}     # the share of the change that motion explains
+            run.log({"step": done, **means, **recovered, **now, "grad_norm": norm if math.isfinite(norm) else None, "feature_std": tokens.float().std(0, correction=0).mean().item(),
                      "rankme": M.rankme(tokens), "flops": extra["flops"],
                      "clips_per_s": clips / span, "tflops": (extra["flops"] - mark) / span / 1e12,
                      "mfu": (extra["flops"] - mark) / span / (peak * run.ranks) if peak else None, "wait_pct": 100 * wait / span, "peak_gb": M.peak_gb(run.device), "bad": extra["bad"]})
