@@ -12,7 +12,7 @@ import model as M
 import train_salt as S
 from test_train_vjepa import losses
 
-TINY = ("--preset", "laptop", "--steps", 8, "--batch_size", 8, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2)
+TINY = ("--preset", "laptop", "--steps", 8, "--split", 0.5, 0.5, "--batch_size", 8, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2)
 
 
 def setting(cls=S.VPixel, *rest, seed=0, B=3, **changes):
