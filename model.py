@@ -285,9 +285,9 @@ class ViT(nn.Module):
         """x (B,3,T,H,W) float, normalised -> (B,N,D); keep (B,K) -> (B,K,D); a list of (B,K_i) -> a list of (B,K_i,D). With cls, token 0 is CLS
         (images: the first T).
 
-        blocks: run only that many blocks and return their output, without the final norm unless all were run; a tuple of rising numbers: all of these
-        outputs, joined along D. fill: (bool (B,N), values (D,)) puts
-        the values in the place of patches (iBOT's mask token); of an image encoder, for clips of one frame.
+        blocks: run only that many blocks and return their output, without the final norm unless all were run; a tuple of rising numbers: all of
+        these outputs, joined along D. fill: (bool (B,N), values (D,)) puts the values in the place of patches (iBOT's mask token); of an image encoder,
+        for clips of one frame.
         """
         if self.images and x.shape[2] > 1:
             if keep is not None or fill is not None:

@@ -209,7 +209,7 @@ class Distillation(nn.Module):
             self.encoder.requires_grad_(False)
 
     def ce(self, kind, zhat, h, weight=None):
-        """Cross-entropy from teacher tokens h to student tokens zhat, (..., D) each; kind 0: CLS, 1: patches; weight (...,) sums to 1, or a mean."""
+        """Cross-entropy from teacher tokens h to student tokens zhat, (..., D) each; kind 0: CLS, 1: patches; weight (...,), else a mean."""
         s, Ws = self.head(zhat)
         with torch.no_grad():
             t, Wt = self.target_head(h)
