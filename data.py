@@ -1284,7 +1284,8 @@ def main():
 
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")     # what the picture does; the camera does the opposite
 PLANES, SPHERES, BOXES, WAVES = 2, 2, 2, 16  # per scene, in this order along the object axis O; waves per texture
-SPLITS = {"train": 1 << 20, "probe": 2048, "val": 1024}             # clips; `probe` is what an online probe is fitted on, none is shared
+SPLITS = {"train": 1 << 20, "probe": 2048, "val": 1024, "rooms": 2048, "rooms_val": 1024}         # clips, none is shared; `probe` is for online probes
+TONES = (0.0, -0.5, 1.0, 1.0, -1.0, -1.0)    # brightness of wall, floor, spheres, boxes in `rooms`: for tasks of space
 IMPOSSIBLE = ("vanish", "appear", "change", "teleport", "stop", "start")     # what a thing does; in opposite pairs, so that more or less motion tells nothing
 
 
@@ -1333,15 +1334,19 @@ class World:
     Clip i is a function of (seed, split, i) and of nothing else. Its class is i mod 8, and all else is drawn without looking at the class; the camera
     is at its drawn pose half-way through the clip, so that no single frame tells the class. noise: standard deviation of pixel noise, in [0,1].
     shift, turn, zoom: range of the motion over a clip, in picture widths, degrees and as a factor; wobble: camera sway, picture widths.
-    points: tracks per clip; baseline: from the camera to the one on its right, units.
+    points: tracks per clip; baseline: from the camera to the one on its right, units. contrast: share of an object's kind in its brightness.
 
     All textures have the same statistics and no colour. That is deliberate: whatever is constant in a clip and differs between clips is what masked
     prediction learns first, and with clips that differ in colour or pattern it learns colour and pattern, and in the minutes of a laptop no motion.
+    Nor can a thing be told from what surrounds it, unless it moves: in the splits `rooms` and `rooms_val` things are lighter or darker than walls, and there is
+    a third of the noise.
     """
 
-    def __init__(self, split="train", seed=0, frames=8, size=32, noise=0.3, shift=(0.3, 0.6), turn=(50.0, 100.0), zoom=(1.6, 2.5), wobble=0.02,
-                 points=64, baseline=0.06, device="cpu"):
-        self.split, self.seed, self.frames, self.size, self.noise, self.device = split, seed, frames, size, noise, device
+    def __init__(self, split="train", seed=0, frames=8, size=32, noise=None, shift=(0.3, 0.6), turn=(50.0, 100.0), zoom=(1.6, 2.5), wobble=0.02,
+                 points=64, baseline=0.06, contrast=None, device="cpu"):
+        rooms = split.startswith("rooms")
+        self.split, self.seed, self.frames, self.size, self.device = split, seed, frames, size, device
+        self.noise, self.contrast = (0.1 if rooms else 0.3) if noise is None else noise, 0.5 * rooms if contrast is None else contrast
         self.shift, self.turn, self.zoom, self.wobble = shift, turn, zoom, wobble      # over a clip: picture widths, degrees, factor; picture widths
         self.points, self.baseline = points, baseline
         self.field = 0.6                                                               # half the picture's width at depth 1: 62 degrees
@@ -1526,7 +1531,8 @@ class World:
         pixel = depth * (2 * self.field / self.size) / slant.clamp_min(0.02)                                       # what a pixel covers of the surface, units
         fade = (2 - number * pixel * (2 / math.pi)).clamp(0, 1)
         value = 0.65 * ((kx * xt + ky * yt + k1 * depth + k0).sin_() * fade).sum(0)
-        return 0.5 + 0.45 * value / (1 + value.abs())                                                              # soft threshold
+        value = value / (1 + value.abs())                                                                          # soft threshold
+        return 0.5 + 0.45 * (value + self.contrast * (self.tensor(TONES)[id] - value)) if self.contrast else 0.5 + 0.45 * value
 
     def pixels(self):
         """Camera coordinates at depth 1 of the pixel centres of a row (and of a column), (size,)."""

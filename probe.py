@@ -416,12 +416,13 @@ def fit(args, features, labels, classes):
 # --- tasks ---
 
 
-def lists(args, labelled=True):
-    """The train and the val source."""
+def lists(args, labelled=True, rooms=False):
+    """The train and the val source. rooms: of the built-in world, the splits for tasks of space."""
     if (args.data, bool(args.train), bool(args.val)) not in (("world", False, False), ("", True, True)):
         raise D.DataError("give --train LIST and --val LIST, or --data world")
     if args.data:
-        pair = (("probe", args.train_clips), ("val", args.val_clips))       # "probe" shares no clip with what encoders are trained on
+        splits = ("rooms", "rooms_val") if rooms else ("probe", "val")          # none shares a clip with what encoders are trained on
+        pair = zip(splits, (args.train_clips, args.val_clips))
         return [dataclasses.replace(source, labels=source.labels[:clips]) for source, clips in ((D.parse_list("world", s), n) for s, n in pair)]
     return D.parse_list(args.train, labelled=labelled), D.parse_list(args.val, labelled=labelled)
 
@@ -539,15 +540,20 @@ def reconstruct(args, device):
     return {"metric": "mse", "value": float(np.mean(errors)), "mean_colour": float(np.mean(means)), "n_val": len(val)}, {"checkpoint": found.name}
 
 
+def pyplot(task):
+    try:
+        import matplotlib
+    except ImportError:
+        raise D.DataError(f"the picture of {task} needs: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
 def plot(args, device):
     """Online-probe accuracy against training loss and against FLOPs, a curve a run of --runs. R^2 is that of a line through the points of the left panel:
     of each run (does its loss choose among its checkpoints?) and of all runs together (does it choose among runs?)."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise D.DataError("plot needs: pip install matplotlib") from None
+    plt = pyplot(args.task)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     points, each = [], {}
     fit = lambda pairs: float(np.corrcoef(np.array(pairs).T)[0, 1] ** 2) if len(pairs) > 2 else None
@@ -576,7 +582,7 @@ def plot(args, device):
 
 def compare(args, device):
     """A Markdown table, a row a run: the last accuracy of its online probe and the last of each probe whose --out_dir was the run's folder, in per cent, each
-    beside its difference to the baseline in points (FWM-HW-LD, Table 4). Folders without log.jsonl are passed over."""
+    beside its difference to the baseline in points (FWM-HW-LD, Table 4). Folders without log.jsonl are passed over. Given clips, also halves.png."""
     names = [run for run in args.runs if (Path(run) / "log.jsonl").exists()]
     baseline = args.baseline or (names or [""])[0]
     if baseline not in names:
@@ -597,7 +603,36 @@ def compare(args, device):
         said = lambda c: f" {100 * row[c]:.2f} |" if c in row else " - |"
         change = lambda c: " |" if run == baseline else f" {100 * deltas[run][c]:+.2f} |" if c in deltas[run] else " - |"
         print(f"| {Path(run).name} |" + "".join(said(c) + change(c) for c in columns))
-    return {"metric": "delta", "value": deltas, "baseline": baseline}, {}
+    return {"metric": "delta", "value": deltas, "baseline": baseline} | (halves(args, names, device) if args.data or args.val else {}), {}
+
+
+@torch.no_grad()
+def halves(args, runs, device):
+    """halves.png, a panel a run: the cosine similarity of a place's tokens d slices apart, in the first half of the channels (appearance, where FWM is on) and
+    in the second (dynamics). Tokens are layer-normed, as in training, less their mean over the first 256 val clips, without which all of them look alike."""
+    plt, found = pyplot(args.task), {}
+    _, val = lists(args)
+    for run in runs:
+        encoder, config = load(dataclasses.replace(args, encoder=run))
+        encoder.to(device)
+        clip = D.Clip(args.frames or config["frames"], args.stride or config.get("stride", 4), None, args.size or config["size"], train=False)
+        batches = D.eval_batches(val, clip, batch_size=args.micro_batch, workers=args.workers, rows=range(min(256, len(val))))
+        z = torch.cat([F.layer_norm(encoder(D.prepare(b, device, config["mean"], config["std"])).float(), (config["width"],))[b["ok"]].cpu() for b in batches])
+        t, hw = clip.frames // (1 if config["images"] else config["tubelet"]), (clip.size // config["patch"]) ** 2
+        z = (z[:, -t * hw :] - z[:, -t * hw :].mean((0, 1))).unflatten(1, (t, hw))                         # (B,t,hw,D), without CLS
+        apart = range(1, z.shape[1])
+        found[run] = {name: [F.cosine_similarity(half[:, :-d], half[:, d:], dim=-1).mean().item() for d in apart]
+                      for name, half in zip(("appearance", "dynamics"), z.chunk(2, -1))}
+    figure, axes = plt.subplots(1, len(runs), figsize=(2.6 * len(runs), 2.8), sharey=True, squeeze=False, constrained_layout=True)
+    for axis, (run, curves) in zip(axes[0], found.items()):
+        for name, values in curves.items():
+            axis.plot([*range(1, len(values) + 1)], values, "o-", label=name)
+        axis.set(title=Path(run).name, xlabel="slices apart", ylim=(min(0, *(v for c in found.values() for part in c.values() for v in part)), 1))
+    axes[0, 0].set_ylabel("cosine similarity")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(Path(args.out_dir) / "halves.png", dpi=120)
+    plt.close(figure)
+    return {"halves": found, "picture": str(Path(args.out_dir) / "halves.png")}
 
 
 # --- space and time: what a task asks of a clip, its loss, its metric ---
@@ -857,13 +892,18 @@ def ious(p, y):
 
 
 def actions(labels, s):
-    """What each box shows: AVA's actions; in the world, whether it is a sphere or a box."""
-    y = labels["boxes"].isfinite().all(-1).any(1)
+    """What each box does: AVA's actions; in the world, where its picture moves: right, down, nearer, left, up, away, by a fifth of its size or more over the
+    frames that show it. Of the world's boxes the middle frame's alone are pooled, as of AVA's key frames: how a box moves would tell what it does."""
+    box = labels["boxes"]                                       # (B,T,O,4)
+    seen = box.isfinite().all(-1)
     if "actions" in labels:
-        kind = labels["actions"].float()
-    else:
-        kind = torch.eye(2, device=y.device)[[0] * D.SPHERES + [1] * D.BOXES].expand(len(y), -1, -1)
-    return {"y": kind.masked_fill(~y[..., None], math.nan), "boxes": labels["boxes"]}
+        return {"y": labels["actions"].float().masked_fill(~seen.any(1)[..., None], math.nan), "boxes": box}
+    first, last = seen.int().argmax(1), box.shape[1] - 1 - seen.flip(1).int().argmax(1)                # (B,O) frames
+    a, b = (box.gather(1, i[:, None, :, None].expand(-1, 1, -1, 4))[:, 0] for i in (first, last))
+    side, moved = (a[..., 2:] - a[..., :2]).clamp(min=1), ((b - a)[..., :2] + (b - a)[..., 2:]) / 2
+    moved, grown = moved / side, ((b[..., 2:] - b[..., :2]).clamp(min=1) / side).log().mean(-1, keepdim=True)
+    y, key = (torch.cat([moved, grown, -moved, -grown], -1) > 0.2).float(), torch.arange(box.shape[1], device=box.device) == box.shape[1] // 2
+    return {"y": y.masked_fill(~(seen[:, key].all(1) & (last > first))[..., None], math.nan), "boxes": box.masked_fill(~key[:, None, None], math.nan)}
 
 
 def average_precision(score, y):
@@ -1004,7 +1044,7 @@ DENSE = {
 
 def open_clips(args, names, layers, labelled, device):
     """-> the train and val Dense of --encoder with these labels, its config, and the layer that readouts read."""
-    train, val = lists(args, labelled)
+    train, val = lists(args, labelled, rooms=True)
     encoder, config = load(args)
     if not (depth := config.get("depth", 0)):
         raise D.DataError(f"--encoder {args.encoder}: {args.task} needs the tokens of an encoder")
@@ -1300,7 +1340,7 @@ def forecaster(args, device):
 def physics(args, device):
     """Is the impossible version of a scene more surprising than the possible one? Nothing is trained (SALT, appendix D; Garrido et al., 2025)."""
     surprise, about = forecaster(args, device)
-    _, val = lists(args, labelled=False)
+    _, val = lists(args, labelled=False, rooms=True)
     window, frames = about["frames"], args.frames or about["frames"]
     contexts = args.context or (window // 2,)
     if not all(0 < C < window and C % 2 == 0 for C in contexts) or frames < window:
@@ -1383,8 +1423,8 @@ def everything(args, device):
     M.write(Path(args.out_dir) / "all.json", json.dumps({"encoder": args.encoder, "seeds": seeds, "table": table, "results": found}, indent=1))
     try:
         radar(table, Path(args.out_dir) / "radar.png")
-    except ImportError:
-        print("no radar.png, which needs: pip install matplotlib", file=sys.stderr)
+    except D.DataError as e:                                    # the numbers are there without it
+        print(f"no radar.png: {e}", file=sys.stderr)
     short = {r["task"]: {k: r[k] for k in ("metric", "value", "std", "constant")} for r in table}
     return {"metric": "skill", "value": float(np.mean([r["skill"] for r in table])), "tasks": short, "seeds": seeds,
             "table": str(Path(args.out_dir) / "all.md"), "pca": picture}, {"table": table}
@@ -1392,9 +1432,7 @@ def everything(args, device):
 
 def radar(table, file):
     """The skill of each task on its own axis."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot("all")
     angle = np.linspace(0, 2 * np.pi, len(table), endpoint=False)
     figure, axis = plt.subplots(figsize=(5, 5), subplot_kw={"projection": "polar"}, constrained_layout=True)
     value = [max(0, r["skill"]) for r in table]

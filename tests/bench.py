@@ -363,34 +363,55 @@ def world(args):
 # --- auxiliary objectives -----------------------------------------------------------------------------------------------------------------
 
 def terms(args):
-    """Trains `--preset laptop` with the flags of each row, one run after the other, and prints a Markdown table: the online probe (eight motions of the world,
-    also where the clips are --data's), and steps/s and peak memory as ratios to the baseline, medians over seeds."""
+    """Trains `--preset laptop` with the flags of each row, one run after the other, and prints a Markdown table: a linear probe on eight motions of the world
+    and on each --tasks pair of lists; steps/s and peak memory as ratios to the baseline of the same seed; RankMe. Runs that --out already has are not repeated."""
     rows = {"baseline": {}} | {name: row for table in V.ROWS.values() for name, row in table.items() if not args.rows or name in args.rows}
-    found = {}
+    lists = {"motion": ("world", "world")} | {name: pair.split(",") for name, _, pair in (task.partition("=") for task in args.tasks)}
+    clip, found, torch_clips = D.Clip(frames=8, size=32, stride=5, train=False), {}, {}
+
+    def probes(run):
+        encoder, _ = M.load_encoder(run)
+        out = {}
+        for name, pair in lists.items():
+            if name not in torch_clips:                             # read once, of all runs
+                sources = [D.parse_list(path, split=split, labelled=True) for path, split in zip(pair, ("probe", "val"))]
+                torch_clips[name] = [list(D.eval_batches(source, clip, batch_size=64)) for source in sources]
+            with torch.no_grad():
+                (x, y), (xv, yv) = ([torch.cat(v) for v in zip(*((encoder(D.prepare(b)).mean(1), b["label"]) for b in half))] for half in torch_clips[name])
+            out[name] = (M.linear_probe(x, y, xv) == yv).double().mean().item()
+        return out
+
     with tempfile.TemporaryDirectory() as root:
         for seed in args.seeds:                                     # seeds outermost: a slow hour of the machine hits all rows
             for name, row in rows.items():
-                out = f"{root}/{name}{seed}"
-                flags = [f for key, value in row.items() for f in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
-                data = ["--data", *args.data] if args.data else []
-                command = [sys.executable, "train_vjepa.py", "--preset", "laptop", "--distance", "--steps", str(args.steps), "--seed", str(seed), "--sample_every", "0",
-                           "--log_every", str(max(1, args.steps // 10)), "--out_dir", out, *data, *flags]
-                done = subprocess.run(command, cwd=Path(V.__file__).parent, capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"{name}: {done.stderr[-2000:]}")
-                lines = [line for line in map(json.loads, Path(out, "log.jsonl").read_text().splitlines()) if "loss" in line]
-                found.setdefault(name, []).append({"probe_acc": json.loads(done.stdout.splitlines()[-1])["probe_acc"], "peak_gb": lines[-1]["peak_gb"],
-                                                   "clips_per_s": statistics.median(line["clips_per_s"] for line in lines), "rankme": lines[-1]["rankme"]})
+                out = Path(args.out or root, f"{name}_{seed}")
+                if not (out / "terms.json").exists():
+                    flags = [f for key, value in row.items() for f in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
+                    command = [sys.executable, "train_vjepa.py", "--preset", "laptop", "--distance", "--steps", str(args.steps), "--seed", str(seed),
+                               "--sample_every", "0", "--log_every", str(max(1, args.steps // 10)), "--out_dir", str(out.resolve()), "--stride", "5",
+                               "--crop_scale", "0.3", "0.5", "--crop_ratio", "0.75", "1.35", "--probe_data", *(["--data", *args.data] if args.data else []), *flags]
+                    done = subprocess.run(command, cwd=Path(V.__file__).parent, capture_output=True, text=True)
+                    if done.returncode:
+                        sys.exit(f"{name}: {done.stderr[-2000:]}")
+                    lines = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
+                    M.write(out / "terms.json", json.dumps(probes(out) | {key: lines[-1][key] for key in ("peak_gb", "rankme", "feature_std")} |
+                                                           {"clips_per_s": statistics.median(line["clips_per_s"] for line in lines[1:])}))
+                found.setdefault(name, []).append(json.loads((out / "terms.json").read_text()))
                 print(f"seed {seed} {name}: {found[name][-1]}", file=sys.stderr, flush=True)
-    print("| row | motion task, top-1, % | Δ | steps/s | memory | RankMe |\n|---|---|---|---|---|---|")
-    middle = lambda name, key: statistics.median(run[key] for run in found[name])
-    for name, runs in found.items():
-        accuracy = [100 * run["probe_acc"] for run in runs]
-        spread = f" +- {statistics.stdev(accuracy):.1f}" if len(runs) > 1 else ""
-        change = statistics.mean(accuracy) - statistics.mean(100 * run["probe_acc"] for run in found["baseline"])
-        speed, memory = (middle(name, key) / middle("baseline", key) for key in ("clips_per_s", "peak_gb"))
-        print(f"| {name} | {statistics.mean(accuracy):.1f}{spread} | {change:+.1f} | {speed:.2f} | {memory:.2f} | {middle(name, 'rankme'):.0f} |", flush=True)
-    return {"steps": args.steps, "seeds": args.seeds, "rows": found}
+        if args.steps and (first := next(iter(found))):             # the same encoder before any step
+            start = [probes(f"random:{Path(args.out or root, f'{first}_{seed}')}") for seed in args.seeds]
+    print("".join(f"| {title} " for title in ("row", *(part for name in lists for part in (f"{name}, %", "Δ")), "steps/s", "memory", "RankMe")) + "|\n|" + "---|" * (4 + 2 * len(lists)))
+    for name, runs in ({"random weights": start} | found).items():
+        cells = []
+        for task in lists:
+            top1, base = ([100 * run[task] for run in some] for some in (runs, found["baseline"]))
+            spread = f" +- {statistics.stdev(top1):.1f}" if len(runs) > 1 else ""
+            cells += [f"{statistics.mean(top1):.1f}{spread}", f"{statistics.mean(top1) - statistics.mean(base):+.1f}"]
+        if "peak_gb" in runs[0]:
+            cells += [f"{statistics.median(run[key] / base[key] for run, base in zip(runs, found['baseline'])):.2f}" for key in ("clips_per_s", "peak_gb")]
+            cells.append(f"{statistics.median(run['rankme'] for run in runs):.0f}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    return {"steps": args.steps, "seeds": args.seeds, "random": start, "rows": found}
 
 
 # --- endurance --------------------------------------------------------------------------------------------------------------------------
@@ -451,6 +472,8 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", default=[])
     parser.add_argument("--data", nargs="+", default=[])
+    parser.add_argument("--tasks", nargs="+", default=[], help="terms: NAME=TRAIN_LIST,VAL_LIST")
+    parser.add_argument("--out", default="", help="terms: a folder in which the runs are kept")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint", action="store_true")

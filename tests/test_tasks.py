@@ -139,6 +139,18 @@ def test_average_precision_by_hand_and_as_torchmetrics():
     assert probe.mean_ap(torch.cat([s.double(), y.double()], 1))["map"] == pytest.approx(float(want), abs=1e-6)
 
 
+def test_actions_of_boxes_by_hand():
+    """Four frames, the key frame is the third: right by its own width; nearer, and hidden at first; hidden in the key frame; seen but once."""
+    boxes = torch.full((1, 4, 4, 4), math.nan)
+    boxes[0, :, 0] = torch.tensor([[0.0, 0, 4, 4], [1, 0, 5, 4], [3, 0, 7, 4], [4, 0, 8, 4]])
+    boxes[0, 1:, 1] = torch.tensor([[2.0, 2, 4, 4], [2, 2, 4, 4], [1, 1, 5, 5]])
+    boxes[0, ::3, 2] = torch.tensor([[0.0, 0, 4, 4], [0, 4, 4, 8]])
+    boxes[0, 2, 3] = torch.tensor([0.0, 0, 4, 4])
+    made = probe.actions({"boxes": boxes}, None)
+    assert made["y"][0, :2].tolist() == [[1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]] and made["y"][0, 2:].isnan().all()
+    assert made["boxes"][0, 2, 0].tolist() == [3, 0, 7, 4] and made["boxes"][:, [0, 1, 3]].isnan().all()         # where a box goes is not given away
+
+
 def test_top1_and_top5():
     p = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [9, 8, 7, 6, 5, 4, 3], [9, 8, 7, 6, 5, 4, 3]])
     assert probe.class_scores(p, {"y": torch.tensor([0, 4, 6])}).tolist() == [[True, True], [False, True], [False, False]]

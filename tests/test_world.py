@@ -182,3 +182,15 @@ def test_the_same_on_a_gpu(made):
         a, b = made[name].float(), there[name].float()
         off = ~torch.isclose(a, b, rtol=1e-3, atol=1.01 if name in ("video", "right") else 0.01, equal_nan=True)
         assert off.float().mean() < 2e-3, name
+
+
+def test_in_rooms_things_are_told_by_their_brightness_and_labels_stay():
+    names = ("masks", "depth", "flow")
+    rooms, plain = (D.World("rooms", **flags).render(range(16), names) for flags in ({}, {"contrast": 0.0}))
+    for name in names:
+        assert torch.equal(rooms[name].nan_to_num(), plain[name].nan_to_num())
+    tone = lambda made, *ids: made["video"][torch.isin(made["masks"], torch.tensor(ids, dtype=torch.uint8))].float().mean()
+    wall, floor, spheres, boxes = (tone(rooms, *ids) for ids in ((0,), (1,), (2, 3), (4, 5)))
+    assert spheres > wall + 30 and wall > floor + 20 and floor > boxes + 10
+    assert all(abs(tone(plain, *ids) - 115) < 20 for ids in ((0,), (1,), (2, 3), (4, 5)))
+    assert not torch.equal(D.World("rooms_val").render([0])["video"], D.World("rooms").render([0])["video"])
