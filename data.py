@@ -789,15 +789,15 @@ def motion_map(x, tubelet, patch):
 
 def motion_centres(rng, motion, count, strength, uniform):
     """`count` token ids of a clip with this motion (t,h,w): P(id) ~ exp(strength * motion), or, with probability `uniform`, the same for all."""
-    p = np.exp(strength * motion.ravel())
+    p = np.exp(strength * (motion.ravel() - motion.max()))
     return rng.choice(p.size, count, p=(1 - uniform) * p / p.sum() + uniform / p.size)
 
 
 def guide_masks(keep, pred, motion, specs, seed, step, first, strength, uniform=0.1, aspect=(0.75, 1.5), temporal_keep=1.0):
     """The masks (keep, pred) that sample_masks gave some rows of a step, moved to where these clips move: as many tokens of each kind and blocks of the
     same shape, but around centres from motion_centres, cut at the frame's edge by sliding inwards. motion (b,t,h,w); `first` is the global number of
-    the first row: a clip's masks depend on it and on the clip, not on rank or micro-batch. Where blocks overlap more than
-    the lengths allow, visible tokens are predicted too; context and predicted tokens are disjoint always."""
+    the first row: a clip's masks depend on it and on the clip, not on rank or micro-batch. Blocks that leave too little to be the context are drawn again,
+    at most 50 times, then visible tokens come first. Where they hide too little, visible tokens are predicted too. The two are disjoint always."""
     moves, out = motion.double().cpu().numpy(), ([], [])
     grid = moves.shape[1:]
     for i, spec in enumerate(specs):
@@ -807,12 +807,16 @@ def guide_masks(keep, pred, motion, specs, seed, step, first, strength, uniform=
         blocks, K, M = arguments.pop("blocks"), keep[i].shape[1], pred[i].shape[1]
         shape, orders = block_shape(np.random.default_rng([seed, step, i]), grid, **arguments, aspect=aspect), []
         for row, clip in enumerate(moves, first):
-            rng, rank = np.random.default_rng([seed, step, i, 2, row]), np.zeros(grid)
-            for centre in zip(*np.unravel_index(motion_centres(rng, clip, blocks, strength, uniform), grid)):
-                start = [min(max(c - b // 2, 0), n - b) for c, b, n in zip(centre, shape, grid)]
-                rank[tuple(slice(a, a + b) for a, b in zip(start, shape))] = 1
-            rank = rank.ravel()
-            rank[early_tokens(grid, temporal_keep) :] = 2  # visible, hidden, too late to be context: in this order, at random within each
+            rng = np.random.default_rng([seed, step, i, 2, row])
+            for _ in range(50):
+                rank = np.zeros(grid)
+                for centre in zip(*np.unravel_index(motion_centres(rng, clip, blocks, strength, uniform), grid)):
+                    start = [min(max(c - b // 2, 0), n - b) for c, b, n in zip(centre, shape, grid)]
+                    rank[tuple(slice(a, a + b) for a, b in zip(start, shape))] = 1
+                rank = rank.ravel()
+                rank[early_tokens(grid, temporal_keep) :] = 2  # visible, hidden, too late to be context: in this order, at random within each
+                if np.count_nonzero(rank == 0) >= K:
+                    break
             orders.append(np.argsort(rank + rng.random(rank.size)))
         order = np.stack(orders)
         for side, ids in zip(out, (order[:, :K], order[:, -M:])):

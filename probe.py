@@ -427,6 +427,31 @@ def lists(args, labelled=True, rooms=False):
     return D.parse_list(args.train, labelled=labelled), D.parse_list(args.val, labelled=labelled)
 
 
+def check_classes(train, val):
+    """The classes of train, in order; val may have no others."""
+    known = np.unique(train.labels)
+    for source, flag in ((train, "--train"), (val, "--val")):
+        for i in np.flatnonzero((source.labels < 0) | ~np.isin(source.labels, known)):
+            name, label = source.paths[i] if source.paths else f"{source.name} {i}", source.labels[i]
+            raise D.DataError(f"{flag}: {name}: " + ("no label" if label < 0 else f"label {label} is not in --train (0 to {known[-1]})"))
+    return known
+
+
+def check_overlap(train, val):
+    """How many val videos are in train, too; said on stderr."""
+    overlap = len({os.path.realpath(p) for p in train.paths} & {os.path.realpath(p) for p in val.paths})
+    if overlap:
+        print(f"warning: {overlap} of the {len(val)} val videos are also in --train: this is not a result on held-out videos", file=sys.stderr)
+    return overlap
+
+
+def clip_of(args, config):
+    """How clips are taken: as the flags say, else as the encoder's file does."""
+    fps = args.fps or (not args.stride and config.get("fps")) or None
+    return D.Clip(args.frames or config.get("frames", 16), args.stride or config.get("stride", 4), fps, args.size or config.get("size", 224),
+                  args.crop_scale, args.crop_ratio, args.flip, segments=args.segments)
+
+
 def frozen(args, train, val, device):
     """The features of both sources, stored if they fit -> (train, val, blocks run)."""
     encoder, config = load(args)
@@ -439,9 +464,7 @@ def frozen(args, train, val, device):
         raise D.DataError(f"--encoder {args.encoder} gives one vector a clip: use --head linear or knn")
     if pooled and args.pool == "cls" and not config.get("cls", False):
         raise D.DataError("--pool cls: this encoder has no CLS token")
-    fps = args.fps or (not args.stride and config.get("fps")) or None
-    clip = D.Clip(args.frames or config.get("frames", 16), args.stride or config.get("stride", 4), fps, args.size or config.get("size", 224),
-                  args.crop_scale, args.crop_ratio, args.flip, segments=args.segments)
+    clip = clip_of(args, config)
     try:
         both = (Features(args, encoder, config, train, layer, dataclasses.replace(clip, train=args.train_passes > 0), device),
                 Features(args, encoder, config, val, layer, dataclasses.replace(clip, train=False, views=args.views), device))
@@ -462,14 +485,7 @@ def classify(args, device):
     if args.finetune:
         raise D.DataError(f"--finetune with --head {args.head}: give --head readout")
     train, val = lists(args)
-    known = np.unique(train.labels)
-    for source, flag in ((train, "--train"), (val, "--val")):
-        for i in np.flatnonzero((source.labels < 0) | ~np.isin(source.labels, known)):
-            label = source.labels[i]
-            raise D.DataError(f"{flag}: {source.paths[i]}: " + ("no label" if label < 0 else f"label {label} is not in --train (0 to {known[-1]})"))
-    overlap = len({os.path.realpath(p) for p in train.paths} & {os.path.realpath(p) for p in val.paths})
-    if overlap:
-        print(f"warning: {overlap} of the {len(val)} val videos are also in --train: this is not accuracy on held-out videos", file=sys.stderr)
+    known, overlap = check_classes(train, val), check_overlap(train, val)
     train_x, val_x, layer = frozen(args, train, val, device)
     classes = int(known[-1]) + 1
     head, chosen, tried = fit(args, train_x, train.labels, classes)
@@ -550,6 +566,11 @@ def pyplot(task):
     return matplotlib.pyplot
 
 
+def read_log(file):
+    """The lines of a .jsonl; the last one may be half written."""
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 def plot(args, device):
     """Online-probe accuracy against training loss and against FLOPs, a curve a run of --runs. R^2 is that of a line through the points of the left panel:
     of each run (does its loss choose among its checkpoints?) and of all runs together (does it choose among runs?)."""
@@ -561,7 +582,7 @@ def plot(args, device):
         if not (log := Path(run) / "log.jsonl").exists():
             raise D.DataError(f"--runs {run}: no log.jsonl in this folder")
         rows, last = {}, {}
-        for line in map(json.loads, log.read_text().splitlines()):          # of a step that was run twice, the later line counts
+        for line in read_log(log):                              # of a step that was run twice, the later line counts
             last = line if "loss" in line else last
             if line.get("probe_acc") is not None and last:
                 rows[line["step"]] = (last["loss"], last["flops"], line["probe_acc"])
@@ -589,14 +610,16 @@ def compare(args, device):
         raise D.DataError(f"--baseline {baseline}: not among the runs with a log.jsonl: {' '.join(names) or 'none'}")
     table = {}                                                  # run -> column -> accuracy; of what was done twice, the later line counts
     for run in names:
-        lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+        lines = read_log(Path(run) / "log.jsonl")
         table[run] = {"online probe": line["probe_acc"] for line in lines if line.get("probe_acc") is not None}
         if (probes := Path(run) / "probe.jsonl").exists():
             for line in map(json.loads, probes.read_text().splitlines()):
                 if line["task"] == "classify":
-                    table[run][f"{Path(line['args']['val'] or line['args']['data']).stem}, {line['head']}"] = line["value"]
+                    table[run][f"{line['args']['val'] or line['args']['data']}, {line['head']}"] = line["value"]
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    print("| run |" + "".join(f" {column} | Δ |" for column in columns) + "\n|---|" + "---|---|" * len(columns))
+    short = {column: re.sub(r"^.*/|\.\w+(?=, \w+$)", "", column) for column in columns}       # ssv2, linear for lists/ssv2.csv, linear, if no other is called so
+    title = lambda column: short[column] if [*short.values()].count(short[column]) == 1 else column
+    print("| run |" + "".join(f" {title(column)} | Δ |" for column in columns) + "\n|---|" + "---|---|" * len(columns))
     deltas = {}
     for run, row in table.items():
         deltas[run] = {c: row[c] - table[baseline][c] for c in columns if c in row and c in table[baseline]}
@@ -611,17 +634,24 @@ def halves(args, runs, device):
     """halves.png, a panel a run: the cosine similarity of a place's tokens d slices apart, in the first half of the channels (appearance, where FWM is on) and
     in the second (dynamics). Tokens are layer-normed, as in training, less their mean over the first 256 val clips, without which all of them look alike."""
     plt, found = pyplot(args.task), {}
-    _, val = lists(args)
+    val = D.parse_list(*(("world", "val") if args.data else (args.val,)))
+    val = dataclasses.replace(val, labels=val.labels[: args.val_clips]) if args.data else val
     for run in runs:
         encoder, config = load(dataclasses.replace(args, encoder=run))
-        encoder.to(device)
-        clip = D.Clip(args.frames or config["frames"], args.stride or config.get("stride", 4), None, args.size or config["size"], train=False)
-        batches = D.eval_batches(val, clip, batch_size=args.micro_batch, workers=args.workers, rows=range(min(256, len(val))))
-        z = torch.cat([F.layer_norm(encoder(D.prepare(b, device, config["mean"], config["std"])).float(), (config["width"],))[b["ok"]].cpu() for b in batches])
+        clip, z = dataclasses.replace(clip_of(args, config), train=False), []
         t, hw = clip.frames // (1 if config["images"] else config["tubelet"]), (clip.size // config["patch"]) ** 2
-        z = (z[:, -t * hw :] - z[:, -t * hw :].mean((0, 1))).unflatten(1, (t, hw))                         # (B,t,hw,D), without CLS
-        apart = range(1, z.shape[1])
-        found[run] = {name: [F.cosine_similarity(half[:, :-d], half[:, d:], dim=-1).mean().item() for d in apart]
+        if t < 2:
+            raise D.DataError(f"--frames {clip.frames}: {run} makes no two slices of them")
+        try:
+            for batch in D.eval_batches(val, clip, batch_size=args.micro_batch, workers=args.workers, rows=range(min(256, len(val)))):
+                x = D.prepare(batch, device, config["mean"], config["std"])[batch["ok"].to(device)]
+                z.append(F.layer_norm(encoder.to(device)(x, blocks=args.layer or None).float(), (config["width"],))[:, -t * hw :].cpu())      # without CLS
+        except ValueError as e:
+            raise D.DataError(f"{run} cannot take these clips: {e}") from e
+        if not len(z := torch.cat(z)):
+            raise D.DataError(f"{val.name}: none of its first videos can be read")
+        z = (z - z.mean((0, 1))).unflatten(1, (t, hw))                                                      # (B,t,hw,D)
+        found[run] = {name: [F.cosine_similarity(half[:, :-d], half[:, d:], dim=-1).mean().item() for d in range(1, t)]
                       for name, half in zip(("appearance", "dynamics"), z.chunk(2, -1))}
     figure, axes = plt.subplots(1, len(runs), figsize=(2.6 * len(runs), 2.8), sharey=True, squeeze=False, constrained_layout=True)
     for axis, (run, curves) in zip(axes[0], found.items()):
@@ -659,8 +689,21 @@ class Dense:
     def store(self, folder):
         for f in self.features.values():
             f.store(folder)
-        read = lambda turn: self.read(range(len(self.source)), self.args.micro_batch, turn, self.names)
-        self.labels = [[{n: b[n][i] for n in self.names} for b in read(turn) for i in range(len(b["ok"]))] for turn in range(self.features["video"].turns)]
+        self.labels = []
+        for turn in range((video := self.features["video"]).turns):
+            made, ok = [], []
+            for batch in self.read(range(len(self.source)), self.args.micro_batch, turn, self.names):
+                made += [{n: batch[n][i] for n in self.names} for i in range(len(batch["ok"]))]
+                ok += batch["ok"].tolist()
+                video.bad.update(batch["bad"])
+            video.ok[turn] = video.ok[turn] & np.array(ok)      # a clip with a damaged label file is left out, too
+            self.labels.append(made)
+
+    def room(self):
+        """Bytes that store() takes on disk, for tokens, and in memory, for labels, as many as the first clip's for each."""
+        one = next(self.read([0], 1, 0, self.names))
+        return np.array([sum(f.bytes for f in self.features.values()),
+                         sum(one[n].nbytes for n in self.names) * len(self.source) * self.features["video"].turns])
 
     def of(self, layers):
         """The same, whose batches have the tokens of these of the layers only."""
@@ -719,7 +762,7 @@ class Setting:
     grid: tuple                        # (t,h,w)
     frames: int
     size: int
-    classes: int = 2
+    classes: int = 0                   # 0: not known yet
     mean: torch.Tensor | None = None
     std: torch.Tensor | None = None
 
@@ -828,7 +871,7 @@ def rigid(m):
     return torch.cat([((u * flip[:, None]) @ v).to(m), m[..., 3:]], 2).flatten(1)
 
 
-CUBE = torch.tensor(list(itertools.product((-0.5, 0.5), (-0.5, 0.5), (0.5, 1.5))))       # corners, in front of the first camera
+CUBE = torch.tensor(list(itertools.product((-0.5, 0.5), (-0.5, 0.5), (0.5, 1.5))))       # corners, in front of the camera whose pose it is
 
 
 def pose_error(p, y):
@@ -908,6 +951,8 @@ def actions(labels, s):
 
 def average_precision(score, y):
     """Area under the steps of precision over recall; what has equal scores is called together. score, y (n,)."""
+    if not len(y):
+        return None
     value, group = torch.unique(-score, return_inverse=True)
     hits, n = (torch.zeros(len(value), dtype=torch.double).index_add(0, group, v.double()).cumsum(0) for v in (y, torch.ones_like(y)))
     return ((hits.diff(prepend=hits.new_zeros(1)) / hits[-1]) * hits / n).sum() if hits[-1] else None
@@ -916,7 +961,8 @@ def average_precision(score, y):
 def mean_ap(rows):
     """rows (boxes, 2*C): scores, then truth -> mean over the classes that occur."""
     found = [average_precision(s, y) for s, y in zip(*(v.T for v in rows.chunk(2, 1)))]
-    return {"map": float(np.mean([f for f in found if f is not None]))}
+    found = [f for f in found if f is not None]
+    return {"map": float(np.mean(found)) if found else math.nan}
 
 
 def kinds(labels, s):
@@ -924,6 +970,9 @@ def kinds(labels, s):
     mask = labels["masks"].long()
     if s.args.data:
         mask = torch.tensor([0, 1] + [2] * D.SPHERES + [3] * D.BOXES + [255] * 256, device=mask.device)[mask]
+    top = int(mask[mask < 255].max()) if (mask < 255).any() else 0
+    if s.classes and top >= s.classes:
+        raise D.DataError(f"segment: a mask has the label {top}, but there are {s.classes} classes (of the first clips of --train): give --classes {top + 1}")
     return {"y": mask.unflatten(1, (s.grid[0], -1))}
 
 
@@ -995,7 +1044,7 @@ def commonest(ys, s):
     """The constant answer of a classifier."""
     v = torch.cat([y["y"].flatten() for y in ys])
     best = v[v < s.classes].bincount().argmax()
-    return [lambda y: F.one_hot(torch.full_like(y["y"], best), s.classes).float()]
+    return [lambda y: torch.eye(s.classes, device=y["y"].device)[best].expand(*y["y"].shape, -1)]
 
 
 def still(extra=0):
@@ -1005,11 +1054,12 @@ def still(extra=0):
 
 # labels: of dense_batches. y(labels, setting): the task's labels in a form of its own, NaN where unknown. layers: 4 of them, or the last. head, call: see
 # Asking; channels: its answer is in units of the labels' mean and deviation. loss(out, y). answer(out): what the metric takes. tally(answer, y): rows that
-# final(rows) turns into the metric and its companions. up: higher is better. constants(ys): answers that look at no video; the best on train is the baseline
+# final(rows) turns into the metric and its companions; wrong: the row of a clip that cannot be read. up: higher is better. constants(ys): answers that look at
+# no video; the best on train is the baseline
 DENSE = {
     "classify": dict(labels=(), y=lambda l, s: {"y": l["class"]}, layers=1, up=True, final=lambda c: dict(zip(("top1", "top5"), c.mean(0).tolist())),
                      head=lambda s: M.Readout(s.width, s.grid, s.classes, queries=(1, 1, 1), steps=s.args.resample, **s.wide(768, 12)), call=ask_plain,
-                     loss=lambda out, y: F.cross_entropy(out, y["y"]), answer=same, tally=class_scores, constants=commonest),
+                     loss=lambda out, y: F.cross_entropy(out, y["y"]), answer=same, tally=class_scores, wrong=torch.zeros(1, 2).double(), constants=commonest),
     "pose": dict(labels=("pose",), y=relative_pose, layers=1, up=False, final=lambda e: {"epe": e.mean().item()}, channels=12,
                  head=lambda s: M.Readout(s.width, (2, *s.grid[1:]), 12, queries=(1, 1, 1), **s.wide(s.width, 8)), call=ask_ends,
                  loss=squares, answer=same, tally=pose_error, constants=typical(12)),
@@ -1042,9 +1092,16 @@ DENSE = {
 }
 
 
+def free_memory():
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def open_clips(args, names, layers, labelled, device):
     """-> the train and val Dense of --encoder with these labels, its config, and the layer that readouts read."""
     train, val = lists(args, labelled, rooms=True)
+    if args.fps or len(args.grid_wd) > 1 or args.width % 8:
+        raise D.DataError(f"--fps {args.fps} --grid_wd {args.grid_wd} --width {args.width}: tasks of space and time sample by --stride, have one weight decay "
+                          "and a width that 8 divides")
     encoder, config = load(args)
     if not (depth := config.get("depth", 0)):
         raise D.DataError(f"--encoder {args.encoder}: {args.task} needs the tokens of an encoder")
@@ -1068,40 +1125,42 @@ def open_clips(args, names, layers, labelled, device):
             raise D.DataError(f"--encoder {args.encoder} cannot take these clips: {e}") from e
     folder = Path(args.cache_dir or Path(args.out_dir) / "features")
     folder.mkdir(parents=True, exist_ok=True)
-    if not args.finetune and sum(f.bytes for x in both for f in x.features.values()) <= min(args.cache_gb * 1e9, 0.9 * shutil.disk_usage(folder).free):
-        for x in both:
-            x.store(folder)
+    if not args.finetune:
+        disk, memory = sum(x.room() for x in both)
+        if disk + memory <= args.cache_gb * 1e9 and disk <= 0.9 * shutil.disk_usage(folder).free and memory <= 0.5 * free_memory():
+            for x in both:
+                x.store(folder)
     return *both, config, top, quarters
 
 
 def learn(row, s, rates, data, rows, config):
     """One head for each learning rate, all on the same batches, by 4DS's recipe (A.2): AdamW, warm-up, cosine. Fine-tuning takes one rate: a copy of the
-    encoder is trained with the head, at 0.003 of its rate (4DS, A.4) or 0.8 of it for each layer that lies between (V-JEPA, Table 8)."""
+    encoder is trained with the head, at 0.003 of its rate (4DS, C) or 0.8 of it for each layer that lies between (V-JEPA, Table 8)."""
     a, models, groups = s.args, [], []
     for lr in rates:
         torch.manual_seed(a.seed)
         models.append(Asking(row, s).to(data.device).train())
         groups += [dict(g, peak=lr) for g in M.param_groups(models[-1], (a.grid_wd or (1e-4,))[0])]
     if a.finetune:
-        encoder, depth = copy.deepcopy(data.encoder).requires_grad_(True), config["depth"]
-        layers = {"norm.": 1.0} | {f"blocks.{i}.": 0.8 ** (depth - i) for i in range(depth)} | {"": 0.8 ** (depth + 1)}
+        encoder, depth = copy.deepcopy(data.encoder).requires_grad_(True), max(data.want)
+        layers = {"norm.": 1.0} | {f"blocks.{i}.": 0.8 ** max(0, depth - i) for i in range(config["depth"])} | {"": 0.8 ** (depth + 1)}
         wd, factors = (1e-4, {"": 0.003}) if a.finetune == "4ds" else (0.05, layers)
-        groups += [dict(g, peak=rates[0] * g["factor"]) for g in M.param_groups(encoder, wd, factors)]
+        groups += [dict(g, peak=rates[0] * g["factor"]) for g in M.param_groups(encoder, a.grid_wd[0] if a.grid_wd else wd, factors)]
         models[0].encoder = encoder
         data.tune(encoder)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-    steps, batch, warmup = a.steps, a.batch_size or 32, min(1000, a.steps // 10)
+    steps, batch, warmup = a.steps, a.batch_size or 32, min(3000 if a.finetune else 1000, a.steps // 10)
     micro = math.gcd(batch, a.micro_batch) if a.finetune else batch
     batches = data.endless(rows, micro, a.seed)
     for step in tqdm(range(steps), desc=a.task, disable=not sys.stderr.isatty()):
         share = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
         for g in groups:
             g["lr"] = max(1e-7, g["peak"] * share)
-        for _ in range(batch // micro):
+        for i in range(batch // micro):
             z, labels, _ = next(batches)
             y = row["y"](labels, s)
             for m in models:
-                torch.manual_seed(a.seed * 1_000_003 + step)    # what a head picks at random does not depend on the other heads
+                torch.manual_seed(a.seed * 1_000_003 + step + i * 1_000_000_007)        # what a head picks at random does not depend on the other heads
                 with data.features["video"].autocast():
                     out, asked = m(z, y)
                 (row["loss"](out.float(), asked) * (micro / batch)).backward()
@@ -1119,15 +1178,20 @@ def best_of(found, up):
 @torch.no_grad()
 def measure(row, s, answers, data, rows, size, keep=0):
     """The metric of each of these functions (z, y) -> answer over these rows, and answers and labels of the first `keep` batches."""
-    tallies, kept = [[] for _ in answers], []
+    tallies, kept, seen = [[] for _ in answers], [], 0
     for z, labels, part in data.batches(rows, size, encode=any(isinstance(f, Asking) for f in answers)):
         y = row["y"](labels, s)
         for tally, f in zip(tallies, answers):
             with data.features["video"].autocast():
                 p = row["answer"](f.eval()(z, y)[0].float()) if isinstance(f, Asking) else f(y)
             tally.append(row["tally"](p, y).double().cpu())
+        seen += len(part)
         if len(kept) < keep:
             kept.append((p, y, part))
+    if not tallies[0]:
+        raise D.DataError(f"{data.source.name}: no video can be read")
+    if (unread := len(rows) - seen) and row.get("wrong") is not None:
+        tallies = [[*t, row["wrong"].expand(unread, -1)] for t in tallies]
     return [row["final"](torch.cat(t)) for t in tallies], kept
 
 
@@ -1138,11 +1202,13 @@ def space_time(args, device, opened=None):
     want = quarters if row["layers"] > 1 else (args.layer or config.get(f"layer_{args.task}") or top,)
     train, val, rows = train.of(want), val.of(want), np.arange(len(train.source))
     s = Setting(args, config["width"], train.grid, train.clip.frames, train.clip.size)
-    labels = [part for _, part, _ in train.batches(rows[:512], args.micro_batch, encode=False)]          # what constants and units are taken from
+    some = rows[np.linspace(0, len(rows) - 1, min(512, len(rows))).astype(int)]                         # what constants and units are taken from
+    labels = [part for _, part, _ in train.batches(some, args.micro_batch, encode=False)]
     if not labels:
         raise D.DataError(f"{train.source.name}: no video can be read")
+    check_overlap(train.source, val.source)
     if args.task == "classify":
-        s.classes = int(train.source.labels.max()) + 1
+        s.classes = int(check_classes(train.source, val.source)[-1]) + 1
     if args.task == "segment":
         s.classes = args.classes or 1 + max(int(m[m < 255].max()) for m in (row["y"](part, s)["y"] for part in labels) if (m < 255).any())
     ys = [row["y"](part, s) for part in labels]
@@ -1152,13 +1218,18 @@ def space_time(args, device, opened=None):
         v = torch.cat([y["y"].reshape(-1, channels) for y in ys])
         v = v[v.isfinite().all(1)]
         if len(v) < 2:
-            raise D.DataError(f"{train.source.name}: the first 512 clips have no labels for {args.task}")
+            raise D.DataError(f"{train.source.name}: {len(some)} clips of it have no labels for {args.task}")
         s.mean, s.std = v.mean(0), v.std(0) + 1e-6
 
     constants = row["constants"](ys, s)
     scores = [row["final"](torch.cat([row["tally"](c(y), y).double().cpu() for y in ys])) for c in constants]
-    constant = constants[best_of(scores, row["up"])]
-    usual = ((1e-3,) if args.data else (3e-4,)) if args.finetune else (2e-3,) if args.data else (1e-4, 3e-4, 1e-3)
+    constant, name = constants[best_of(scores, row["up"])], next(iter(scores[0]))
+    del labels, ys
+    (base,), _ = measure(row, s, [constant], val, np.arange(len(val.source)), args.micro_batch)
+    for source, found in ((train.source, scores[0]), (val.source, base)):
+        if not math.isfinite(found[name]):
+            raise D.DataError(f"{source.name}: its clips have no labels for {args.task}")
+    usual = ((1e-3,) if args.data else (1e-4, 3e-4)) if args.finetune else (2e-3,) if args.data else (1e-4, 3e-4, 1e-3)
     rates, fit, held = args.grid_lr or usual, rows, rows[:0]
     if len(rates) > 1:
         fit, held = hold_out(train.source.paths or [str(i) for i in rows], args.group, args.holdout, args.seed)
@@ -1171,11 +1242,10 @@ def space_time(args, device, opened=None):
     best = models[best_of(found, row["up"]) if found else 0]
     if args.finetune:
         val.tune(best.encoder)
-    (base, result), kept = measure(row, s, [constant, best], val, np.arange(len(val.source)), args.micro_batch, keep=1)
-    name, value = next(iter(result.items()))
+    (result,), kept = measure(row, s, [best], val, np.arange(len(val.source)), args.micro_batch, keep=1)
     picture = draw(args, s, val, *kept[0])
     bad = {k: v for x in (train, val) for f in x.features.values() for k, v in f.bad.items()}
-    result = {"metric": name, "value": value, "constant": base[name], "better": "higher" if row["up"] else "lower",
+    result = {"metric": name, "value": result[name], "constant": base[name], "better": "higher" if row["up"] else "lower",
               **{k: v for k, v in result.items() if k != name}, "lr": rates[models.index(best)], "steps": args.steps, "finetune": args.finetune,
               "params": sum(p.numel() for p in best.head.parameters()), "layer": list(want),
               "n_train": len(train.source), "n_val": len(val.source), "bad": len(bad), "picture": picture}
@@ -1243,6 +1313,7 @@ def draw(args, s, data, p, y, rows):
         return save(file, image.transpose(1, 2).flatten(2, 3).flatten(0, 1))
     video = next(data.read(rows[:n], n, 0, []))["video"].float() / 255                                  # (n,T,H,W,3)
     at, zoom = np.linspace(0, s.frames - 1, 4).astype(int), max(1, 128 // s.size)
+    at[2] = s.frames // 2                                       # the frame whose boxes detect is given
     shown = enlarge(video[:, at], zoom)
     strips = [shown]
     if args.task in MAPS:
@@ -1275,7 +1346,9 @@ def draw(args, s, data, p, y, rows):
 def components(args, data):
     """pca.png: four val clips, and the first three principal components of their tokens as colours."""
     data, n = data.of(data.layers[-1:]), min(4, len(data.source))
-    z, _, rows = next(data.batches(np.arange(n), n))
+    z, _, rows = next(data.batches(np.arange(n), n), (None, None, ()))
+    if not (n := len(rows)):
+        return None
     video = next(data.read(rows, n, 0, []))["video"].float() / 255
     z, (t, h, w) = z["video"].cpu().flatten(0, 2), data.grid
     u, s, _ = torch.linalg.svd(z - z.mean(0), full_matrices=False)
@@ -1356,7 +1429,7 @@ def physics(args, device):
         ok = batch["ok"]
         rows.append(torch.stack([*(v.cpu() for v in pair), batch["kind"].float()], 1)[ok])
         differ = (batch["video"] != batch["impossible"]).flatten(2).any(2)
-        early += int((differ & (torch.arange(frames) < batch["change"][:, None] // clip.stride)).any(1)[ok].sum())
+        early += int((differ & (torch.arange(frames) < batch["change"][:, None])).any(1)[ok].sum())     # of the world, whose clips are whole videos
         if shown is None:
             at = np.linspace(0, frames - 1, 8).astype(int)
             a, b = (batch[k][:6, at].float() / 255 for k in ("video", "impossible"))
@@ -1367,7 +1440,7 @@ def physics(args, device):
     by_kind = {D.IMPOSSIBLE[int(k)] if args.data else str(int(k)): right[kind == k].mean().item() for k in kind.unique()}
     return {"metric": "relative_accuracy", "value": right.mean().item(), "constant": 0.5, "better": "higher",
             "error": (right.std() / len(right) ** 0.5).item(), "kinds": by_kind, "surprise": [possible.mean().item(), impossible.mean().item()],
-            "context": contexts, "windows": len(starts), "n_val": len(right), "differ_early": early}, {"pairs": torch.stack([possible, impossible], 1).tolist()}
+            "context": contexts, "windows": len(starts), "n_val": len(right)} | ({"differ_early": early} if args.data else {}), {"pairs": torch.stack([possible, impossible], 1).tolist()}
 
 
 def everything(args, device):
@@ -1410,15 +1483,16 @@ def everything(args, device):
     table, seeds = [], list(args.seeds or (args.seed,))
     for task, results in found.items():
         first, values, constants = results[0], [r["value"] for r in results], [r["constant"] for r in results]
-        skill = [(v - c) / (1 - c) if first["better"] == "higher" else 1 - v / c for v, c in zip(values, constants)]
+        best = float(first["better"] == "higher")               # where a constant is perfect there is nothing to measure
+        skill = [(v - c) / (best - c) for v, c in zip(values, constants) if c != best]
         table.append({"task": task, "metric": first["metric"], "better": first["better"], "constant": float(np.mean(constants)),
                       "value": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None, "values": values,
-                      "skill": float(np.mean(skill)), "params": first.get("params"), "layer": first.get("layer")})
+                      "skill": float(np.mean(skill)) if skill else None, "params": first.get("params"), "layer": first.get("layer")})
     lines = [f"`{args.encoder}`, seeds {' '.join(map(str, seeds))}; skill: 0 is the constant answer, 1 is perfect", "",
              "| task | metric | constant | value | skill |", "|---|---|---|---|---|"]
     for r in table:
         spread = f" +- {r['std']:.4f}" if r["std"] is not None else ""
-        lines.append(f"| {r['task']} | {r['metric']} ({r['better']} is better) | {r['constant']:.4f} | {r['value']:.4f}{spread} | {r['skill']:.3f} |")
+        lines.append(f"| {r['task']} | {r['metric']} ({r['better']} is better) | {r['constant']:.4f} | {r['value']:.4f}{spread} | {'-' if r['skill'] is None else format(r['skill'], '.3f')} |")
     M.write(Path(args.out_dir) / "all.md", "\n".join(lines) + "\n")
     M.write(Path(args.out_dir) / "all.json", json.dumps({"encoder": args.encoder, "seeds": seeds, "table": table, "results": found}, indent=1))
     try:
@@ -1426,7 +1500,8 @@ def everything(args, device):
     except D.DataError as e:                                    # the numbers are there without it
         print(f"no radar.png: {e}", file=sys.stderr)
     short = {r["task"]: {k: r[k] for k in ("metric", "value", "std", "constant")} for r in table}
-    return {"metric": "skill", "value": float(np.mean([r["skill"] for r in table])), "tasks": short, "seeds": seeds,
+    skills = [r["skill"] for r in table if r["skill"] is not None]
+    return {"metric": "skill", "value": float(np.mean(skills)) if skills else None, "tasks": short, "seeds": seeds,
             "table": str(Path(args.out_dir) / "all.md"), "pca": picture}, {"table": table}
 
 
@@ -1435,7 +1510,7 @@ def radar(table, file):
     plt = pyplot("all")
     angle = np.linspace(0, 2 * np.pi, len(table), endpoint=False)
     figure, axis = plt.subplots(figsize=(5, 5), subplot_kw={"projection": "polar"}, constrained_layout=True)
-    value = [max(0, r["skill"]) for r in table]
+    value = [max(0, r["skill"] or 0) for r in table]
     axis.fill(angle, value, alpha=0.3)
     axis.plot([*angle, angle[0]], [*value, value[0]], "o-")
     axis.set_xticks(angle, [f"{r['task']}\n{r['metric']} {r['value']:.3g}" for r in table], fontsize=8)

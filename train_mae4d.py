@@ -329,6 +329,21 @@ class Run:
             M.seal(temp, final, self.args.keep)
         self.broadcast(None)
 
+    def shapes(self, checkpoint):
+        """{name: shape} of the tensors in a checkpoint."""
+        return {name: getattr(v, "size", None) for name, v in dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items()}
+
+    def check_start(self, objective, folder):
+        """--init RUN, before anything is written: has its checkpoint all of the objective, in these shapes? Heads that are new stay as they are."""
+        error, found = None, M.newest(folder) if self.rank == 0 else None
+        if isinstance(found, Path):
+            there = self.shapes(found)
+            differ = [f"{name} {tuple(v.shape)} (there {tuple(there[f'model.{name}']) if f'model.{name}' in there else 'none'})" for name, v in objective.state_dict().items()
+                      if there.get(f"model.{name}") != v.shape and (f"model.{name}" in there or not name.startswith("heads."))]
+            error = f"--init {folder}: that run had other flags: {', '.join(differ[:3])}" if differ else None
+        if error := self.broadcast(error):
+            fail(error)
+
     def load(self, module, optimizer=None, folder=None):
         """The checkpoint that `latest` names, or the newest before it whose hashes agree -> its extras; {} where there is none.
         Without an optimizer only the weights: the start from another run's folder."""
@@ -338,8 +353,10 @@ class Run:
         if not found:
             return {}
         state = {"model": dcs.get_model_state_dict(module)} | ({"optimizer": dcs.get_optimizer_state_dict(module, optimizer)} if optimizer else {})
+        if folder:
+            state["model"] = {name: v for name, v in state["model"].items() if f"model.{name}" in self.shapes(found)}
         dcp.load(state, checkpoint_id=found)
-        dcs.set_model_state_dict(module, state["model"])
+        dcs.set_model_state_dict(module, state["model"], options=dcs.StateDictOptions(strict=not folder))
         if optimizer:
             dcs.set_optimizer_state_dict(module, optimizer, state["optimizer"])
         return json.loads((found / "extra.json").read_text())
@@ -421,6 +438,8 @@ def main(args):
                   flip=args.flip, clips=args.clips_per_video)
     sources = [D.parse_list(spec) for spec in args.data]
     probe = [D.parse_list(spec, split, labelled=True) for spec, split in zip(args.probe_data, ("probe", "val"))]
+    if args.init and Path(args.init).is_dir():
+        run.check_start(objective, args.init)
     run.open(D.fingerprint(sources))
 
     model = run.wrap(objective.to(run.device))

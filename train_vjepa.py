@@ -138,7 +138,7 @@ PRESETS["laptop_video"] = PRESETS["laptop"] | dict(     # real video of a still 
     data=(), probe_data=(), frames=16, stride=3, size=48, highpass=4.0, crop_scale=(0.3, 0.5), crop_ratio=(0.75, 1.35), steps=3000, out_dir="out/laptop_video")
 PRESETS["fwm_paper"] = dict(                            # FWM-HW-LD, Table 1: the baseline of Table 4, and of Table 3 with other data
     data=("ucf101.csv:0.2", "ssv2.csv:0.6", "imagenet100.csv:0.2"), model="vit_b", stride=2, pos="rope", pred_depth=8, pred_width=256, pred_heads=8,
-    distance=True, steps=30_000, batch_size=32, lr=6e-4, start_lr=1e-6, warmup=300, final_weight_decay=0.04, ema=0.99925, final_ema=0.99925, stretch=1.0,
+    distance=True, steps=30_000, batch_size=32, lr=6e-4, start_lr=1e-4, warmup=300, final_weight_decay=0.04, ema=0.99925, final_ema=0.99925, stretch=1.0,
     out_dir="out/fwm_paper")
 PRESETS["fwm_ucf"] = PRESETS["fwm_paper"] | dict(data=("ucf101.csv",), out_dir="out/fwm_ucf")
 
@@ -193,7 +193,7 @@ import model as M
 
 def hard(e, tau):
     """e (B,n) errors of n tokens -> their mean, weighted within each clip by softmax(e / tau) * n, which passes no gradient (Eqs. 9 to 11)."""
-    return ((e.detach() / tau).softmax(1) * e.shape[1] * e).mean()
+    return ((e.detach() / tau).clamp(-20, 20).softmax(1) * e.shape[1] * e).mean()                      # clamped as in the paper's appendix D
 
 
 def hw(z, h, x, errors, o):
@@ -513,6 +513,21 @@ class Run:
             M.seal(temp, final, self.args.keep)
         self.broadcast(None)
 
+    def shapes(self, checkpoint):
+        """{name: shape} of the tensors in a checkpoint."""
+        return {name: getattr(v, "size", None) for name, v in dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items()}
+
+    def check_start(self, objective, folder):
+        """--init RUN, before anything is written: has its checkpoint all of the objective, in these shapes? Heads that are new stay as they are."""
+        error, found = None, M.newest(folder) if self.rank == 0 else None
+        if isinstance(found, Path):
+            there = self.shapes(found)
+            differ = [f"{name} {tuple(v.shape)} (there {tuple(there[f'model.{name}']) if f'model.{name}' in there else 'none'})" for name, v in objective.state_dict().items()
+                      if there.get(f"model.{name}") != v.shape and (f"model.{name}" in there or not name.startswith("heads."))]
+            error = f"--init {folder}: that run had other flags: {', '.join(differ[:3])}" if differ else None
+        if error := self.broadcast(error):
+            fail(error)
+
     def load(self, module, optimizer=None, folder=None):
         """The checkpoint that `latest` names, or the newest before it whose hashes agree -> its extras; {} where there is none.
         Without an optimizer only the weights: the start from another run's folder."""
@@ -522,8 +537,10 @@ class Run:
         if not found:
             return {}
         state = {"model": dcs.get_model_state_dict(module)} | ({"optimizer": dcs.get_optimizer_state_dict(module, optimizer)} if optimizer else {})
+        if folder:
+            state["model"] = {name: v for name, v in state["model"].items() if f"model.{name}" in self.shapes(found)}
         dcp.load(state, checkpoint_id=found)
-        dcs.set_model_state_dict(module, state["model"])
+        dcs.set_model_state_dict(module, state["model"], options=dcs.StateDictOptions(strict=not folder))
         if optimizer:
             dcs.set_optimizer_state_dict(module, optimizer, state["optimizer"])
         return json.loads((found / "extra.json").read_text())
@@ -596,6 +613,8 @@ def main(args):
         fail("--motion places blocks: --masks must all be BLOCKSxSCALE[xTIME]")
     if not 0 < args.temporal_keep <= 1 or args.motion_uniform > 1 or not args.tau:
         fail("--temporal_keep must lie in (0, 1], --motion_uniform in [0, 1], and --tau be positive")
+    if args.anneal and not any(name.startswith("kin_") for name in objective.terms) or args.motion and args.trim == "prefix":
+        fail("--anneal is for the weights of --kin_ terms; --motion trims at random, not by --trim prefix")
     if objective.full_pass and grid[0] < 3:
         fail(f"terms compare three slices of a clip: --frames {args.frames} makes {grid[0]}")
     how = dict(aspect=args.aspect, temporal_keep=args.temporal_keep)
@@ -612,6 +631,8 @@ def main(args):
                   flip=args.flip, clips=args.clips_per_video)
     sources = [D.parse_list(spec) for spec in args.data]
     probe = [D.parse_list(spec, split, labelled=True) for spec, split in zip(args.probe_data, ("probe", "val"))]
+    if args.init and Path(args.init).is_dir():
+        run.check_start(objective, args.init)
     run.open(D.fingerprint(sources))
 
     model = run.wrap(objective.to(run.device))

@@ -363,53 +363,60 @@ def world(args):
 # --- auxiliary objectives -----------------------------------------------------------------------------------------------------------------
 
 def terms(args):
-    """Trains `--preset laptop` with the flags of each row, one run after the other, and prints a Markdown table: a linear probe on eight motions of the world
-    and on each --tasks pair of lists; steps/s and peak memory as ratios to the baseline of the same seed; RankMe. Runs that --out already has are not repeated."""
-    rows = {"baseline": {}} | {name: row for table in V.ROWS.values() for name, row in table.items() if not args.rows or name in args.rows}
+    """Trains `--preset laptop --distance` (files: --stride 5, crops of 0.3 to 0.5) with the flags of each row, one run after the other, and prints a Markdown
+    table: a linear probe on eight motions of the world and on each of --tasks; steps/s and peak memory as ratios to the baseline of the same seed; RankMe.
+    With --out the runs stay, and what is there is not done again."""
+    table = {name: row for rows in V.ROWS.values() for name, row in rows.items()}
+    if unknown := set(args.rows) - set(table):
+        sys.exit(f"--rows {min(unknown)}: choose from {', '.join(table)}")
+    rows, found, start, clips = {"baseline": {}} | {name: row for name, row in table.items() if name in (args.rows or table)}, {}, [], {}
     lists = {"motion": ("world", "world")} | {name: pair.split(",") for name, _, pair in (task.partition("=") for task in args.tasks)}
-    clip, found, torch_clips = D.Clip(frames=8, size=32, stride=5, train=False), {}, {}
+    clip = D.Clip(frames=8, size=32, stride=5, train=False)
 
-    def probes(run):
-        encoder, _ = M.load_encoder(run)
+    @torch.no_grad()
+    def probes(run, **seed):
+        encoder, _ = M.load_encoder(run, **seed)
         out = {}
         for name, pair in lists.items():
-            if name not in torch_clips:                             # read once, of all runs
+            if name not in clips:                                   # read once for all runs
                 sources = [D.parse_list(path, split=split, labelled=True) for path, split in zip(pair, ("probe", "val"))]
-                torch_clips[name] = [list(D.eval_batches(source, clip, batch_size=64)) for source in sources]
-            with torch.no_grad():
-                (x, y), (xv, yv) = ([torch.cat(v) for v in zip(*((encoder(D.prepare(b)).mean(1), b["label"]) for b in half))] for half in torch_clips[name])
-            out[name] = (M.linear_probe(x, y, xv) == yv).double().mean().item()
+                clips[name] = [list(D.eval_batches(source, clip, batch_size=64)) for source in sources]
+            (x, y, ok), (xv, yv, okv) = ([torch.cat(v) for v in zip(*((encoder(D.prepare(b)).mean(1), b["label"], b["ok"]) for b in half))] for half in clips[name])
+            out[name] = ((M.linear_probe(x[ok], y[ok], xv) == yv) & okv).double().mean().item()
         return out
 
     with tempfile.TemporaryDirectory() as root:
         for seed in args.seeds:                                     # seeds outermost: a slow hour of the machine hits all rows
             for name, row in rows.items():
-                out = Path(args.out or root, f"{name}_{seed}")
-                if not (out / "terms.json").exists():
-                    flags = [f for key, value in row.items() for f in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
-                    command = [sys.executable, "train_vjepa.py", "--preset", "laptop", "--distance", "--steps", str(args.steps), "--seed", str(seed),
-                               "--sample_every", "0", "--log_every", str(max(1, args.steps // 10)), "--out_dir", str(out.resolve()), "--stride", "5",
-                               "--crop_scale", "0.3", "0.5", "--crop_ratio", "0.75", "1.35", "--probe_data", *(["--data", *args.data] if args.data else []), *flags]
+                out = Path(args.out or root, f"{name}_{seed}").resolve()
+                flags = [f for key, value in row.items() for f in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
+                command = [sys.executable, "train_vjepa.py", "--preset", "laptop", "--distance", "--steps", str(args.steps), "--seed", str(seed), "--resume",
+                           "--sample_every", "0", "--log_every", str(max(1, args.steps // 10)), "--stride", "5", "--crop_scale", "0.3", "0.5", "--crop_ratio",
+                           "0.75", "1.35", "--out_dir", str(out), "--probe_data", *(["--data", *args.data] if args.data else []), *flags]
+                saved = json.loads((out / "terms.json").read_text()) if (out / "terms.json").exists() else {}
+                if saved.get("steps") != args.steps:
                     done = subprocess.run(command, cwd=Path(V.__file__).parent, capture_output=True, text=True)
                     if done.returncode:
                         sys.exit(f"{name}: {done.stderr[-2000:]}")
                     lines = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
-                    M.write(out / "terms.json", json.dumps(probes(out) | {key: lines[-1][key] for key in ("peak_gb", "rankme", "feature_std")} |
-                                                           {"clips_per_s": statistics.median(line["clips_per_s"] for line in lines[1:])}))
-                found.setdefault(name, []).append(json.loads((out / "terms.json").read_text()))
-                print(f"seed {seed} {name}: {found[name][-1]}", file=sys.stderr, flush=True)
-        if args.steps and (first := next(iter(found))):             # the same encoder before any step
-            start = [probes(f"random:{Path(args.out or root, f'{first}_{seed}')}") for seed in args.seeds]
-    print("".join(f"| {title} " for title in ("row", *(part for name in lists for part in (f"{name}, %", "Δ")), "steps/s", "memory", "RankMe")) + "|\n|" + "---|" * (4 + 2 * len(lists)))
+                    saved = {"steps": args.steps} | {key: lines[-1][key] for key in ("peak_gb", "rankme", "feature_std")}
+                    saved["clips_per_s"] = statistics.median(line["clips_per_s"] for line in lines[len(lines) > 1 :])
+                if set(lists) - set(saved):
+                    saved |= probes(out)
+                    M.write(out / "terms.json", json.dumps(saved))
+                found.setdefault(name, []).append(saved)
+                print(f"seed {seed} {name}: {saved}", file=sys.stderr, flush=True)
+            start.append(probes(f"random:{out}", seed=seed))        # the same encoder before any step
+    titles = ("row", *(part for name in lists for part in (f"{name}, %", "Δ")), "steps/s", "memory", "RankMe")
+    print("| " + " | ".join(titles) + " |\n|" + "---|" * len(titles))
     for name, runs in ({"random weights": start} | found).items():
         cells = []
         for task in lists:
             top1, base = ([100 * run[task] for run in some] for some in (runs, found["baseline"]))
             spread = f" +- {statistics.stdev(top1):.1f}" if len(runs) > 1 else ""
             cells += [f"{statistics.mean(top1):.1f}{spread}", f"{statistics.mean(top1) - statistics.mean(base):+.1f}"]
-        if "peak_gb" in runs[0]:
-            cells += [f"{statistics.median(run[key] / base[key] for run, base in zip(runs, found['baseline'])):.2f}" for key in ("clips_per_s", "peak_gb")]
-            cells.append(f"{statistics.median(run['rankme'] for run in runs):.0f}")
+        ratio = lambda key: f"{statistics.median(run[key] / base[key] for run, base in zip(runs, found['baseline'])):.2f}"
+        cells += [ratio("clips_per_s"), ratio("peak_gb"), f"{statistics.median(run['rankme'] for run in runs):.0f}"] if runs is not start else ["-"] * 3
         print(f"| {name} | " + " | ".join(cells) + " |")
     return {"steps": args.steps, "seeds": args.seeds, "random": start, "rows": found}
 

@@ -2,6 +2,8 @@
 import dataclasses
 import json
 import math
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -248,6 +250,45 @@ def test_bad_input_is_one_line_and_status_2(flags, folder, tmp_path, capsys):
         probe.main(dataclasses.replace(arguments("depth", tmp_path / "out", encoder=folder), **flags))
     told = capsys.readouterr().err
     assert stop.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1, told
+
+
+def clips(tmp_path, name, count, labels, junk=0):
+    """A list of grey videos of 8 frames, of which the last `junk` are no videos; labels(i): the arrays beside the i-th."""
+    if not shutil.which("ffmpeg"):
+        pytest.skip("FFmpeg is not installed: apt-get install -y ffmpeg")
+    folder, rows = tmp_path / name, []
+    folder.mkdir()
+    for i in range(count):
+        if i < count - junk:
+            subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", f"color=gray:size=32x32:rate=8:duration=1,noise=alls={20 * i}", folder / f"{i}.mp4"], check=True)
+        else:
+            (folder / f"{i}.mp4").write_text("no video")
+        save_file({k: torch.as_tensor(v) for k, v in labels(i).items()}, folder / f"{i}.safetensors")
+        rows.append(f"{i}.mp4 {i % 2}")
+    (folder / "list.txt").write_text("\n".join(rows) + "\n")
+    return str(folder / "list.txt")
+
+
+def test_lists_that_do_not_fit_end_in_one_line(folder, tmp_path, capsys):
+    """Classes that train lacks, labels that nobody has; and what cannot be read counts as wrong."""
+    mask = lambda top: lambda i: {"masks": torch.full((8, 32, 32), min(i, top), dtype=torch.uint8), "boxes": torch.full((8, 1, 4), math.nan)}
+    few, many, bad = clips(tmp_path, "few", 4, mask(1)), clips(tmp_path, "many", 4, mask(3)), clips(tmp_path, "bad", 4, mask(1), junk=2)
+    args = lambda task, train, val, **more: arguments(task, tmp_path / "out", encoder=folder, data="", train=train, val=val, batch_size=2, stride=1, **more)
+
+    def told(args):
+        with pytest.raises(SystemExit) as stop:
+            probe.main(args)
+        err = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
+        assert stop.value.code == 2 and len(err) == 1, err
+        return err[0]
+
+    assert "--classes 4" in told(args("segment", few, many)) and "--classes 4" in told(args("segment", many, many, classes=2))
+    assert "have no labels for boxes" in told(args("boxes", few, few)) and "no label 'depth'" in told(args("depth", few, few))
+    assert "weight decay" in told(args("segment", few, few, grid_wd=(0.1, 0.2)))
+    result, _ = probe.space_time(args("classify", few, bad, head="readout"), CPU)
+    assert result["value"] <= 0.5 and result["n_val"] == 4                          # two of four cannot be read
+    (tmp_path / "few/three.txt").write_text("0.mp4 0\n1.mp4 2\n")
+    assert "label 2 is not in --train" in told(args("classify", few, str(tmp_path / "few/three.txt"), head="readout"))
 
 
 # --- real video ---

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import data as D
+import model as M
 import probe as P
 import train_vjepa as V
 
@@ -270,7 +271,7 @@ def test_rows_are_those_of_tables_3_and_4():
     paper = V.Args(**V.PRESETS["fwm_paper"])
     assert (len(V.ROWS["fwm_ucf"]), len(V.ROWS["fwm_paper"])) == (13, 14)                # 14 rows each with the baseline; Kin-L1 stands there twice
     assert (paper.model, paper.pos, paper.pred_depth, paper.pred_width, paper.pred_heads, paper.frames, paper.stride, paper.size) == ("vit_b", "rope", 8, 256, 8, 16, 2, 224)
-    assert (paper.steps, paper.batch_size, paper.lr, paper.start_lr, paper.warmup, paper.distance) == (100 * 300, 32, 6e-4, 1e-6, 300, True)
+    assert (paper.steps, paper.batch_size, paper.lr, paper.start_lr, paper.warmup, paper.distance) == (100 * 300, 32, 6e-4, 1e-4, 300, True)
     assert [V.VJEPA.schedules(SimpleNamespace(args=paper), s)[k] for s in (0, 30_000) for k in ("weight_decay", "ema")] == [0.04, 0.99925] * 2
     row = V.Args(**V.PRESETS["fwm_hw_ld"])
     assert (row.hw, row.ld, row.static, row.orth, row.tau) == (1.0, 1.0, 0.05, 0.01, 1.0) and row.out_dir == "out/fwm_hw_ld"
@@ -361,6 +362,21 @@ def test_guided_masks_hide_what_moves():
     assert share(after[1]) > 1.5 * share(before[1]) and share(after[0]) < 0.8 * share(before[0])
 
 
+@pytest.mark.parametrize("step", range(4))
+def test_the_context_holds_no_token_of_a_guided_block(step, monkeypatch):
+    """Two blocks of 70 % that slide to opposite corners cover the frame: such a clip is drawn again, and its context is not scattered over what they hide."""
+    grid, drawn, real = (8, 14, 14), {}, D.motion_centres
+    monkeypatch.setattr(D, "motion_centres", lambda rng, *rest: drawn.setdefault(rng, []).append(real(rng, *rest)) or drawn[rng][-1])
+    masks = D.sample_masks(("2x0.7",), 0, step, 16, grid)
+    (keep,), _ = D.guide_masks(*masks, torch.rand(16, *grid, generator=torch.Generator().manual_seed(step)), ("2x0.7",), 0, step, 0, 2.0)
+    _, high, wide = D.block_shape(np.random.default_rng([0, step, 0]), grid, 0.7)
+    for ids, (*_, centres) in zip(keep.tolist(), drawn.values()):
+        for centre in centres:
+            top, left = (min(max(c - side // 2, 0), 14 - side) for c, side in zip((centre // 14 % 14, centre % 14), (high, wide)))
+            assert not any(top <= i // 14 % 14 < top + high and left <= i % 14 < left + wide for i in ids)
+    assert len(drawn) == 16
+
+
 @pytest.mark.parametrize("specs", [["8x0.15", "2x0.7"], ["4x0.3x0.5"], ["random:0.5"]])
 @pytest.mark.parametrize("share, slices", [(0.5, 4), (0.3, 2), (0.05, 1)])
 def test_future_prediction_keeps_the_first_slices_and_predicts_all_the_rest(specs, share, slices):
@@ -390,5 +406,45 @@ def test_compare_prints_deltas_to_the_baseline(tmp_path, capsys, monkeypatch):
     assert "| base | 50.00 | -12.50 |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         P.main(P.Args("compare", runs=runs[3:], out_dir=str(tmp_path / "out")))
+    (tmp_path / "hw" / "probe.jsonl").open("a").write(json.dumps({"task": "classify", "value": 0.75, "head": "linear", "args": {"data": "", "val": "y/ssv2.csv"}}) + "\n")
+    capsys.readouterr()
+    P.main(P.Args("compare", runs=runs[:2], out_dir=str(tmp_path / "out")))             # two lists of one name are two columns
+    assert "x/ssv2.csv, linear | Δ | y/ssv2.csv, linear" in capsys.readouterr().out
     monkeypatch.setattr(P.sys, "argv", ["probe.py", "compare", "a", "b", "--baseline", "a"])
     assert P.parse_args().runs == ("a", "b")
+
+
+def test_halves_tell_a_still_half_of_the_channels_from_one_that_changes(tmp_path):
+    """An encoder whose first channels are a function of the place and whose second ones of the pixels: the picture's two curves."""
+    pytest.importorskip("matplotlib")
+    torch.manual_seed(0)
+    encoder = M.ViT(width=32, depth=1, heads=2, mlp=64, patch=8, frames=8, size=32, init_std=0.2)
+    encoder.norm = torch.nn.Identity()
+    real = encoder.forward
+
+    def forward(x, **_):
+        z = real(x)
+        return torch.cat([z[:, :16].repeat(1, 4, 1)[..., :16], z[..., 16:]], -1)        # appearance: of the first slice, in all of them
+    encoder.forward = forward
+    config = dict(frames=8, stride=1, size=32, images=False, tubelet=2, patch=8, width=32, mean=[0.5] * 3, std=[0.5] * 3)
+    P_load, P.load = P.load, lambda args: (encoder, config)
+    try:
+        args = P.Args("compare", data="world", val_clips=32, workers=0, out_dir=str(tmp_path))
+        made = P.halves(args, ["a"], torch.device("cpu"))
+        with pytest.raises(D.DataError, match="no two slices"):
+            P.halves(dataclasses.replace(args, frames=2), ["a"], torch.device("cpu"))
+    finally:
+        P.load = P_load
+    curves = made["halves"]["a"]
+    assert len(curves["dynamics"]) == 3 and curves["appearance"] == pytest.approx([1, 1, 1], abs=0.05) and max(curves["dynamics"]) < 0.9
+    assert (tmp_path / "halves.png").exists()
+
+
+def test_another_runs_weights_may_lack_heads_and_nothing_else(run, tmp_path):
+    tiny = ("--preset", "laptop", "--batch_size", "4", "--workers", "0", "--probe_data", "--sample_every", "0")
+    status, _, err = run("train_vjepa.py", *tiny, "--steps", "1", "--out_dir", tmp_path / "plain")
+    assert status == 0, err
+    status, last, err = run("train_vjepa.py", *tiny, "--steps", "1", "--ld", "1", "--init", tmp_path / "plain", "--out_dir", tmp_path / "ld")
+    assert status == 0 and math.isfinite(last["loss"]), err
+    status, _, err = run("train_vjepa.py", *tiny, "--steps", "1", "--pred_width", "32", "--init", tmp_path / "plain", "--out_dir", tmp_path / "narrow")
+    assert status == 2 and err.count("error:") == 1 and "predictor" in err and not (tmp_path / "narrow").exists(), err
