@@ -653,11 +653,12 @@ def halves(args, runs, device):
         z = (z - z.mean((0, 1))).unflatten(1, (t, hw))                                                      # (B,t,hw,D)
         found[run] = {name: [F.cosine_similarity(half[:, :-d], half[:, d:], dim=-1).mean().item() for d in range(1, t)]
                       for name, half in zip(("appearance", "dynamics"), z.chunk(2, -1))}
+    low = min(0, *(v for curves in found.values() for values in curves.values() for v in values))
     figure, axes = plt.subplots(1, len(runs), figsize=(2.6 * len(runs), 2.8), sharey=True, squeeze=False, constrained_layout=True)
     for axis, (run, curves) in zip(axes[0], found.items()):
         for name, values in curves.items():
             axis.plot([*range(1, len(values) + 1)], values, "o-", label=name)
-        axis.set(title=Path(run).name, xlabel="slices apart", ylim=(min(0, *(v for c in found.values() for part in c.values() for v in part)), 1))
+        axis.set(title=Path(run).name, xlabel="slices apart", xticks=range(1, len(values) + 1), ylim=(low - 0.05, 1.05))
     axes[0, 0].set_ylabel("cosine similarity")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(Path(args.out_dir) / "halves.png", dpi=120)
