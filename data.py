@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -572,9 +573,12 @@ def stream(dataset, batches, workers, timeout):
 
 def dead_worker(error):
     """One line on a loader process that died or hangs, or None where the error says something else. PyTorch raises it in the main thread wherever that
-    happens to be, so scripts ask at their outermost level."""
-    text = " ".join(str(error).split())
-    return f"a loader process died or hangs ({text}); nothing saved is lost: --resume goes on. Out of memory: fewer --workers" if "DataLoader" in text else None
+    happens to be, or else its queue loses the connection; so scripts ask at their outermost level, and then leave."""
+    if not (lost := isinstance(error, ConnectionError)) and "DataLoader" not in str(error):
+        return None
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler raises once more while Python leaves
+    text = "its connection was lost" if lost else " ".join(str(error).split())
+    return f"a loader process died or hangs ({text}); nothing saved is lost: --resume goes on. Out of memory: fewer --workers"
 
 
 def prepare(batch, device="cpu", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):

@@ -803,11 +803,19 @@ def seal(temp, final, keep):
     for p in temp.iterdir():
         flush(p)
     if final.exists():  # a damaged one, or one that a return to an older checkpoint left behind: nothing points to it
-        shutil.rmtree(final)
+        discard(final)
     put_in_place(temp, final)
     write(final.with_name("latest"), final.name)
     for old in sorted(p for p in final.parent.glob("step_*") if p.name < final.name)[: 1 - keep or None]:
-        shutil.rmtree(old)
+        discard(old)
+
+
+def discard(folder):
+    """Delete it under another name, so that what is called a checkpoint is never half of one, whenever the process is killed."""
+    trash = folder.with_name("discarded")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(folder, trash)
+    shutil.rmtree(trash)
 
 
 def newest(folder):

@@ -1542,12 +1542,12 @@ def main(args):
         if device.type == "cpu":
             M.tune_cpu()
         result, details = TASKS[args.task](args, device)
-    except (D.DataError, OSError) as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
-    except RuntimeError as e:
+    except (RuntimeError, ConnectionError) as e:
         if not (why := D.dead_worker(e)):
             raise
         sys.exit(print(f"error: {why}", file=sys.stderr) or 1)
+    except (D.DataError, OSError) as e:
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
     result = {"task": args.task, **result, "seed": args.seed, "encoder": args.encoder, "seconds": round(time.time() - begin, 1)}
     with open(Path(args.out_dir) / "probe.jsonl", "a") as f:
         f.write(json.dumps(result | details | {"args": dataclasses.asdict(args)}, allow_nan=False) + "\n")

@@ -369,7 +369,7 @@ def launch(main, args):
         main(args)
     except D.DataError as e:
         fail(e)
-    except RuntimeError as e:
+    except (RuntimeError, ConnectionError) as e:
         if not (why := D.dead_worker(e)):
             raise
         fail(why, 1)
