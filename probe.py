@@ -91,7 +91,7 @@ class Args:
     # the run
     out_dir: str = "out/probe"         # probe.jsonl grows by a line a run; confusion.png is the last run's (row: class, column: called)
     cache_dir: str = ""                # features, found again by content; empty: out_dir/features. Delete its files at any time
-    cache_gb: float = 50.0             # features beyond this size, or 90 % of the free disk, are not stored but computed again in each epoch
+    cache_gb: float = 50.0             # features, and labels in memory (40 % of it at most), beyond this, or 90 % of the free disk, are made anew in each epoch
     micro_batch: int = 16              # clips per forward pass of the encoder, videos per pass of the heads; their gradients are accumulated
     workers: int = 4                   # loader processes
     dtype: Literal["auto", "bf16", "fp32"] = "auto"   # auto: bf16 on a GPU, fp32 on a CPU
@@ -1093,10 +1093,6 @@ DENSE = {
 }
 
 
-def free_memory():
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def open_clips(args, names, layers, labelled, device):
     """-> the train and val Dense of --encoder with these labels, its config, and the layer that readouts read."""
     train, val = lists(args, labelled, rooms=True)
@@ -1128,7 +1124,8 @@ def open_clips(args, names, layers, labelled, device):
     folder.mkdir(parents=True, exist_ok=True)
     if not args.finetune:
         disk, memory = sum(x.room() for x in both)
-        if disk + memory <= args.cache_gb * 1e9 and disk <= 0.9 * shutil.disk_usage(folder).free and memory <= 0.5 * free_memory():
+        most = 0.4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if disk + memory <= args.cache_gb * 1e9 and disk <= 0.9 * shutil.disk_usage(folder).free and memory <= most:
             for x in both:
                 x.store(folder)
     return *both, config, top, quarters
