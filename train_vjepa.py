@@ -538,7 +538,8 @@ class Run:
             return {}
         state = {"model": dcs.get_model_state_dict(module)} | ({"optimizer": dcs.get_optimizer_state_dict(module, optimizer)} if optimizer else {})
         if folder:
-            state["model"] = {name: v for name, v in state["model"].items() if f"model.{name}" in self.shapes(found)}
+            there = self.shapes(found)
+            state["model"] = {name: v for name, v in state["model"].items() if f"model.{name}" in there}
         dcp.load(state, checkpoint_id=found)
         dcs.set_model_state_dict(module, state["model"], options=dcs.StateDictOptions(strict=not folder))
         if optimizer:
