@@ -13,22 +13,33 @@ Letters used in every file:
 """
 import argparse
 import ctypes
+import datetime
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import re
-import resource
 import shutil
+import signal
 import sys
+import time
+import warnings
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint import state_dict as dcs
 from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+
+import data
 
 SIZES = {
     "vit_n": dict(width=128, depth=4, heads=4, mlp=512),  # laptop presets
@@ -677,34 +688,737 @@ def compile_blocks(module):
     return module
 
 
-def tune_cpu():
-    """Two process-wide settings that about halve the time of a training step on a CPU and leave its precision alone. Scripts call it once."""
-    # oneDNN's float32 kernels are twice as fast as MKL's on AMD. "medium" has torch take them, as it permits bf16 in a float32 product. Only CPUs
-    # with bf16 tiles (AMX) or Arm's bf16 units then use it, so check that this one does not: 1 + 2^-12 is no bf16 number.
-    torch.set_float32_matmul_precision("medium")
-    exact = torch.full((256, 256), 1 + 2**-12)
-    if not torch.equal(exact @ torch.eye(256), exact):
-        torch.set_float32_matmul_precision("highest")
-    # Keep freed memory. Otherwise every tensor of 32 MB or more is mapped by the kernel afresh, page by page, and given back after use.
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+# --- 2. the run -----------------------------------------------------------------------------------
+# What every script needs and no paper claims. It asks of an objective, an nn.Module:
+#
+#   forward(x, ...) -> loss, metrics    one micro-batch; without masks: the product's tokens (B,N,D)
+#   product                             the encoder that is exported and probed
+#   schedules(step) -> {"lr": ...}      the rates, functions of the step alone
+#   after_step(...)                     after every optimizer step that was taken: EMA
+#   flops(...)                          of one clip, forward and backward
+#   surprise(x, context)                for probe.py physics
+#
+# Only the scripts know more of it.
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
+TIMES = ("steps", "batch_size", "frames", "stride", "size", "patch", "tubelet", "prototypes")
+OFTEN = ("log_every", "save_every", "keep", "timeout", "ce_rows")
+POSITIVE = {"lr", "temp", *TIMES, *OFTEN}
+SHARES = {"ema", "final_ema", "max_bad_fraction", "betas"}
+FREE = {  # flags that a resumed run may change
+    "out_dir", "resume", "stop_at", "workers", "timeout", "micro_batch", "save_every", "keep",
+    "log_every", "probe_every", "sample_every", "compile", "fsdp", "checkpoint", "wandb",
+    "max_bad_fraction", "max_skips", "dry_run",
+}
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
-# online probes and diagnostics
+class UserError(ValueError):
+    """What the user must mend: one line, status 2."""
+
+
+class Stop(Exception):
+    """What broke on the way: one line, status 1."""
+
+
+def launch(main, args):
+    """Run main(args). What can be foreseen ends in one line, all else in a traceback."""
+    try:
+        check_ranges(args)
+        if not args.data:
+            args = replace(args, data=("world",))
+            if os.environ.get("RANK", "0") == "0" and not args.dry_run:
+                print("no --data: the built-in world", file=sys.stderr)
+        main(args)
+    except (UserError, data.DataError) as error:
+        leave(error, 2)
+    except Stop as error:
+        leave(error, 1)
+    except (RuntimeError, ConnectionError) as error:
+        why = data.dead_worker(error)
+        if not why:
+            raise
+        leave(why, 1)
+    except (OSError, dcp.api.CheckpointException) as error:  # a full disk, say
+        cause = next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
+        while cause.__context__:  # the first cause says it best
+            cause = cause.__context__
+        why = " ".join(str(cause).split())[:300]
+        leave(f"{args.out_dir}: {why}; what was saved before stays valid", 1)
+
+
+def leave(error, status):
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def check_ranges(args):
+    """Numbers no run can use end it here; the flags' types let `--lr nan` through."""
+    for name, value in vars(args).items():
+        need = "a share from 0 to 1" if name in SHARES else "a positive finite number"
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, (int, float)):
+                continue
+            bad = not 0 <= number < math.inf
+            bad = bad or (name in POSITIVE and number == 0)
+            bad = bad or (name in SHARES and number > 1)
+            bad = bad or (name == "betas" and number == 1)
+            if bad:
+                raise UserError(f"--{name} {number}: {need} is needed")
+    if args.model not in SIZES:
+        raise UserError(f"--model {args.model}: choose from {', '.join(SIZES)}")
+    if len(args.probe_data) not in (0, 2):
+        lists = " ".join(args.probe_data)
+        raise UserError(f"--probe_data {lists}: two lists are needed, one to fit the probe "
+                        "and one to test it")
+
+
+def probe_lists(args):
+    """The online probe's two lists, or none."""
+    splits = zip(args.probe_data, ("probe", "val"))
+    return [data.parse_list(spec, split, labelled=True) for spec, split in splits]
+
+
+def construct(build, args):
+    """build(args) from --seed, or a sketch without memory for --dry_run."""
+    torch.manual_seed(args.seed)
+    device = "meta" if args.dry_run else "cpu"
+    if args.dry_run and getattr(args, "init", ""):
+        args = replace(args, init="")
+    try:
+        with torch.device(device):
+            return build(args)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def cosine(step, total, first, last):
+    """first at step 0, last from step `total` on."""
+    share = min(1.0, step / max(1, total))
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def warmup_cosine(step, warmup, total, start, peak, last):
+    """Linear from start to peak over `warmup` steps, then a cosine to last at `total`."""
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    return cosine(step - warmup, total - warmup, peak, last)
+
+
+def linear(step, total, first, last):
+    """first at step 0, last from step `total` on."""
+    return first + (last - first) * min(1.0, step / total)
+
+
+class Run:
+    """Ranks, out directory, log, signals, checkpoints, online probe."""
+    stop = False  # of the process: a signal between two stages counts for the next one
+
+    def __init__(self, args, free=()):
+        """free: flags of this script that a resumed run may change, besides FREE."""
+        self.args = args
+        self.free = FREE | set(free)
+        self.out = Path(args.out_dir)
+        self.started = time.time()
+        self.rank = int(os.environ.get("RANK", 0))
+        self.ranks = int(os.environ.get("WORLD_SIZE", 1))
+        self.last = min(args.steps, args.stop_at or args.steps)
+
+        if args.batch_size % (self.ranks * max(1, args.micro_batch)):
+            raise UserError(f"--batch_size {args.batch_size} is not a multiple of {self.ranks} "
+                            f"rank(s) x --micro_batch {args.micro_batch or 1}")
+        self.per_rank = args.batch_size // self.ranks
+        self.micro = args.micro_batch or self.per_rank
+        self.rows = slice(self.rank * self.per_rank, (self.rank + 1) * self.per_rank)
+        if self.micro % args.clips_per_video:
+            raise UserError(f"--clips_per_video {args.clips_per_video} does not divide the "
+                            f"{self.micro} clips of a forward pass")
+        if args.wandb and not importlib.util.find_spec("wandb"):
+            raise UserError("--wandb needs: pip install wandb")
+
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+            backend = "cpu:gloo,cuda:nccl"
+        else:
+            self.device = torch.device("cpu")
+            tune_cpu()
+            backend = "gloo"
+        if "RANK" in os.environ and not args.dry_run and not dist.is_initialized():
+            patience = datetime.timedelta(seconds=max(1800, args.timeout))
+            dist.init_process_group(backend, timeout=patience)
+        # what checkpointing says to a single process
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
+    def autocast(self):
+        enabled = self.args.dtype == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def activations(self, values):
+        """Bytes of a forward pass that keeps so many values of each clip."""
+        return self.micro * values * (2 if self.args.dtype == "bf16" else 4)
+
+    # between ranks
+
+    def broadcast(self, value):
+        """Rank 0's value on all ranks; also a barrier."""
+        box = [value]
+        if self.ranks > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value):
+        """The values of all ranks in a list, on all ranks."""
+        values = [value] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def mean(self, values):
+        """{name: number} -> {name: its mean over the ranks}, the same floats on all of them."""
+        total = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
+        if self.ranks > 1:
+            dist.all_reduce(total)
+        return dict(zip(values, (total / self.ranks).tolist()))
+
+    # the out directory
+
+    def open(self, script, data_hash):
+        """Take the out directory, write config.json and the first log line, listen to signals."""
+        files = (script, data.__file__, __file__)
+        sources = b"".join(Path(file).read_bytes() for file in files)
+        cuda = self.device.type == "cuda"
+        head = {
+            "script": Path(script).stem,
+            "config": json.loads(json.dumps(vars(self.args) | {"data_hash": data_hash})),
+            "argv": sys.argv,
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                         "numpy": np.__version__},
+            "source": hashlib.sha256(sources).hexdigest()[:16],
+            "ranks": self.ranks,
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+        }
+        error = self.broadcast(self.claim(head) if self.rank == 0 else None)
+        if error:
+            raise UserError(error)
+        if self.rank == 0 and self.args.wandb:
+            import wandb
+            wandb.init(project=self.args.wandb, config=head["config"])
+        self.log(head, show=False)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def claim(self, head):
+        """Rank 0: lock the folder and write config.json -> None, or why it cannot be taken."""
+        import fcntl  # not on Windows, where no run trains but everything else works
+
+        try:
+            (self.out / "samples").mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.out / "lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = self.out / "config.json"
+            error = self.mixes(head["config"], file) if file.exists() else None
+            if error:
+                return error
+            write(file, json.dumps(head, indent=1))
+            log = self.out / "log.jsonl"
+            text = log.read_bytes() if log.exists() else b""
+            if not text.endswith(b"\n") and text:  # half a line: the run was killed as it wrote
+                write(log, text[: text.rfind(b"\n") + 1].decode())
+        except BlockingIOError:
+            return f"{self.out} is in use by another run"
+        except OSError as error:
+            return f"--out_dir {self.out}: {error.strerror}"
+        return None
+
+    def mixes(self, config, file):
+        """Why the run in the folder cannot go on with this config, or None.
+
+        A flag that the run did not have yet counts as its default.
+        """
+        if not self.args.resume:
+            return f"{self.out} holds a run: --resume continues it, another --out_dir starts afresh"
+        old = json.loads(file.read_text())["config"]
+        defaults = json.loads(json.dumps(vars(type(self.args)())))
+        differ = []
+        for name in {**config, **old}:
+            before = old.get(name, defaults.get(name))
+            now = config.get(name, "no such flag any more")
+            gone = name not in config and not before
+            if name not in self.free and before != now and not gone:
+                differ.append(f"{name} ({before} -> {now})")
+        if differ:
+            return f"{self.out} was started with other settings: {', '.join(differ)}"
+        return None
+
+    def log(self, line, show=True):
+        """Add a line to log.jsonl and show it."""
+        if self.rank > 0:
+            return
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        if show:
+            words = []
+            for name, value in line.items():
+                words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+            tqdm.write("  ".join(words), file=sys.stderr)
+            if self.args.wandb:
+                sys.modules["wandb"].log(line)
+
+    def on_signal(self, number, frame):
+        if number == signal.SIGINT and self.stop:
+            os._exit(130)  # a second Ctrl-C waits for nothing
+        Run.stop = True
+
+    def loader(self, sources, clip, first):
+        """This rank's micro-batches, from step `first` on."""
+        args = self.args
+        return iter(data.make_loader(
+            sources, clip, seed=args.seed, batch_size=args.batch_size, micro_batch=self.micro,
+            rank=self.rank, ranks=self.ranks, workers=args.workers, timeout=args.timeout,
+            start_step=first, steps=self.last))
+
+    def steps(self, first):
+        """The numbers of the steps to take."""
+        quiet = self.rank > 0 or not sys.stderr.isatty()
+        return tqdm(range(first, self.last), initial=first, total=self.args.steps, disable=quiet)
+
+    def due(self, every, done):
+        """Is it time, after `done` steps, for what happens every so many and at the end?"""
+        return every > 0 and (done % every == 0 or done == self.args.steps)
+
+    def saves(self, done):
+        """Is it time for a checkpoint?"""
+        return self.stop or self.due(self.args.save_every, done) or done == self.last
+
+    def finish(self, line):
+        """The last line on stdout, one JSON object."""
+        if self.rank == 0:
+            seconds = round(time.time() - self.started, 1)
+            line = line | {"seconds": seconds, "out_dir": self.args.out_dir}
+            print(json.dumps(line), flush=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # checkpoints
+
+    def save(self, step, net, optimizer, state):
+        """Written aside, hashed, flushed, renamed, then the pointer: a kill at any moment leaves
+        the last good one. state: what load() gives back, as JSON."""
+        temp = self.out / "saving"
+        if self.rank == 0:
+            shutil.rmtree(temp, ignore_errors=True)
+        self.broadcast(None)
+        dcp.save(tensors_of(net, optimizer), checkpoint_id=temp)
+        if self.rank == 0:
+            (temp / "extra.json").write_text(json.dumps({"step": step, **state}))
+            seal(temp, self.out / f"step_{step:08d}", self.args.keep)
+        self.broadcast(None)
+
+    def load(self, net, optimizer):
+        """The newest whole checkpoint -> what save() was given, with its step; {} without one."""
+        found = self.newest(self.out)
+        if found is None:
+            return {}
+        tensors = tensors_of(net, optimizer)
+        dcp.load(tensors, checkpoint_id=found)
+        dcs.set_model_state_dict(net, tensors["model"])
+        dcs.set_optimizer_state_dict(net, optimizer, tensors["optimizer"])
+        return json.loads((found / "extra.json").read_text())
+
+    def load_start(self, net, folder):
+        """--init RUN: the weights of that run's newest checkpoint; new heads stay as they are."""
+        found = self.newest(folder)
+        if found is None:
+            return
+        there = stored_shapes(found)
+        state = {}
+        for name, value in dcs.get_model_state_dict(net).items():
+            if f"model.{name}" in there:
+                state[name] = value
+        dcp.load({"model": state}, checkpoint_id=found)
+        dcs.set_model_state_dict(net, state, options=dcs.StateDictOptions(strict=False))
+
+    def check_start(self, objective, folder):
+        """--init RUN, before anything is written: has that run all of the objective's tensors, in
+        these shapes? Heads may be new."""
+        error = None
+        found = newest(folder) if self.rank == 0 else None
+        if isinstance(found, Path):
+            there = stored_shapes(found)
+            differ = []
+            for name, value in objective.state_dict().items():
+                old = there.get(f"model.{name}")
+                new_head = old is None and name.startswith("heads.")
+                if old != value.shape and not new_head:
+                    was = tuple(old) if old is not None else "none"
+                    differ.append(f"{name} {tuple(value.shape)} (there {was})")
+            if differ:
+                error = f"--init {folder}: that run had other flags: {', '.join(differ[:3])}"
+        error = self.broadcast(error)
+        if error:
+            raise UserError(error)
+
+    def newest(self, folder):
+        """The folder's newest whole checkpoint, or None; the same on all ranks."""
+        found = self.broadcast(newest(folder) if self.rank == 0 else None)
+        if isinstance(found, str):
+            raise UserError(found)
+        return found
+
+    def export(self, objective, step, **notes):
+        """encoder.safetensors, for probes and for sharing; all ranks take part."""
+        state = dict(objective.product.state_dict())
+        for name, value in state.items():
+            if hasattr(value, "full_tensor"):  # FSDP2
+                state[name] = value.full_tensor()
+        if self.rank == 0:
+            args = self.args
+            said = {"model": args.model, **IMAGENET, **notes}
+            said |= {"stride": args.stride, "fps": args.fps, "step": step}
+            config = objective.product.config | said
+            save_encoder(self.out / "encoder.safetensors", state, config)
+        self.broadcast(None)  # whoever reads it next, on any rank, finds it
+
+    # the online probe
+
+    def accuracy(self, net, lists, clip, **pixels):
+        """Accuracy of a linear probe on the mean of the product's tokens; None without lists."""
+        if not lists:
+            return None
+
+        def features(x):
+            with self.autocast():
+                return net(x).mean(1)  # (B,D)
+
+        return self.probe(features, lists, clip, {"probe_acc": linear_probe}, **pixels)["probe_acc"]
+
+    @torch.no_grad()
+    def probe(self, features, lists, clip, heads, **pixels):
+        """{name: accuracy} of heads fitted on the first list's clips, on those of the second.
+
+        features: x -> (B,D). heads: {name: function of x (n,D), y (n,), xv -> classes of xv}.
+        pixels: mean and std of what the encoder was trained on, else ImageNet's. A video that
+        cannot be read counts as wrong. All ranks take part.
+        """
+        sets = []
+        for source in lists:
+            sets.append(data.labelled_features(
+                features, source, replace(clip, train=False, clips=1), self.device,
+                workers=self.args.workers, rank=self.rank, ranks=self.ranks, gather=self.gather,
+                timeout=self.args.timeout, **pixels))
+        (x, y, read), (x_val, y_val, read_val) = sets
+        found = {}
+        for name, head in heads.items():
+            right = head(x[read], y[read], x_val) == y_val
+            found[name] = (right & read_val).double().mean().item()
+        return found
+
+
+def tensors_of(net, optimizer):
+    """What a checkpoint holds, by names that do not depend on ranks or wrappers."""
+    return {
+        "model": dcs.get_model_state_dict(net),
+        "optimizer": dcs.get_optimizer_state_dict(net, optimizer),
+    }
+
+
+def stored_shapes(checkpoint):
+    """{name: shape} of the tensors in a checkpoint."""
+    tensors = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {name: getattr(value, "size", None) for name, value in tensors.items()}
+
+
+class Meter:
+    """What a run counts. `state` is saved with each checkpoint and goes on after --resume:
+    FLOPs, unreadable videos, the last loss, and the terms of the steps since the last log line."""
+
+    def __init__(self, run, state):
+        self.run = run
+        self.state = {"random_acc": None, "bad": 0, "loss": None, "window": [], "flops": 0.0}
+        self.state |= state
+        self.skips = 0
+        self.parts = []
+        self.restart()
+
+    def restart(self):
+        """After a log line."""
+        self.since = time.perf_counter()
+        self.flops_before = self.state["flops"]
+        self.clips = 0
+        self.waited = 0.0
+
+    def next(self, loader):
+        """The loader's next batch, on the clock."""
+        begin = time.perf_counter()
+        batch = next(loader)
+        self.waited += time.perf_counter() - begin
+        return batch
+
+    def add(self, loss, metrics, batch, **per_clip):
+        """One micro-batch: its scalars, its files, and what a clip of it cost (flops=...)."""
+        numbers = {"loss": loss.detach(), **metrics}
+        self.parts.append((numbers, batch))
+        for name, cost in per_clip.items():
+            self.state[name] += cost * self.run.micro * self.run.ranks
+
+    def sound(self, grad_norm):
+        """Are loss and gradient of this step finite? The answer is the same on every rank."""
+        step = averages([numbers for numbers, _ in self.parts])
+        step["bad"] = sum(len(batch["bad"]) for _, batch in self.parts)
+        step["stop"] = self.run.stop
+        step = self.run.mean(step)
+        self.state["bad"] += round(step.pop("bad") * self.run.ranks)
+        if step.pop("stop") > 0:  # a signal on one rank stops them all after the same step
+            Run.stop = True
+        self.clips += self.run.args.batch_size
+        if not math.isfinite(grad_norm + sum(step.values())):
+            self.skips += 1
+            return False
+        self.state["window"].append(step)
+        self.skips = 0
+        return True
+
+    def report_skip(self, step):
+        """Log the files of a step that was skipped; too many in a row end the run."""
+        suspects = []
+        for numbers, batch in self.parts:
+            if not math.isfinite(numbers["loss"]):
+                suspects += batch["path"]
+        if not suspects:
+            for _, batch in self.parts:
+                suspects += batch["path"]
+        paths = sorted(set(sum(self.run.gather(suspects), [])))
+        reason = "loss or gradient is not finite"
+        self.run.log({"step": step, "skipped": reason, "files": paths[:100]})
+        if self.skips >= self.run.args.max_skips:
+            raise Stop(f"step {step}: {self.skips} steps in a row without a finite loss and "
+                       f"gradient, the last one with {', '.join(paths[:3])} ...; "
+                       f"the last good checkpoint is in {self.run.args.out_dir}")
+
+    def after_step(self, done):
+        """Forget the micro-batches; too many unreadable videos end the run."""
+        self.parts = []
+        args = self.run.args
+        bad = self.state["bad"]
+        opened = max(100, done * args.batch_size / args.clips_per_video)
+        if bad > args.max_bad_fraction * opened:
+            raise Stop(f"{bad} of the videos opened so far cannot be read, more than "
+                       f"--max_bad_fraction {args.max_bad_fraction}; "
+                       f"all of them: python data.py check {' '.join(args.data)}")
+
+    def line(self, done, rates, grad_norm, health):
+        """The log line: means of the loss terms since the last one, rates, health, speed."""
+        window = self.state["window"]
+        seconds = time.perf_counter() - self.since
+        speed = (self.state["flops"] - self.flops_before) / seconds  # FLOP/s of all ranks
+        line = {"step": done} | averages(window) | rates
+        line["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
+        line |= health
+        line |= {name: self.state[name] for name in ("flops", "ledger") if name in self.state}
+        line |= {
+            "clips_per_s": self.clips / seconds,
+            "tflops": speed / 1e12,
+            "mfu": mfu(speed / self.run.ranks, self.run.device),
+            "wait_pct": 100 * self.waited / seconds,
+            "peak_gb": peak_gb(self.run.device),
+            "bad": self.state["bad"],
+        }
+        self.state["loss"] = line["loss"]
+        window.clear()
+        self.restart()
+        return line
+
+
+def averages(rows):
+    """[{name: number}] -> {name: mean}"""
+    means = {}
+    for name in rows[0]:
+        means[name] = sum(float(row[name]) for row in rows) / len(rows)
+    return means
+
+
+def set_rates(optimizer, rates):
+    """This step's learning rate and weight decay, by param_groups' groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rates["lr"] * group["factor"]
+        group["weight_decay"] = rates["weight_decay"] if group["decay"] else 0.0
+
+
+def sync_gradients(net, on):
+    """Gradients travel between the ranks in the last micro-batch of a step only."""
+    if hasattr(net, "set_requires_gradient_sync"):  # FSDP2
+        net.set_requires_gradient_sync(on)
+    elif hasattr(net, "require_backward_grad_sync"):  # DDP
+        net.require_backward_grad_sync = on
+
+
+def clip_gradients(module, most):
+    """-> the gradient's norm before clipping. most: 0 clips nothing."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), most or math.inf)
+    if hasattr(norm, "full_tensor"):  # FSDP2
+        norm = norm.full_tensor()
+    return float(norm)
+
+
+def mfu(flops_per_s, device):
+    """Share of this GPU's dense bf16 peak; None on other devices."""
+    if device.type == "cuda":
+        for name, peak in PEAK_FLOPS.items():
+            if name in torch.cuda.get_device_name():
+                return flops_per_s / peak
+    return None
 
 
 def peak_gb(device):
     """The most memory this process has held so far: of the GPU, or on a CPU resident, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def tune_cpu():
+    """Two settings of the process that about halve a training step on a CPU, at full precision."""
+    # oneDNN's float32 kernels are twice as fast as MKL's on AMD. "medium" has torch take them, as
+    # it permits bf16 in a float32 product. Only CPUs with bf16 tiles (AMX) or Arm's bf16 units then
+    # use it, so check that this one does not: 1 + 2^-12 is no bf16 number.
+    torch.set_float32_matmul_precision("medium")
+    exact = torch.full((256, 256), 1 + 2**-12)
+    if not torch.equal(exact @ torch.eye(256), exact):
+        torch.set_float32_matmul_precision("highest")
+    # Keep freed memory. Otherwise every tensor of 32 MB or more is mapped by the kernel afresh,
+    # page by page, and given back after use.
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # glibc
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+def count(module):
+    """Parameters of a module; 0 of None."""
+    return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+
+def days(flops, gpus):
+    """At half of an H100's or H200's dense bf16 peak."""
+    return flops / (gpus * 0.5 * PEAK_FLOPS["H100"]) / 86400
+
+
+def dry_run(run, objective, flops, activations, total=None, **more):
+    """Sizes of an objective on the meta device -> the last line on stdout, one JSON object.
+
+    flops: of a step. activations: bytes that autograd keeps of the clips of one forward pass.
+    total: FLOPs of the run, if not flops times --steps. The memory is a bound for one GPU: 16 bytes
+    a trained parameter (float32 weight, gradient, Adam's two moments), 4 a frozen one, shared by
+    the ranks under --fsdp, and the activations.
+    """
+    args = run.args
+    total = flops * args.steps if total is None else total
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    frozen = count(objective) - trained
+    shards = run.ranks if args.fsdp else 1
+    if run.rank == 0:
+        print(json.dumps({
+            "params": trained,
+            "params_encoder": count(objective.encoder),
+            "flops_per_step": flops,
+            "flops_per_clip": flops / args.batch_size,
+            "bytes_per_gpu": (16 * trained + 4 * frozen) // shards + activations,
+            "gpus": run.ranks,
+            "days": days(total, run.ranks),
+            **more,
+        }))
+
+
+# foretelling: what surprise() of the objectives shares
+
+def split_time(encoder, x, context):
+    """Ids (B,K) of the tokens of the first `context` frames of x (B,3,T,H,W), and (B,M) of the
+    later ones."""
+    t = x.shape[2] // encoder.tubelet
+    seen = context // encoder.tubelet
+    n = encoder.grid[1] * encoder.grid[2]
+    ids = torch.arange(t * n, device=x.device).expand(len(x), -1)
+    return ids.split([seen * n, (t - seen) * n], 1)
+
+
+def latent_surprise(encoder, predictor, targets, x, context):
+    """(B,): mean |zhat - h| over the tokens after the first `context` frames (SALT, appendix D).
+    targets: x -> h (B,N,D)."""
+    keep, pred = split_time(encoder, x, context)
+    h = gather(targets(x), pred)
+    zhat = predictor(encoder(x, keep), keep, pred).float()
+    return (zhat - h).abs().mean((1, 2))
+
+
+def gather(tokens, ids):
+    """tokens (B,N,D), ids (B,M) -> (B,M,D)."""
+    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+# pictures
+
+def enlarge(values, grid, pixels):
+    """(N,C) of a token grid (t,h,w) -> (t,pixels,pixels,C)."""
+    t, h, w = grid
+    values = values.view(t, h, w, -1)
+    return values.repeat_interleave(pixels // h, 1).repeat_interleave(pixels // w, 2)
+
+
+def to_unit(values):
+    """(n,C) -> each column from 0 to 1."""
+    low = values.amin(0)
+    return (values - low) / (values.amax(0) - low).clamp_min(1e-6)
+
+
+def colours(tokens):
+    """(n,D) -> (n,3) in [0,1]: the first three principal components."""
+    tokens = tokens.float().cpu()
+    tokens = tokens - tokens.mean(0)
+    directions = torch.linalg.svd(tokens, full_matrices=False).Vh[:3]
+    return to_unit(tokens @ directions.T)
+
+
+def save_rows(path, rows):
+    """A PNG: frames (t,H,W,3) in [0,1] side by side, a row each."""
+    image = torch.cat([torch.cat(list(frames), 1) for frames in rows])
+    zoom = max(1, 112 // rows[0].shape[1])
+    image = image.clamp(0, 1).mul(255).byte()
+    data.save_png(path, image.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
+
+
+def mask_picture(path, x, keep, tokens, grid):
+    """One clip x (3,T,H,W), a frame a slice: the clip, what each mask leaves of it, keep [(K,)],
+    and the first three principal components of its tokens (N,D)."""
+    mean = torch.tensor(IMAGENET["mean"])
+    std = torch.tensor(IMAGENET["std"])
+    clip = x.permute(1, 2, 3, 0).float().cpu() * std + mean  # (T,H,W,3)
+    clip = clip[:: len(clip) // grid[0]]  # (t,H,W,3)
+    size = clip.shape[1]
+    rows = [clip]
+    for ids in keep:
+        seen = torch.zeros(math.prod(grid), 1).index_fill(0, ids.cpu(), 1.0)
+        seen = enlarge(seen, grid, size)
+        rows.append(clip * seen + 0.5 * (1 - seen))
+    rows.append(enlarge(colours(tokens), grid, size))
+    save_rows(path, rows)
+
+
+# collapse alarms, online probes
+
+def some_rows(tokens, most=2048):
+    """(B,N,D) or (n,D) -> about `most` rows (n,D), enough for the collapse alarms of the log."""
+    rows = tokens.detach().flatten(0, -2)
+    return rows[:: max(1, len(rows) // most)]
 
 
 @torch.no_grad()
 def rankme(features):
-    """Effective rank of features (n, D): exp of the entropy of the normalised singular values. Falls towards 1 in a collapse."""
+    """Effective rank of features (n,D): exp of the entropy of the normalised singular values.
+    Falls towards 1 in a collapse (Garrido et al., 2023)."""
     s = torch.linalg.svdvals(features.double())
     p = s / s.sum() + 1e-7
     return torch.exp(-(p * p.log()).sum()).item()
@@ -712,27 +1426,33 @@ def rankme(features):
 
 @torch.no_grad()
 def knn_probe(x, y, xv, k=20, T=0.07):
-    """Class predictions (nv,) for xv (nv, D) by a vote of the k nearest of x (n, D) in cosine similarity s, weighted exp(s/T)."""
-    x, xv = F.normalize(x.float(), dim=1), F.normalize(xv.float(), dim=1)
+    """Class predictions (nv,) for xv (nv,D) by a vote of the k nearest of x (n,D) in cosine
+    similarity s, weighted exp(s/T)."""
+    x = F.normalize(x.float(), dim=1)
+    xv = F.normalize(xv.float(), dim=1)
     classes = int(y.max()) + 1
     out = []
     for part in xv.split(4096):
-        s, i = (part @ x.T).topk(min(k, len(x)), 1)
-        votes = torch.zeros(len(part), classes, device=x.device).scatter_add_(1, y[i], (s / T).exp())
+        s, nearest = (part @ x.T).topk(min(k, len(x)), 1)
+        votes = torch.zeros(len(part), classes, device=x.device)
+        votes.scatter_add_(1, y[nearest], (s / T).exp())
         out.append(votes.argmax(1))
     return torch.cat(out)
 
 
 @torch.no_grad()
 def linear_probe(x, y, xv, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)):
-    """Class predictions (nv,) for xv (nv, D) by ridge regression of x (n, D) on one-hot labels: deterministic, seconds on a CPU.
+    """Class predictions (nv,) for xv (nv,D) by ridge regression of x (n,D) on one-hot labels:
+    deterministic, seconds on a CPU.
 
-    Features are standardised with the statistics of x. The penalty (in units of n) is the one with the best leave-one-out accuracy on x, which
-    the singular value decomposition gives in closed form for all penalties at once.
+    Features are standardised with the statistics of x. The penalty (in units of n) is the one with
+    the best leave-one-out accuracy on x, which the singular value decomposition gives in closed
+    form for all penalties at once.
     """
-    x, xv = x.double(), xv.double()
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    x, xv = (x - mean) / std, (xv - mean) / std
+    mean = x.double().mean(0)
+    std = x.double().std(0) + 1e-6
+    x = (x.double() - mean) / std
+    xv = (xv.double() - mean) / std
     target = F.one_hot(y).double()
     centre = target.mean(0)
     target = target - centre
@@ -742,11 +1462,94 @@ def linear_probe(x, y, xv, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)):
         shrink = s**2 / (s**2 + penalty * len(x))
         fit = u @ (shrink[:, None] * (u.T @ target))
         leverage = (u**2 @ shrink + 1 / len(x)).clamp(max=1 - 1e-9)
-        left_out = target - (target - fit) / (1 - leverage)[:, None]  # each row predicted by a fit without it
+        # each row predicted by a fit without it
+        left_out = target - (target - fit) / (1 - leverage)[:, None]
         score = ((left_out + centre).argmax(1) == y).double().mean().item()
         if best is None or score > best[0]:
-            best = score, v.T @ ((shrink / s.clamp(min=1e-12))[:, None] * (u.T @ target))
+            inverse = shrink / s.clamp(min=1e-12)
+            best = (score, v.T @ (inverse[:, None] * (u.T @ target)))
     return (xv @ best[1] + centre).argmax(1)
+
+
+# files that a kill or a full disk leaves whole
+
+def flush(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def put_in_place(temp, path):
+    """Flush temp to the disk and rename it to path, readable by all (safetensors writes 0600)."""
+    os.chmod(temp, 0o755 if temp.is_dir() else 0o644)
+    flush(temp)
+    os.replace(temp, path)
+    flush(path.parent)
+
+
+def write(path, text):
+    """Replace the file's text: a kill or a full disk leaves the old one whole."""
+    temp = Path(f"{path}.tmp")
+    temp.write_text(text)
+    put_in_place(temp, path)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(temp, final, keep):
+    """Turn the directory temp into the checkpoint final, point `latest` to it, and delete all but
+    the newest `keep`. In this order: hash every file, flush all to the disk, rename, pointer."""
+    sums = {path.name: sha256(path) for path in sorted(temp.iterdir())}
+    (temp / "sha256.json").write_text(json.dumps(sums))
+    for path in temp.iterdir():
+        flush(path)
+    if final.exists():  # damaged, or left by a return to an older checkpoint: nothing points to it
+        discard(final)
+    put_in_place(temp, final)
+    write(final.with_name("latest"), final.name)
+    older = sorted(path for path in final.parent.glob("step_*") if path.name < final.name)
+    for path in older[: max(0, len(older) - keep + 1)]:
+        discard(path)
+
+
+def discard(folder):
+    """Delete it under another name: what is called a checkpoint is never half of one."""
+    trash = folder.with_name("discarded")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(folder, trash)
+    shutil.rmtree(trash)
+
+
+def newest(folder):
+    """The checkpoint that `latest` names, or the newest before it that is whole; None where there
+    is none, a text that says so where all are damaged."""
+    folder = Path(folder)
+    if not (folder / "latest").exists():
+        return None
+    latest = folder / (folder / "latest").read_text().strip()
+    before = {path for path in folder.glob("step_*") if path.name < latest.name}
+    for path in sorted(before | {latest}, reverse=True):
+        bad = broken(path)
+        if not bad:
+            return path
+        print(f"not used, {bad} is damaged or missing: {path}", file=sys.stderr)
+    return f"{folder}: none of its checkpoints is whole"
+
+
+def broken(folder):
+    """The first file of a sealed directory that is missing or differs from its hash, or None."""
+    try:
+        sums = json.loads((folder / "sha256.json").read_text())
+        for name, digest in sums.items():
+            file = folder / name
+            if not file.exists() or sha256(file) != digest:
+                return file
+    except (OSError, ValueError, AttributeError):
+        return folder / "sha256.json"
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
@@ -773,75 +1576,6 @@ def save_encoder(path, encoder, config):
     put_in_place(temp, path)
     temp.write_text(f"{digest}  {path.name}\n")
     put_in_place(temp, side)
-
-
-def flush(path):
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def put_in_place(temp, path):
-    """Flush temp to the disk and rename it to path, readable by all (safetensors writes 0600)."""
-    os.chmod(temp, 0o755 if temp.is_dir() else 0o644)
-    flush(temp)
-    os.replace(temp, path)
-    flush(path.parent)
-
-
-def write(path, text):
-    """Replace the file's text: a kill or a full disk leaves the old one whole."""
-    temp = Path(f"{path}.tmp")
-    temp.write_text(text)
-    put_in_place(temp, path)
-
-
-def seal(temp, final, keep):
-    """Turn the directory temp into the checkpoint final, point `latest` to it, and delete all but the newest `keep`. In this order: hash every file
-    into sha256.json, flush all to the disk, rename, pointer."""
-    (temp / "sha256.json").write_text(json.dumps({p.name: sha256(p) for p in sorted(temp.iterdir())}))
-    for p in temp.iterdir():
-        flush(p)
-    if final.exists():  # a damaged one, or one that a return to an older checkpoint left behind: nothing points to it
-        discard(final)
-    put_in_place(temp, final)
-    write(final.with_name("latest"), final.name)
-    for old in sorted(p for p in final.parent.glob("step_*") if p.name < final.name)[: 1 - keep or None]:
-        discard(old)
-
-
-def discard(folder):
-    """Delete it under another name, so that what is called a checkpoint is never half of one, whenever the process is killed."""
-    trash = folder.with_name("discarded")
-    shutil.rmtree(trash, ignore_errors=True)
-    os.replace(folder, trash)
-    shutil.rmtree(trash)
-
-
-def newest(folder):
-    """The checkpoint that `latest` names, or the newest before it that is whole; None where there is none, a text that says so where all are damaged."""
-    if not (Path(folder) / "latest").exists():
-        return None
-    name = (Path(folder) / "latest").read_text().strip()
-    for path in sorted({p for p in Path(folder).glob("step_*") if p.name < name} | {Path(folder) / name}, reverse=True):
-        if not (bad := broken(path)):
-            return path
-        print(f"not used, {bad} is damaged or missing: {path}", file=sys.stderr)
-    return f"{folder}: none of its checkpoints is whole"
-
-
-def broken(folder):
-    """The first file of a sealed directory that is missing or differs from its hash, or None."""
-    try:
-        sums = json.loads((folder / "sha256.json").read_text())
-        return next((folder / name for name, digest in sums.items() if not (folder / name).exists() or sha256(folder / name) != digest), None)
-    except (OSError, ValueError, AttributeError):
-        return folder / "sha256.json"
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def load_encoder(path, *, seed=0, key="target_encoder", **override):
