@@ -517,8 +517,9 @@ class FWM(VJEPA):
         self.heads = nn.ModuleDict()
         for name, inputs, outputs in (("ld", seen, width), ("ac", seen, 3), ("hamiltonian", width, 1)):
             if name in self.weights:
-                last = nn.Linear(256, outputs, bias=outputs > 1)  # an energy has no zero
-                self.heads[name] = nn.Sequential(nn.Linear(inputs, 256), nn.GELU(), last)
+                self.heads[name] = nn.Sequential(
+                    nn.Linear(inputs, 256), nn.GELU(),
+                    nn.Linear(256, outputs, bias=outputs > 1))  # an energy has no zero
 
     def check(self):
         a = self.args
