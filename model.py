@@ -528,123 +528,6 @@ class LatentGridDecoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
-# heads of the probes of space and time: features z (B,t,n,D) of t moments and n = h*w places each -> what a task asks
-
-
-class Readout(nn.Module):
-    """4DS's readout, one for every task (section 3.2, appendix A.2): LN(z) + positions -> cross-attention -> q + Linear -> + MLP(LN) -> Linear.
-
-    grid: (t,h,w) of z. queries: a grid of learned queries, which are not projected; None: they are given. steps: resample z to so many moments first.
-    Positions and queries are learned and start as sines and cosines: tokens of a rope encoder do not say where they are, and the paper has the queries
-    of depth learned in one place and Fourier features in another.
-    """
-
-    def __init__(self, in_width, grid, out, *, width, heads, queries=None, steps=0):
-        super().__init__()
-        self.steps = steps or grid[0]
-        self.norm = LayerNorm(in_width, eps=1e-6)
-        self.positions = nn.Parameter(sincos_table(in_width, (self.steps, *grid[1:]))[None].clone())
-        self.queries = nn.Parameter(sincos_table(width, tuple(queries))[None].clone()) if queries else None
-        self.attn = CrossAttention(width, heads, in_width, project=not queries)
-        self.norm2, self.mlp, self.linear = LayerNorm(width, eps=1e-6), Mlp(width, 4 * width, "gelu"), nn.Linear(width, out)
-
-    def forward(self, z, q=None):
-        """z (B,t,n,D), q (B,Q,width) unless the queries are learned -> (B,Q,out)."""
-        if z.shape[1] != self.steps:
-            z = F.interpolate(z.flatten(2).transpose(1, 2), self.steps, mode="linear").transpose(1, 2).unflatten(2, z.shape[2:])
-        z = self.norm(z).flatten(1, 2) + self.positions
-        q = self.queries.expand(len(z), -1, -1) if q is None else q
-        x = q + self.attn(q, z)
-        return self.linear(x + self.mlp(self.norm2(x)))
-
-
-def fourier(x, bases=16):
-    """x (..., C) from 0 to 1 -> (..., C*2*bases): sin and cos of 1 to `bases` half turns."""
-    angle = x[..., None] * torch.arange(1, bases + 1, device=x.device) * math.pi
-    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
-
-
-class Tracker(nn.Module):
-    """A Readout whose queries are what is given of things in the first frame: Fourier features of C coordinates through an MLP, in `copies` with a
-    learned embedding each, every copy answering for its part of the clip (4DS A.2.3: 8 for points; A.2.4: 1 for boxes)."""
-
-    def __init__(self, in_width, grid, coordinates, frames, out, *, width, heads, copies=1, steps=0):
-        super().__init__()
-        self.embed = nn.Sequential(nn.Linear(32 * coordinates, 512), nn.GELU(), nn.Linear(512, width))
-        self.time = nn.Parameter(sincos_table(width, (copies, 1, 1)).clone())
-        self.out, self.readout = out, Readout(in_width, grid, frames // copies * out, width=width, heads=heads, steps=steps)
-
-    def forward(self, z, first):
-        """z (B,t,n,D), first (B,O,C) as shares of the picture -> (B,O,T,out)."""
-        q = self.embed(fourier(first))[:, :, None] + self.time                                              # (B,O,copies,width)
-        return self.readout(z, q.flatten(1, 2)).view(*first.shape[:2], -1, self.out)
-
-
-def conv(a, b, kernel=3):
-    return nn.Sequential(nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False), nn.GroupNorm(8, b), nn.ReLU())
-
-
-def resize(x, size):
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
-
-
-def pyramid(z, grid, convs):
-    """z (B,n,4*D) of four layers, shallow to deep -> four maps of 4, 2, 1 and 1/2 times the grid (h,w), each through its convolution."""
-    maps = [v.transpose(1, 2).unflatten(2, grid) for v in z.chunk(4, -1)]
-    sizes = [[max(1, int(side * scale)) for side in grid] for scale in (4, 2, 1, 0.5)]
-    return [f(resize(v, size)) for f, v, size in zip(convs, maps, sizes)]
-
-
-class UPerNet(nn.Module):
-    """Segmentation from four layers: pooling at several scales on the coarsest map, a feature pyramid over all of them, one classifier on their
-    concatenation (Xiao et al., 2018). Maps of a plain ViT are resized to 4, 2, 1 and 1/2 times its grid; group norm for batch norm."""
-
-    def __init__(self, in_width, grid, out, width, pools=(1, 2, 3, 6)):
-        super().__init__()
-        self.grid, self.pools = grid, pools
-        self.lateral = nn.ModuleList(conv(in_width, width, 1) for _ in range(4))
-        self.pooled = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU()) for _ in pools)
-        self.bottom, self.fuse = conv(width * (1 + len(pools)), width), conv(4 * width, width)
-        self.smooth = nn.ModuleList(conv(width, width) for _ in range(3))
-        self.out = nn.Conv2d(width, out, 1)
-
-    def forward(self, z, size):
-        """z (B,n,4*D) -> (B,out,*size)."""
-        x = pyramid(z, self.grid, self.lateral)
-        x[3] = self.bottom(torch.cat([x[3], *(resize(f(F.adaptive_avg_pool2d(x[3], p)), x[3].shape[2:]) for f, p in zip(self.pooled, self.pools))], 1))
-        for i in (2, 1, 0):
-            x[i] = x[i] + resize(x[i + 1], x[i].shape[2:])
-        x = [f(v) for f, v in zip(self.smooth, x)] + [x[3]]
-        return resize(self.out(self.fuse(torch.cat([resize(v, x[0].shape[2:]) for v in x], 1))), size)
-
-
-class TwoFrameDPT(nn.Module):
-    """A picture of values for each place of one frame, told another (flow, stereo; TDV D.3, CroCo v2). Four blocks, each of self-attention, cross-attention
-    to the other frame and MLP, take up one of four layers each; DPT's convolutions join their outputs from coarse to fine."""
-
-    def __init__(self, in_width, grid, out, width, heads):
-        super().__init__()
-        self.grid, D = grid, width
-        self.embed = nn.ModuleList(nn.Sequential(LayerNorm(in_width, eps=1e-6), nn.Linear(in_width, D)) for _ in range(4))
-        self.positions = nn.Parameter(sincos_table(D, (1, *grid))[None].clone())
-        self.blocks = nn.ModuleList(MotionBlock(D, heads, 4 * D, "xattn") for _ in range(4))
-        self.lateral, self.refine = (nn.ModuleList(conv(D, D) for _ in range(4)) for _ in range(2))
-        self.out = nn.Sequential(conv(D, D), nn.Conv2d(D, out, 1))
-
-    def forward(self, z, other, size):
-        """z, other (B,n,4*D) -> (B,out,*size)."""
-        x, hooks = self.positions, []
-        for embed, block, a, b in zip(self.embed, self.blocks, z.chunk(4, -1), other.chunk(4, -1)):
-            x = block(x + embed(a), None, embed(b) + self.positions)
-            hooks.append(x)
-        maps, x = pyramid(torch.cat(hooks, -1), self.grid, self.lateral), 0
-        for f, v in list(zip(self.refine, maps))[::-1]:
-            x = v + (resize(x, v.shape[2:]) if torch.is_tensor(x) else 0)
-            x = x + f(x)
-        return resize(self.out(x), size)
-
-
-# --------------------------------------------------------------------------------------------------------------------------------------
 # training: optimizer groups, EMA, sharding, compilation
 
 
@@ -703,8 +586,8 @@ def compile_blocks(module):
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
 TIMES = ("steps", "batch_size", "frames", "stride", "size", "patch", "tubelet", "prototypes")
 OFTEN = ("log_every", "save_every", "keep", "timeout", "ce_rows")
-POSITIVE = {"lr", "temp", *TIMES, *OFTEN}
-SHARES = {"ema", "final_ema", "max_bad_fraction", "betas"}
+POSITIVE = {"lr", "temp", "tau", "temporal_keep", *TIMES, *OFTEN}
+SHARES = {"ema", "final_ema", "max_bad_fraction", "betas", "temporal_keep", "motion_uniform"}
 FREE = {  # flags that a resumed run may change
     "out_dir", "resume", "stop_at", "workers", "timeout", "micro_batch", "save_every", "keep",
     "log_every", "probe_every", "sample_every", "compile", "fsdp", "checkpoint", "wandb",
@@ -854,9 +737,11 @@ class Run:
         enabled = self.args.dtype == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def activations(self, values):
-        """Bytes of a forward pass that keeps so many values of each clip."""
-        return self.micro * values * (2 if self.args.dtype == "bf16" else 4)
+    def activations(self, values, kept=1):
+        """Bytes that autograd keeps of a forward pass: of each clip `values`, `kept` times, or once
+        with --checkpoint."""
+        kept = 1 if self.args.checkpoint else kept
+        return self.micro * values * kept * (2 if self.args.dtype == "bf16" else 4)
 
     # between ranks
 
@@ -992,9 +877,9 @@ class Run:
         return self.stop or self.due(self.args.save_every, done) or done == self.last
 
     def finish(self, line):
-        """The last line on stdout, one JSON object."""
+        """The last line on stdout, one JSON object; all ranks leave."""
+        seconds = round(time.time() - self.started, 1)
         if self.rank == 0:
-            seconds = round(time.time() - self.started, 1)
             line = line | {"seconds": seconds, "out_dir": self.args.out_dir}
             print(json.dumps(line), flush=True)
         if dist.is_initialized():
@@ -1026,9 +911,10 @@ class Run:
         dcs.set_optimizer_state_dict(net, optimizer, tensors["optimizer"])
         return json.loads((found / "extra.json").read_text())
 
-    def load_start(self, net, folder):
+    def load_start(self, net):
         """--init RUN: the weights of that run's newest checkpoint; new heads stay as they are."""
-        found = self.newest(folder)
+        folder = self.args.init
+        found = self.newest(folder) if folder and Path(folder).is_dir() else None
         if found is None:
             return
         there = stored_shapes(found)
@@ -1039,9 +925,12 @@ class Run:
         dcp.load({"model": state}, checkpoint_id=found)
         dcs.set_model_state_dict(net, state, options=dcs.StateDictOptions(strict=False))
 
-    def check_start(self, objective, folder):
+    def check_start(self, objective):
         """--init RUN, before anything is written: has that run all of the objective's tensors, in
         these shapes? Heads may be new."""
+        folder = self.args.init
+        if not folder or not Path(folder).is_dir():
+            return
         error = None
         found = newest(folder) if self.rank == 0 else None
         if isinstance(found, Path):
@@ -1079,6 +968,15 @@ class Run:
             config = objective.product.config | said
             save_encoder(self.out / "encoder.safetensors", state, config)
         self.broadcast(None)  # whoever reads it next, on any rank, finds it
+
+    @torch.no_grad()
+    def mask_picture(self, net, x, keep, grid, done):
+        """samples/step_*.png of the first clip of x, under its masks keep [(b,K)]."""
+        with self.autocast():
+            tokens = net(x[:1])[0]
+        if self.rank == 0:
+            file = self.out / "samples" / f"step_{done:08d}.png"
+            mask_picture(file, x[0], [ids[0] for ids in keep], tokens, grid)
 
     # the online probe
 
@@ -1228,6 +1126,11 @@ class Meter:
         window.clear()
         self.restart()
         return line
+
+    def summary(self, done, probe_acc):
+        """For the last line on stdout."""
+        said = {name: self.state[name] for name in ("loss", "random_acc", "bad")}
+        return {"steps": done, "probe_acc": probe_acc, **said}
 
 
 def averages(rows):
@@ -1408,6 +1311,12 @@ def mask_picture(path, x, keep, tokens, grid):
 
 
 # collapse alarms, online probes
+
+def health(tokens, correction=1):
+    """Collapse shows here first: mean deviation of the features (n,D), and their rank."""
+    std = tokens.float().std(0, correction=correction).mean().item()
+    return {"feature_std": std, "rankme": rankme(tokens)}
+
 
 def some_rows(tokens, most=2048):
     """(B,N,D) or (n,D) -> about `most` rows (n,D), enough for the collapse alarms of the log."""

@@ -13,7 +13,6 @@
     python probe.py classify --encoder pixels:diff --data world --head linear                                   without any encoder
     python probe.py all --encoder out/laptop --data world --seeds 0 1 2             every task, one table: all.md, all.json, radar.png, a picture a task
     python probe.py depth --encoder vitl.pt --train scannet_train.txt --val scannet_val.txt            or --finetune 4ds
-    python probe.py reconstruct --encoder out/laptop_mae4d --data world                             a folder of train_mae4d.py: error and a picture
     python probe.py compare out/*                                               a table of finished runs, with differences to the first
     python probe.py plot --runs out/laptop out/laptop_salt out/laptop_salt/stage1                   accuracy against loss and FLOPs
     python probe.py classify --encoder vitl.pt --train k400_train.csv --val k400_val.csv --head attentive4 --segments 8 --views 3 --train_passes 20
@@ -45,7 +44,7 @@ import tyro
 @dataclasses.dataclass
 class Args:
     """Defaults are V-JEPA's (appendix B.1, Table 6) unless the comment names another source."""
-    task: tyro.conf.Positional[Literal["classify", "pose", "points", "boxes", "depth", "segment", "flow", "stereo", "detect", "physics", "all", "reconstruct",
+    task: tyro.conf.Positional[Literal["classify", "pose", "points", "boxes", "depth", "segment", "flow", "stereo", "detect", "physics", "all",
                                        "plot", "compare"]]       # a row of TASKS
     # encoder
     encoder: str = ""                  # a weight file or the folder of a run or HF model; random:vit_s or random:PATH for random weights; pixels:frame or pixels:diff for none
@@ -500,60 +499,46 @@ def classify(args, device):
     return result, {"per_class": per_class, "confusion": confusion.tolist(), "tried": tried, "bad_videos": bad}
 
 
-def restore(args, scripts, device):
-    """The run folder --encoder of one of these scripts -> its whole objective with the newest checkpoint's weights, and the checkpoint."""
+def restore(args, device):
+    """The run folder --encoder -> the objective of the script that made it, with the newest checkpoint's weights."""
     folder = Path(args.encoder.removeprefix("random:"))
     if not (folder / "latest").exists() or not (folder / "config.json").exists():
         raise D.DataError(f"--encoder {folder}: {args.task} needs the folder of a training run; predictors and decoders are not in encoder files")
-    said = json.loads((folder / "config.json").read_text())["config"]
-    script = next(name for key, name in (("dec_blocks", "mae4d"), ("split", "salt"), ("prototypes", "tdv"), ("", "vjepa")) if key in {*said, ""})
-    if script not in scripts:
-        raise D.DataError(f"--encoder {folder}: not a run of {' or '.join(f'train_{name}.py' for name in scripts)}")
-    T, found = importlib.import_module(f"train_{script}"), M.newest(folder)
+    head = json.loads((folder / "config.json").read_text())
+    said = head["config"]
+    script = importlib.import_module(head.get("script") or script_of(said))
+    found = M.newest(folder)
     if isinstance(found, str):
         raise D.DataError(found)
-    known = {f.name: tuple(v) if isinstance(v := said[f.name], list) else v for f in dataclasses.fields(T.Args) if f.name in said}
-    start = str(folder / "encoder.safetensors") if known.get("init") and not args.encoder.startswith("random:") else ""      # its shape, of whatever family
-    a = T.Args(**known | ({"init": start} if "init" in known else {}))      # a flag that the run did not have yet: its default
+    known = {}
+    for field in dataclasses.fields(script.Args):               # a flag that the run did not have yet: its default
+        if field.name in said:
+            value = said[field.name]
+            known[field.name] = tuple(value) if isinstance(value, list) else value
+    if "terms" not in said and hasattr(script, "TERMS"):        # older runs had a flag for each term
+        known["terms"] = tuple(f"{name}:{said[name]}" for name in script.TERMS if said.get(name))
+    if known.get("init"):                                       # its shape, of whatever family
+        known["init"] = "" if args.encoder.startswith("random:") else str(folder / "encoder.safetensors")
     torch.manual_seed(args.seed)
     try:
-        if script == "salt":
-            stage = int(m[1]) if (m := re.search(r"stage(\d+)$", str(folder.resolve()))) else len(a.split)
-            teacher = a.teacher or (folder.parent if m else folder) / f"stage{stage - 1}"
-            objective = T.Student(a, *M.load_encoder(teacher)) if stage > 1 else T.VPixel(a)
-        else:
-            objective = {"mae4d": "MAE4D", "vjepa": "VJEPA"}[script] if script != "tdv" else {"tdv": "TDV", "views": "Views"}[a.objective]
-            objective = getattr(T, objective)(a)
+        objective = script.build(script.Args(**known), folder=folder) if script.__name__ == "train_salt" else script.build(script.Args(**known))
     except ValueError as e:
         raise D.DataError(f"--encoder {folder}: {e}") from e
-    if args.encoder.startswith("random:"):
-        return objective.to(device).eval().requires_grad_(False), None
-    state = {"model": objective.state_dict()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                         # torch's word that this is a single process
-        torch.distributed.checkpoint.load(state, checkpoint_id=found)
-    objective.load_state_dict(state["model"])
-    return objective.to(device).eval().requires_grad_(False), found
+    if not args.encoder.startswith("random:"):
+        state = {"model": objective.state_dict()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # torch's word that this is a single process
+            torch.distributed.checkpoint.load(state, checkpoint_id=found)
+        objective.load_state_dict(state["model"])
+    return objective.to(device).eval().requires_grad_(False)
 
 
-def reconstruct(args, device):
-    """Mean squared error of a train_mae4d.py run's decoded clips (--encoder: its folder) beside predicting the clip's mean colour, and a picture."""
-    import train_mae4d as T
-    objective, found = restore(args, ("mae4d",), device)
-    _, val = lists(args)
-    config, grid = objective.args, objective.encoder.grid
-    clip = D.Clip(args.frames or config.frames, args.stride or config.stride, args.fps or config.fps or None, args.size or config.size, train=False)
-    errors, means, shown = [], [], None
-    for i, batch in enumerate(D.eval_batches(val, clip, batch_size=args.micro_batch, workers=args.workers)):
-        x = D.prepare(batch, device, **T.RGB)
-        keep = D.sample_masks([config.mask], args.seed, i, len(x), grid)[0][0].to(device)
-        with torch.no_grad():
-            y = objective(x, keep, reconstruct=True)
-        errors += (y - x).square().mean((1, 2, 3, 4)).tolist()
-        means += (x - x.mean((2, 3, 4), keepdim=True)).square().mean((1, 2, 3, 4)).tolist()
-        if shown is None:
-            shown = T.picture(Path(args.out_dir) / "reconstruct.png", x[:3], keep[:3], y[:3], grid)
-    return {"metric": "mse", "value": float(np.mean(errors)), "mean_colour": float(np.mean(means)), "n_val": len(val)}, {"checkpoint": found.name}
+def script_of(said):
+    """The script of a run whose config.json does not name it, by a flag that only that script has."""
+    for flag, script in (("dec_blocks", "train_mae4d"), ("split", "train_salt"), ("prototypes", "train_tdv")):
+        if flag in said:
+            return script
+    return "train_vjepa"
 
 
 def pyplot(task):
@@ -664,6 +649,122 @@ def halves(args, runs, device):
     figure.savefig(Path(args.out_dir) / "halves.png", dpi=120)
     plt.close(figure)
     return {"halves": found, "picture": str(Path(args.out_dir) / "halves.png")}
+
+
+# --- space and time: the heads; features z (B,t,n,D) of t moments and n = h*w places each -> what a task asks ---
+
+
+class Readout(nn.Module):
+    """4DS's readout, one for every task (section 3.2, appendix A.2): LN(z) + positions -> cross-attention -> q + Linear -> + MLP(LN) -> Linear.
+
+    grid: (t,h,w) of z. queries: a grid of learned queries, which are not projected; None: they are given. steps: resample z to so many moments first.
+    Positions and queries are learned and start as sines and cosines: tokens of a rope encoder do not say where they are, and the paper has the queries
+    of depth learned in one place and Fourier features in another.
+    """
+
+    def __init__(self, in_width, grid, out, *, width, heads, queries=None, steps=0):
+        super().__init__()
+        self.steps = steps or grid[0]
+        self.norm = M.LayerNorm(in_width, eps=1e-6)
+        self.positions = nn.Parameter(M.sincos_table(in_width, (self.steps, *grid[1:]))[None].clone())
+        self.queries = nn.Parameter(M.sincos_table(width, tuple(queries))[None].clone()) if queries else None
+        self.attn = M.CrossAttention(width, heads, in_width, project=not queries)
+        self.norm2, self.mlp, self.linear = M.LayerNorm(width, eps=1e-6), M.Mlp(width, 4 * width, "gelu"), nn.Linear(width, out)
+
+    def forward(self, z, q=None):
+        """z (B,t,n,D), q (B,Q,width) unless the queries are learned -> (B,Q,out)."""
+        if z.shape[1] != self.steps:
+            z = F.interpolate(z.flatten(2).transpose(1, 2), self.steps, mode="linear").transpose(1, 2).unflatten(2, z.shape[2:])
+        z = self.norm(z).flatten(1, 2) + self.positions
+        q = self.queries.expand(len(z), -1, -1) if q is None else q
+        x = q + self.attn(q, z)
+        return self.linear(x + self.mlp(self.norm2(x)))
+
+
+def fourier(x, bases=16):
+    """x (..., C) from 0 to 1 -> (..., C*2*bases): sin and cos of 1 to `bases` half turns."""
+    angle = x[..., None] * torch.arange(1, bases + 1, device=x.device) * math.pi
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
+
+
+class Tracker(nn.Module):
+    """A Readout whose queries are what is given of things in the first frame: Fourier features of C coordinates through an MLP, in `copies` with a
+    learned embedding each, every copy answering for its part of the clip (4DS A.2.3: 8 for points; A.2.4: 1 for boxes)."""
+
+    def __init__(self, in_width, grid, coordinates, frames, out, *, width, heads, copies=1, steps=0):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(32 * coordinates, 512), nn.GELU(), nn.Linear(512, width))
+        self.time = nn.Parameter(M.sincos_table(width, (copies, 1, 1)).clone())
+        self.out, self.readout = out, Readout(in_width, grid, frames // copies * out, width=width, heads=heads, steps=steps)
+
+    def forward(self, z, first):
+        """z (B,t,n,D), first (B,O,C) as shares of the picture -> (B,O,T,out)."""
+        q = self.embed(fourier(first))[:, :, None] + self.time                                              # (B,O,copies,width)
+        return self.readout(z, q.flatten(1, 2)).view(*first.shape[:2], -1, self.out)
+
+
+def conv(a, b, kernel=3):
+    return nn.Sequential(nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False), nn.GroupNorm(8, b), nn.ReLU())
+
+
+def resize(x, size):
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+def pyramid(z, grid, convs):
+    """z (B,n,4*D) of four layers, shallow to deep -> four maps of 4, 2, 1 and 1/2 times the grid (h,w), each through its convolution."""
+    maps = [v.transpose(1, 2).unflatten(2, grid) for v in z.chunk(4, -1)]
+    sizes = [[max(1, int(side * scale)) for side in grid] for scale in (4, 2, 1, 0.5)]
+    return [f(resize(v, size)) for f, v, size in zip(convs, maps, sizes)]
+
+
+class UPerNet(nn.Module):
+    """Segmentation from four layers: pooling at several scales on the coarsest map, a feature pyramid over all of them, one classifier on their
+    concatenation (Xiao et al., 2018). Maps of a plain ViT are resized to 4, 2, 1 and 1/2 times its grid; group norm for batch norm."""
+
+    def __init__(self, in_width, grid, out, width, pools=(1, 2, 3, 6)):
+        super().__init__()
+        self.grid, self.pools = grid, pools
+        self.lateral = nn.ModuleList(conv(in_width, width, 1) for _ in range(4))
+        self.pooled = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU()) for _ in pools)
+        self.bottom, self.fuse = conv(width * (1 + len(pools)), width), conv(4 * width, width)
+        self.smooth = nn.ModuleList(conv(width, width) for _ in range(3))
+        self.out = nn.Conv2d(width, out, 1)
+
+    def forward(self, z, size):
+        """z (B,n,4*D) -> (B,out,*size)."""
+        x = pyramid(z, self.grid, self.lateral)
+        x[3] = self.bottom(torch.cat([x[3], *(resize(f(F.adaptive_avg_pool2d(x[3], p)), x[3].shape[2:]) for f, p in zip(self.pooled, self.pools))], 1))
+        for i in (2, 1, 0):
+            x[i] = x[i] + resize(x[i + 1], x[i].shape[2:])
+        x = [f(v) for f, v in zip(self.smooth, x)] + [x[3]]
+        return resize(self.out(self.fuse(torch.cat([resize(v, x[0].shape[2:]) for v in x], 1))), size)
+
+
+class TwoFrameDPT(nn.Module):
+    """A picture of values for each place of one frame, told another (flow, stereo; TDV D.3, CroCo v2). Four blocks, each of self-attention, cross-attention
+    to the other frame and MLP, take up one of four layers each; DPT's convolutions join their outputs from coarse to fine."""
+
+    def __init__(self, in_width, grid, out, width, heads):
+        super().__init__()
+        self.grid, D = grid, width
+        self.embed = nn.ModuleList(nn.Sequential(M.LayerNorm(in_width, eps=1e-6), nn.Linear(in_width, D)) for _ in range(4))
+        self.positions = nn.Parameter(M.sincos_table(D, (1, *grid))[None].clone())
+        self.blocks = nn.ModuleList(M.MotionBlock(D, heads, 4 * D, "xattn") for _ in range(4))
+        self.lateral, self.refine = (nn.ModuleList(conv(D, D) for _ in range(4)) for _ in range(2))
+        self.out = nn.Sequential(conv(D, D), nn.Conv2d(D, out, 1))
+
+    def forward(self, z, other, size):
+        """z, other (B,n,4*D) -> (B,out,*size)."""
+        x, hooks = self.positions, []
+        for embed, block, a, b in zip(self.embed, self.blocks, z.chunk(4, -1), other.chunk(4, -1)):
+            x = block(x + embed(a), None, embed(b) + self.positions)
+            hooks.append(x)
+        maps, x = pyramid(torch.cat(hooks, -1), self.grid, self.lateral), 0
+        for f, v in list(zip(self.refine, maps))[::-1]:
+            x = v + (resize(x, v.shape[2:]) if torch.is_tensor(x) else 0)
+            x = x + f(x)
+        return resize(self.out(x), size)
 
 
 # --- space and time: what a task asks of a clip, its loss, its metric ---
@@ -1059,31 +1160,31 @@ def still(extra=0):
 # no video; the best on train is the baseline
 DENSE = {
     "classify": dict(labels=(), y=lambda l, s: {"y": l["class"]}, layers=1, up=True, final=lambda c: dict(zip(("top1", "top5"), c.mean(0).tolist())),
-                     head=lambda s: M.Readout(s.width, s.grid, s.classes, queries=(1, 1, 1), steps=s.args.resample, **s.wide(768, 12)), call=ask_plain,
+                     head=lambda s: Readout(s.width, s.grid, s.classes, queries=(1, 1, 1), steps=s.args.resample, **s.wide(768, 12)), call=ask_plain,
                      loss=lambda out, y: F.cross_entropy(out, y["y"]), answer=same, tally=class_scores, wrong=torch.zeros(1, 2).double(), constants=commonest),
     "pose": dict(labels=("pose",), y=relative_pose, layers=1, up=False, final=lambda e: {"epe": e.mean().item()}, channels=12,
-                 head=lambda s: M.Readout(s.width, (2, *s.grid[1:]), 12, queries=(1, 1, 1), **s.wide(s.width, 8)), call=ask_ends,
+                 head=lambda s: Readout(s.width, (2, *s.grid[1:]), 12, queries=(1, 1, 1), **s.wide(s.width, 8)), call=ask_ends,
                  loss=squares, answer=same, tally=pose_error, constants=typical(12)),
     "points": dict(labels=("tracks", "visible"), y=points, layers=1, up=True, final=lambda j: {"aj": j.mean().item(), "jaccard": j.mean(0).tolist()},
-                   head=lambda s: M.Tracker(s.width, s.grid, 2, s.frames, 4, copies=s.frames // 2, steps=s.args.resample, **s.wide(1024, 8)),
+                   head=lambda s: Tracker(s.width, s.grid, 2, s.frames, 4, copies=s.frames // 2, steps=s.args.resample, **s.wide(1024, 8)),
                    call=ask_tracks, loss=points_loss, answer=points_answer, tally=jaccards, constants=still(1)),
     "boxes": dict(labels=("boxes",), y=boxes, layers=1, up=True, final=lambda i: {"miou": i.mean().item()},
-                  head=lambda s: M.Tracker(s.width, s.grid, 4, s.frames, 4, steps=s.args.resample, **s.wide(1024, 4)),
+                  head=lambda s: Tracker(s.width, s.grid, 4, s.frames, 4, steps=s.args.resample, **s.wide(1024, 4)),
                   call=ask_tracks, loss=squares, answer=same, tally=ious, constants=still()),
     "depth": dict(labels=("depth",), layers=1, up=False, final=ratio("absrel"), channels=1,
                   y=lambda l, s: {"y": l["depth"].masked_fill(~((l["depth"] > 0.001) & (l["depth"] < 10)), math.nan)},
-                  head=lambda s: M.Readout(s.width, s.grid, 128, queries=(s.frames // 2, s.size // 8, s.size // 8), steps=s.args.resample, **s.wide(1024, 16)),
+                  head=lambda s: Readout(s.width, s.grid, 128, queries=(s.frames // 2, s.size // 8, s.size // 8), steps=s.args.resample, **s.wide(1024, 16)),
                   call=ask_depth, loss=lambda out, y: squares(first(out), y), answer=first, tally=depth_sums, constants=typical(1)),
     "segment": dict(labels=("masks",), y=kinds, layers=4, up=True, final=mean_iou, call=ask_moments(now),
-                    head=lambda s: M.UPerNet(s.width, s.grid[1:], s.frames // s.grid[0] * s.classes, s.wide(512, 1, 32)["width"]),
+                    head=lambda s: UPerNet(s.width, s.grid[1:], s.frames // s.grid[0] * s.classes, s.wide(512, 1, 32)["width"]),
                     loss=lambda out, y: mean_of(F.cross_entropy(out[y["y"] < 255], y["y"][y["y"] < 255], reduction="none")),
                     answer=same, tally=confusion, constants=commonest),
     "flow": dict(labels=("flow",), y=flow, layers=4, up=False, final=ratio("epe"), channels=2, call=ask_moments(now, following),
-                 head=lambda s: M.TwoFrameDPT(s.width, s.grid[1:], 2 * s.frames // s.grid[0], **s.wide(768, 12, 64)),
+                 head=lambda s: TwoFrameDPT(s.width, s.grid[1:], 2 * s.frames // s.grid[0], **s.wide(768, 12, 64)),
                  loss=lambda out, y: mean_of((out - y["y"])[known(y)].abs()), answer=same, tally=flow_sums, constants=typical(2)),
     "stereo": dict(labels=("right", "disparity"), layers=4, up=False, final=ratio("average", "bad0.5", "bad1"), channels=1,
                    y=lambda l, s: {"y": l["disparity"].unflatten(1, (s.grid[0], -1))}, call=ask_moments(now, lambda z: z["right"]),
-                   head=lambda s: M.TwoFrameDPT(s.width, s.grid[1:], 2 * s.frames // s.grid[0], **s.wide(768, 12, 64)),
+                   head=lambda s: TwoFrameDPT(s.width, s.grid[1:], 2 * s.frames // s.grid[0], **s.wide(768, 12, 64)),
                    loss=laplace_loss, answer=first, tally=stereo_sums, constants=typical(1)),
     "detect": dict(labels=("boxes", "actions"), y=actions, layers=4, up=True, final=mean_ap, call=ask_boxes,
                    head=lambda s: nn.Sequential(M.LayerNorm(4 * s.width), nn.Linear(4 * s.width, s.classes)),
@@ -1365,22 +1466,9 @@ def save(file, image):
 
 
 def forecaster(args, device):
-    """--encoder -> its surprise(x, C) -> (B,): mean |P(E(x[:C]), later ids) - h| over windows x (B,3,F,H,W) of which C frames are seen, and its
-    {frames, stride, size, mean, std}. h is what the predictor was trained on: LN of the target's tokens (V-JEPA, SALT), or pixels (SALT's stage 1, 4DS)."""
-    name, norm = args.encoder.removeprefix("random:"), lambda h: F.layer_norm(h.float(), h.shape[-1:])
-
-    def ids(encoder, x, C):
-        """Token ids of the first C frames, and of the rest."""
-        t, n = x.shape[2] // encoder.tubelet, encoder.grid[1] * encoder.grid[2]
-        return torch.arange(t * n, device=device).expand(len(x), -1).split([C // encoder.tubelet * n, (t - C // encoder.tubelet) * n], 1)
-
-    def latent(encoder, predictor, targets):
-        def surprise(x, C):
-            (keep, pred), h = ids(encoder, x, C), targets(x)
-            h = h.gather(1, pred[..., None].expand(-1, -1, h.shape[-1]))
-            return (predictor(encoder(x, keep), keep, pred).float() - h).abs().mean((1, 2))
-        return surprise
-
+    """--encoder -> its surprise(x, C) -> (B,): how wrong it foretells windows x (B,3,F,H,W) of which C frames are seen, and its {frames, stride, size,
+    mean, std}. A run's objective says it itself; of published weights it is mean |P(E(x[:C]), later ids) - LN(target's tokens)|."""
+    name = args.encoder.removeprefix("random:")
     if not (Path(name) / "latest").exists():                    # published weights
         try:
             if name != args.encoder:
@@ -1389,22 +1477,21 @@ def forecaster(args, device):
             encoder, target = (M.load_encoder(name, key=key)[0].to(device) for key in ("encoder", "target_encoder"))
         except ValueError as e:
             raise D.DataError(f"--encoder {e}; physics needs an encoder and its predictor: a run's folder, or a file with both") from e
-        return latent(encoder, predictor.to(device), lambda x: norm(target(x))), dict(frames=16, stride=4, size=config["size"], **M.IMAGENET)
-    o, _ = restore(args, ("vjepa", "salt", "mae4d", "tdv"), device)
-    if hasattr(o, "decoder"):                                   # 4DS
-        def surprise(x, C):
-            return (o(x, ids(o.encoder, x, C)[0], reconstruct=True) - x)[:, :, C:].abs().mean((1, 2, 3, 4))
-    elif getattr(o, "motion", None) is not None:                # TDV: each frame from the one before and their difference
-        def surprise(x, C):
-            a, b = (x[:, :, i:j].transpose(1, 2).flatten(0, 1)[:, :, None] for i, j in ((0, -1), (1, None)))
-            z = o.encoder(a)
-            return (z + o.motion(b if o.args.motion_input == "frame" else b - a, z) - o.target(b)).abs().mean((1, 2)).view(len(x), -1).mean(1)
-    elif hasattr(o, "predictor"):
-        surprise = latent(o.encoder, o.predictor, o.targets if hasattr(o, "targets") else lambda x: norm(o.target(x)))
-    else:
+        predictor.to(device)
+
+        def targets(x):
+            h = target(x).float()
+            return F.layer_norm(h, h.shape[-1:])
+
+        def surprise(x, context):
+            return M.latent_surprise(encoder, predictor, targets, x, context)
+
+        return surprise, dict(frames=16, stride=4, size=config["size"], **M.IMAGENET)
+    o = restore(args, device)
+    if not hasattr(o, "surprise") or getattr(o, "motion", o) is None:
         raise D.DataError(f"--encoder {args.encoder}: has no predictor, so it foretells nothing")
     pixels = dict(mean=[0.0] * 3, std=[1.0] * 3) if hasattr(o, "decoder") else M.IMAGENET
-    return surprise, dict(frames=o.args.frames, stride=o.args.stride, size=o.args.size, **pixels)
+    return o.surprise, dict(frames=o.args.frames, stride=o.args.stride, size=o.args.size, **pixels)
 
 
 @torch.no_grad()
@@ -1517,7 +1604,7 @@ def radar(table, file):
     plt.close(figure)
 
 
-TASKS = {**{name: space_time for name in DENSE}, "classify": classify, "physics": physics, "all": everything, "reconstruct": reconstruct, "plot": plot,
+TASKS = {**{name: space_time for name in DENSE}, "classify": classify, "physics": physics, "all": everything, "plot": plot,
          "compare": compare}
 # each: (args, device) -> what is printed, what else is logged
 

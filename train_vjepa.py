@@ -23,7 +23,6 @@ import inspect
 import math
 import os
 import sys
-from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -80,7 +79,7 @@ class Args:
     clip_grad: float = 10.0             # global norm, 0: off (the official config's)
     max_skips: int = 10                 # steps in a row that are not finite and end the run
     # --- the run
-    preset: str = ""                    # values that become the defaults: PRESETS
+    preset: str = ""                    # values that become the defaults: a name of PRESETS
     out_dir: str = "out/vjepa"
     seed: int = 0
     dtype: Literal["bf16", "fp32"] = "bf16"         # bf16 or fp32
@@ -97,7 +96,7 @@ class Args:
     wandb: str = ""                     # project name: log there as well
     dry_run: bool = False               # parameters, FLOPs, memory and days; no data is touched
     # --- FWM-HW-LD
-    terms: tuple[str, ...] = ()         # NAME:WEIGHT of the terms that are added, see TERMS
+    terms: tuple[str, ...] = ()         # NAME:WEIGHT of the terms that are added: ld:1.0 hw:0.3
     tau: float = 1.0                    # temperature of hw: softmax(error / tau)
     anneal: bool = False                # weights of kin_ terms fall to 0 over the run
     distance: bool = False              # base loss / sqrt(tokens to the nearest of the context)
@@ -144,43 +143,51 @@ FWM_PAPER = dict(
     ema=0.99925, final_ema=0.99925, stretch=1.0, out_dir="out/fwm_paper",
 )
 FWM_UCF = FWM_PAPER | dict(data=("ucf101.csv",), out_dir="out/fwm_ucf")
-FACTORED = ("static:0.05", "orth:0.01")
-NO_EMA = dict(ema=0.0, final_ema=0.0)  # the target is the encoder itself, without gradient
-AMG = dict(motion=5.0, motion_uniform=0.0)
-TABLE_3 = {
-    "motion_guided": dict(motion=2.0),
-    "kin_l1": NO_EMA | dict(terms=("kin_l1:1.0",)),
-    "kin_l1_weak": NO_EMA | dict(terms=("kin_l1:0.1",)),
-    "kin_accel": NO_EMA | dict(terms=("kin_accel:0.1",)),
-    "kin_huber": NO_EMA | dict(terms=("kin_huber:0.1",)),
-    "kin_split": NO_EMA | dict(terms=("kin_split:0.1",)),
-    "kin_anneal": NO_EMA | dict(terms=("kin_l1:0.1",), anneal=True),
-    "velgate": dict(terms=("velgate:0.1",)),
-    "hamiltonian": dict(terms=("hamiltonian:0.1",)),
-    "sigreg": dict(terms=("sigreg:1.0",)),
-    "sigreg_no_ema": NO_EMA | dict(terms=("sigreg:1.0",)),
-    "future_predictive": dict(temporal_keep=0.5),
-    "motion_future": dict(temporal_keep=0.5, motion=2.0),
+ROWS_UCF = {  # row: its terms
+    "motion_guided": "",
+    "kin_l1": "kin_l1:1.0",
+    "kin_l1_weak": "kin_l1:0.1",
+    "kin_accel": "kin_accel:0.1",
+    "kin_huber": "kin_huber:0.1",
+    "kin_split": "kin_split:0.1",
+    "kin_anneal": "kin_l1:0.1",
+    "velgate": "velgate:0.1",
+    "hamiltonian": "hamiltonian:0.1",
+    "sigreg": "sigreg:1.0",
+    "sigreg_no_ema": "sigreg:1.0",
+    "future_predictive": "",
+    "motion_future": "",
 }
-TABLE_4 = {
-    "fwm_hw_ld": dict(terms=(*FACTORED, "hw:1.0", "ld:1.0")),
-    "ld": dict(terms=("ld:1.0",)),
-    "fwm": dict(terms=FACTORED),
-    "ac_hw": dict(terms=("ac:1.0", "hw:0.3")),
-    "amg": AMG,
-    "hw": dict(terms=("hw:0.3",)),
-    "hw_ld": dict(terms=("hw:1.0", "ld:1.0")),
-    "fwm_ld": dict(terms=(*FACTORED, "ld:1.0")),
-    "combo": AMG | dict(terms=("delta:0.5", "hw:0.3")),
-    "delta": dict(terms=("delta:0.5",)),
-    "ac": dict(terms=("ac:1.0",)),
-    "fac": dict(terms=(*FACTORED, "ac:1.0")),
-    "ltc": dict(terms=("ltc:0.5",)),
-    "spectral": dict(terms=("spectral:1.0",)),
+ROWS_PAPER = {
+    "fwm_hw_ld": "static:0.05 orth:0.01 hw:1.0 ld:1.0",
+    "ld": "ld:1.0",
+    "fwm": "static:0.05 orth:0.01",
+    "ac_hw": "ac:1.0 hw:0.3",
+    "amg": "",
+    "hw": "hw:0.3",
+    "hw_ld": "hw:1.0 ld:1.0",
+    "fwm_ld": "static:0.05 orth:0.01 ld:1.0",
+    "combo": "delta:0.5 hw:0.3",
+    "delta": "delta:0.5",
+    "ac": "ac:1.0",
+    "fac": "static:0.05 orth:0.01 ac:1.0",
+    "ltc": "ltc:0.5",
+    "spectral": "spectral:1.0",
 }
 PRESETS |= {"fwm_paper": FWM_PAPER, "fwm_ucf": FWM_UCF}
-PRESETS |= {name: FWM_UCF | row | {"out_dir": f"out/{name}"} for name, row in TABLE_3.items()}
-PRESETS |= {name: FWM_PAPER | row | {"out_dir": f"out/{name}"} for name, row in TABLE_4.items()}
+for base, rows in ((FWM_UCF, ROWS_UCF), (FWM_PAPER, ROWS_PAPER)):
+    for name, terms in rows.items():
+        PRESETS[name] = base | dict(terms=tuple(terms.split()), out_dir=f"out/{name}")
+        if "kin_" in name or "no_ema" in name:
+            # the target is the encoder itself, without gradient
+            PRESETS[name] |= dict(ema=0.0, final_ema=0.0)
+PRESETS["kin_anneal"] |= dict(anneal=True)
+for name in ("future_predictive", "motion_future"):
+    PRESETS[name] |= dict(temporal_keep=0.5)
+for name in ("motion_guided", "motion_future"):
+    PRESETS[name] |= dict(motion=2.0)
+for name in ("amg", "combo"):
+    PRESETS[name] |= dict(motion=5.0, motion_uniform=0.0)
 # --- end of FWM-HW-LD's rows
 
 
@@ -188,19 +195,21 @@ def parse_args(argv=None):
     """The paper's recipe, then --preset, then the flags."""
     argv = sys.argv[1:] if argv is None else argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--preset", choices=PRESETS)
+    peek.add_argument("--preset", default="")
     preset = peek.parse_known_args(argv)[0].preset
-    defaults = Args(preset=preset, **PRESETS[preset]) if preset else Args()
-    main_rank = os.environ.get("RANK", "0") == "0"
+    if preset and preset not in PRESETS:
+        peek.exit(2, f"error: --preset {preset}: choose from {', '.join(PRESETS)}\n")
+    defaults = Args(preset=preset, **PRESETS.get(preset, {}))
     if {"-h", "--help"} & set(argv):
         print(help_page(defaults))
         sys.exit()
-    return tyro.cli(Args, args=argv, default=defaults, console_outputs=main_rank)
+    rank = os.environ.get("RANK", "0")
+    return tyro.cli(Args, args=argv, default=defaults, console_outputs=rank == "0")
 
 
 def help_page(defaults):
     """The flags in the groups of Args: name, default, meaning."""
-    lines = [__doc__]
+    lines = [__doc__, "Switches: --flip or --no-flip. A wrong --preset or --terms lists the names."]
     for line in inspect.getsource(Args).splitlines()[3:]:
         field, _, comment = line.partition("# ")
         name = field.partition(":")[0].strip()
@@ -222,10 +231,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
-from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT
+from model import SIZES, Meter, Predictor, Run, UserError, ViT
 from model import clip_gradients, compile_blocks, construct, cosine, dry_run, ema_update, gather
-from model import latent_surprise, launch, linear, load_start, mask_picture, param_groups
-from model import probe_lists, rankme, set_rates, shard, some_rows, sync_gradients, warmup_cosine
+from model import health, latent_surprise, launch, linear, load_start, param_groups, probe_lists
+from model import set_rates, shard, some_rows, sync_gradients, warmup_cosine
 
 
 # --- V-JEPA ---------------------------------------------------------------------------------------
@@ -291,13 +300,13 @@ class VJEPA(nn.Module):
         metrics = {f"loss_{mask}": loss.detach() for mask, loss in zip(self.args.masks, losses)}
         return sum(losses) / len(losses), metrics | {"tokens": some_rows(h)}
 
-    def masks(self, step, batch_size, rows=None):
+    def masks(self, step, batch_size, rows=None, **more):
         """keep, pred of one step: an entry a mask, ids (b,K) and (b,M), of these rows (a slice) of
         the batch; a function of the seed and the step."""
         a = self.args
         return data.sample_masks(
-            a.masks, a.seed, step, batch_size, self.encoder.grid, aspect=a.aspect, trim=a.trim,
-            bucket=a.bucket, rows=rows)
+            a.masks, a.seed, step, batch_size, self.encoder.grid, a.aspect, a.trim, a.bucket, rows,
+            **more)
 
     def place(self, keep, pred, x, step, row):
         """The masks of the clips x, whose first is `row` of the batch: here, as they were drawn."""
@@ -324,20 +333,15 @@ class VJEPA(nn.Module):
         kept = [ids.shape[1] for ids in keep]
         hidden = [ids.shape[1] for ids in pred]
         trained = self.encoder.flops(*kept) + self.predictor.flops(*zip(kept, hidden))
-        return self.full_pass_flops() + 3 * trained
-
-    def full_pass_flops(self):
-        """Of the target, which sees every token of a clip and is not trained."""
-        return self.target.flops(math.prod(self.target.grid))
+        full = self.target.flops(math.prod(self.target.grid))
+        return full + 3 * trained
 
     def values(self, keep, pred):
-        """Values that autograd keeps of one clip: about 16 a token, block and channel."""
-        a = self.args
+        """Of one clip: tokens times channels, a number a block."""
         kept = sum(ids.shape[1] for ids in keep)
         hidden = sum(ids.shape[1] for ids in pred)
         encoder = kept * self.encoder.width * len(self.encoder.blocks)
-        predictor = (kept + hidden) * a.pred_width * a.pred_depth
-        return (encoder + predictor) * (1 if a.checkpoint else 16)
+        return encoder + (kept + hidden) * self.args.pred_width * self.args.pred_depth
 
     def surprise(self, x, context):
         """(B,): error in foretelling what follows the first `context` frames of x."""
@@ -493,7 +497,7 @@ def parse_terms(specs):
         try:
             said[name] = float(weight)
         except ValueError:
-            said[name] = math.nan
+            said[name] = -1
         if name not in TERMS or not 0 <= said[name] < math.inf:
             raise ValueError(f"--terms {spec}: write NAME:WEIGHT, a weight of 0 or more, and a "
                              f"name of {', '.join(TERMS)}")
@@ -515,7 +519,8 @@ class FWM(VJEPA):
         seen = width // 2 if self.factorised else width
         # last: no other weight is drawn differently where terms have heads
         self.heads = nn.ModuleDict()
-        for name, inputs, outputs in (("ld", seen, width), ("ac", seen, 3), ("hamiltonian", width, 1)):
+        sizes = {"ld": (seen, width), "ac": (seen, 3), "hamiltonian": (width, 1)}
+        for name, (inputs, outputs) in sizes.items():
             if name in self.weights:
                 self.heads[name] = nn.Sequential(
                     nn.Linear(inputs, 256), nn.GELU(),
@@ -525,9 +530,6 @@ class FWM(VJEPA):
         a = self.args
         if a.motion and any(":" in mask for mask in a.masks):
             raise ValueError("--motion places blocks: --masks must all be BLOCKSxSCALE[xTIME]")
-        if not 0 < a.temporal_keep <= 1 or a.motion_uniform > 1 or not a.tau:
-            raise ValueError("--temporal_keep must lie in (0, 1], --motion_uniform in [0, 1], and "
-                             "--tau be positive")
         if a.anneal and not any(name.startswith("kin_") for name in self.weights):
             raise ValueError("--anneal is for the weights of kin_ terms")
         if a.motion and a.trim == "prefix":
@@ -586,10 +588,8 @@ class FWM(VJEPA):
     def masks(self, step, batch_size, rows=None):
         """V-JEPA's, or Future-Predictive: the context lies in the first share of the slices, and
         all that is not context is predicted."""
-        a = self.args
-        return data.sample_masks(
-            a.masks, a.seed, step, batch_size, self.encoder.grid, aspect=a.aspect, trim=a.trim,
-            bucket=a.bucket, rows=rows, temporal_keep=a.temporal_keep)
+        keep = self.args.temporal_keep
+        return super().masks(step, batch_size, rows, temporal_keep=keep)
 
     def place(self, keep, pred, x, step, row):
         """Motion-guided: blocks lie where the clips move."""
@@ -601,14 +601,12 @@ class FWM(VJEPA):
 
     def flops(self, keep, pred):
         """V-JEPA's, and the encoder's full pass; the heads, under a hundredth, do not count."""
-        more = 3 * self.full_pass_flops() if self.full_pass else 0
-        return super().flops(keep, pred) + more
+        full = self.target.flops(math.prod(self.target.grid))
+        return super().flops(keep, pred) + (3 * full if self.full_pass else 0)
 
     def values(self, keep, pred):
-        more = 0
-        if self.full_pass:
-            more = math.prod(self.encoder.grid) * self.encoder.width * len(self.encoder.blocks)
-        return super().values(keep, pred) + more * (1 if self.args.checkpoint else 16)
+        full = math.prod(self.encoder.grid) * self.encoder.width * len(self.encoder.blocks)
+        return super().values(keep, pred) + (full if self.full_pass else 0)
 
 
 def motion_map(x, tubelet, patch):
@@ -621,8 +619,8 @@ def motion_map(x, tubelet, patch):
 
 
 def motion_centres(rng, motion, count, strength, uniform):
-    """`count` token ids of a clip with this motion (t,h,w): P(id) ~ exp(strength * motion), or, with
-    probability `uniform`, the same for all."""
+    """`count` token ids of a clip with this motion (t,h,w): P(id) ~ exp(strength * motion), or,
+    with probability `uniform`, the same for all."""
     p = np.exp(strength * (motion.ravel() - motion.max()))
     p = (1 - uniform) * p / p.sum() + uniform / p.size
     return rng.choice(p.size, count, p=p)
@@ -636,29 +634,28 @@ def guide_masks(keep, pred, motion, args, step, first):
     on the clip, not on rank or micro-batch. keep and pred are disjoint; where the blocks hide too
     little, visible tokens are predicted too.
     """
-    motion_of = motion.double().cpu().numpy()
-    guided_keep = []
-    guided_pred = []
-    for i, (mask, seen, hidden) in enumerate(zip(args.masks, keep, pred)):
+    clips = motion.double().cpu().numpy()
+    guided = ([], [])
+    for i, mask in enumerate(args.masks):
         _, arguments = data.parse_mask(mask)
         blocks = arguments.pop("blocks")
         rng = np.random.default_rng([args.seed, step, i])
-        shape = data.block_shape(rng, motion_of.shape[1:], **arguments, aspect=args.aspect)
+        shape = data.block_shape(rng, clips.shape[1:], **arguments, aspect=args.aspect)
+        K = keep[i].shape[1]
+        M = pred[i].shape[1]
         orders = []
-        for row, clip in enumerate(motion_of, first):
+        for row, clip in enumerate(clips, first):
             rng = np.random.default_rng([args.seed, step, i, 2, row])
-            orders.append(hiding_order(rng, clip, blocks, shape, seen.shape[1], args))
+            orders.append(hiding_order(rng, clip, blocks, shape, K, args))
         order = np.stack(orders)  # (b,N): context first, hidden last
-        context = np.sort(order[:, : seen.shape[1]], axis=1)
-        rest = np.sort(order[:, -hidden.shape[1]:], axis=1)
-        guided_keep.append(torch.from_numpy(context).to(motion.device))
-        guided_pred.append(torch.from_numpy(rest).to(motion.device))
-    return guided_keep, guided_pred
+        for side, ids in zip(guided, (order[:, :K], order[:, -M:])):
+            side.append(torch.from_numpy(np.sort(ids, axis=1)).to(motion.device))
+    return guided
 
 
 def hiding_order(rng, motion, blocks, shape, least, args):
-    """The token ids of one clip: visible, then hidden, then too late to be context; at random within
-    each. Blocks that leave fewer than `least` visible are drawn again, at most 50 times."""
+    """The token ids of one clip: visible, then hidden, then too late to be context; at random
+    within each. Blocks that leave fewer than `least` visible are drawn again, at most 50 times."""
     grid = motion.shape
     for _ in range(50):
         rank = np.zeros(grid)
@@ -697,15 +694,13 @@ def main(args):
     if args.dry_run:
         flops = sum(objective.flops(*masks) for masks in samples) / len(samples)
         values = max(objective.values(*masks) for masks in samples)
-        return dry_run(run, objective, flops * args.batch_size, run.activations(values))
+        return dry_run(run, objective, flops * args.batch_size, run.activations(values, 16))
     lists = probe_lists(args)
     clip = data.Clip(
         frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
         scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip, clips=args.clips_per_video)
     sources = [data.parse_list(spec) for spec in args.data]
-    from_run = args.init and Path(args.init).is_dir()
-    if from_run:
-        run.check_start(objective, args.init)
+    run.check_start(objective)
     run.open(__file__, data.fingerprint(sources))
 
     objective.to(run.device)
@@ -718,8 +713,7 @@ def main(args):
         net = DDP(objective, gradient_as_bucket_view=True)
     groups = param_groups(objective, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
-    if from_run:
-        run.load_start(net, args.init)
+    run.load_start(net)
     meter = Meter(run, run.load(net, optimizer) if args.resume else {})
     first = done = meter.state.pop("step", 0)
     if first == 0 and not args.init:  # before learning: what it has to beat
@@ -762,14 +756,9 @@ def main(args):
 
         # 4. log, pictures, probe, checkpoint
         if run.due(args.log_every, done) and meter.state["window"]:
-            health = {"feature_std": tokens.float().std(0).mean().item(), "rankme": rankme(tokens)}
-            run.log(meter.line(done, rates, grad_norm, health))
+            run.log(meter.line(done, rates, grad_norm, health(tokens)))
         if run.due(args.sample_every, done):
-            with torch.no_grad(), run.autocast():
-                shown = net(x[:1])[0]
-            if run.rank == 0:
-                file = run.out / "samples" / f"step_{done:08d}.png"
-                mask_picture(file, x[0], [ids[0] for ids in context], shown, objective.encoder.grid)
+            run.mask_picture(net, x, context, objective.encoder.grid, done)
         if args.probe_every and done % args.probe_every == 0 and done < args.steps:
             run.log({"step": done, "probe_acc": run.accuracy(net, lists, clip)})
         if run.saves(done):
@@ -784,8 +773,7 @@ def main(args):
     if probe_acc is not None:
         run.log({"step": done, "probe_acc": probe_acc})
     net = None  # before its process group: the other way round a rank may wait for ever (seen)
-    run.finish({"steps": done, "loss": meter.state["loss"], "probe_acc": probe_acc,
-                "random_acc": meter.state["random_acc"], "bad": meter.state["bad"]})
+    run.finish(meter.summary(done, probe_acc))
 
 
 if __name__ == "__main__":
