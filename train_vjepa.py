@@ -110,8 +110,8 @@ LAPTOP = dict(
     crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), masks=("4x0.3x0.5", "2x0.7x0.5"),
     model="vit_n", pos="rope", init_std=0.04, pred_depth=2, pred_width=64, pred_heads=4,
     steps=2000, batch_size=16, lr=1e-3, start_lr=1e-4, warmup=60, final_weight_decay=0.04,
-    ema=0.99, final_ema=0.99, stretch=1.0,
-    dtype="fp32", workers=1, log_every=100, sample_every=1000, out_dir="out/laptop",
+    ema=0.99, final_ema=0.99,
+    stretch=1.0, dtype="fp32", workers=1, log_every=100, sample_every=1000, out_dir="out/laptop",
 )
 # A still camera: what never moves is hidden, or it is all that is learned (assets/vjepa.md).
 LAPTOP_VIDEO = LAPTOP | dict(
@@ -121,7 +121,8 @@ LAPTOP_VIDEO = LAPTOP | dict(
 VJEPA2 = dict(
     pos="rope", size=256, fps=4.0, pred_heads=12, mask_tokens=1,
     lr=5.25e-4, start_lr=1e-4, final_lr=5.25e-4, final_weight_decay=0.04,
-    ema=0.99925, final_ema=0.99925, clip_grad=0.0, out_dir="out/vjepa2",
+    ema=0.99925, final_ema=0.99925,
+    clip_grad=0.0, out_dir="out/vjepa2",
 )
 COOLDOWN = VJEPA2 | dict(
     frames=64, steps=12_000, start_lr=5.25e-4, final_lr=1e-6, warmup=0, stretch=1.0,
@@ -333,8 +334,7 @@ class VJEPA(nn.Module):
         kept = [ids.shape[1] for ids in keep]
         hidden = [ids.shape[1] for ids in pred]
         trained = self.encoder.flops(*kept) + self.predictor.flops(*zip(kept, hidden))
-        full = self.target.flops(math.prod(self.target.grid))
-        return full + 3 * trained
+        return self.target.flops(math.prod(self.target.grid)) + 3 * trained
 
     def values(self, keep, pred):
         """Of one clip: tokens times channels, a number a block."""
@@ -502,6 +502,11 @@ def parse_terms(specs):
             raise ValueError(f"--terms {spec}: write NAME:WEIGHT, a weight of 0 or more, and a "
                              f"name of {', '.join(TERMS)}")
     return {name: said[name] for name in TERMS if said.get(name)}
+
+
+def asks_for_fwm(args):
+    flags = ("terms", "tau", "anneal", "distance", "motion", "motion_uniform", "temporal_keep")
+    return any(getattr(args, name) != getattr(Args, name) for name in flags)
 
 
 class FWM(VJEPA):
@@ -675,14 +680,9 @@ def hiding_order(rng, motion, blocks, shape, least, args):
 
 # --- the run --------------------------------------------------------------------------------------
 
-FWM_FLAGS = ("terms", "tau", "anneal", "distance", "motion", "motion_uniform", "temporal_keep")
-
-
 def build(args):
     """The objective that these flags ask for."""
-    if any(getattr(args, name) != getattr(Args, name) for name in FWM_FLAGS):
-        return FWM(args)
-    return VJEPA(args)
+    return FWM(args) if asks_for_fwm(args) else VJEPA(args)
 
 
 def main(args):

@@ -20,7 +20,9 @@ import model as M
 ROOT = Path(D.__file__).parent
 TINY = ("--preset", "laptop", "--steps", "6", "--batch_size", "8", "--log_every", "1", "--sample_every", "0", "--probe_data", "--warmup", "2")
 DRIVER = "import os, signal, sys, time\nimport torch\nimport data as D, model as M, train_vjepa as V\n{}\nV.launch(V.main, V.parse_args())\n"
-AT_STEP = "old = V.VJEPA.forward\ndef forward(self, x, keep=None, pred=None):\n    out = old(self, x, keep, pred)\n    if keep is None: return out\n" \
+AT_STEP = "old, place = V.VJEPA.forward, V.VJEPA.place\n" \
+          "def note(self, keep, pred, x, step, row):\n    self.step = step\n    return place(self, keep, pred, x, step, row)\nV.VJEPA.place = note\n" \
+          "def forward(self, x, keep=None, pred=None):\n    out = old(self, x, keep, pred)\n    if keep is None: return out\n" \
           "    step = self.step\n    rank = os.environ.get('RANK', '0')\n{}\n    return out\nV.VJEPA.forward = forward\n"
 
 

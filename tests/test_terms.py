@@ -15,18 +15,23 @@ import model as M
 import probe as P
 import train_vjepa as V
 
-ROWS = {name: row for rows in V.ROWS.values() for name, row in rows.items()}
+ROWS = {}  # what a row changes of its baseline
+for base, names in (("fwm_ucf", V.ROWS_UCF), ("fwm_paper", V.ROWS_PAPER)):
+    for name in names:
+        ROWS[name] = {k: v for k, v in V.PRESETS[name].items() if V.PRESETS[base].get(k, getattr(V.Args, k)) != v and k != "out_dir"}
 ALL = {name: 0.5 for name in V.TERMS}
 B, t, h, w, WIDTH = 3, 4, 4, 4, 128
 
 
 def tiny(**changes):
-    return dataclasses.replace(V.Args(**V.PRESETS["laptop"]), **changes)
+    """The laptop's flags with these changes; a term's name stands for its weight."""
+    terms = [f"{name}:{changes.pop(name)}" for name in [*changes] if name in V.TERMS]
+    return dataclasses.replace(V.Args(**V.PRESETS["laptop"]), **{"terms": tuple(terms)} | changes)
 
 
 def objective(seed=0, **changes):
     torch.manual_seed(seed)
-    return V.VJEPA(tiny(**changes))
+    return V.FWM(tiny(**changes))
 
 
 def inputs(seed=0):
@@ -69,7 +74,7 @@ def numpy_orth(z, h, x, errors, o):
 
 def numpy_ld(z, h, x, errors, o):
     e = np.abs(mlp(o.heads["ld"], z[:, :-1, :, WIDTH // 2 :] if o.factorised else z[:, :-1]) - difference(h)).mean(-1).reshape(B, -1)
-    return weigh(e, o.args.tau) if o.args.hw else e.mean()
+    return weigh(e, o.args.tau) if "hw" in o.weights else e.mean()
 
 
 def numpy_huber(z, h, x, errors, o):
@@ -139,7 +144,7 @@ NUMPY = {
 def test_term_against_numpy(name, more):
     o = objective(**{name: 1.0} | more)
     z, h, x, errors = inputs()
-    got = V.TERMS[name](z.requires_grad_(), h, x, errors, o).item()
+    got = V.TERMS[name](V.Step(z.requires_grad_(), h, x, errors, o)).item()
     want = NUMPY[name](*(v.detach().double().numpy() for v in (z, h, x)), [e.double().numpy() for e in errors], o)
     assert got == pytest.approx(want, rel=2e-5), name
 
@@ -153,7 +158,9 @@ def test_the_loss_is_the_base_plus_each_term_times_its_weight():
     weights = {"ld": 0.7, "hw": 0.3, "kin_l1": 1.0}                                     # half-way down the cosine
     assert loss.item() == pytest.approx(base.item() + sum(weight * metrics[name].item() for name, weight in weights.items()), rel=1e-6)
     assert all(metrics[f"{name}_weighted"].item() == pytest.approx(weight * metrics[name].item(), rel=1e-6) for name, weight in weights.items())
-    assert o.weights(0)["kin_l1"] == 2.0 and o.weights(100)["kin_l1"] == 0 and o.weights(100)["ld"] == 0.7
+    for o.step, want in ((0, {"kin_l1": 2.0, "ld": 0.7}), (100, {"kin_l1": 0.0, "ld": 0.7})):
+        _, now = o(x, keep, pred)
+        assert all(now[f"{name}_weighted"].item() == pytest.approx(weight * now[name].item(), rel=1e-6) for name, weight in want.items())
     z = F.layer_norm(o.encoder(x), (WIDTH,)).view(B, t, h * w, WIDTH)
     assert metrics["kin_l1"].item() == pytest.approx(z.diff(dim=1).abs().mean().item(), rel=1e-6)
 
@@ -195,7 +202,7 @@ def test_the_target_gets_no_gradient_and_all_that_is_trained_gets_one():
 def test_which_half_of_the_channels_a_term_trains(name, more, halves):
     o = objective(**{name: 1.0} | more)
     z, h, x, errors = inputs()
-    term = V.TERMS[name](z.requires_grad_(), h.requires_grad_(), x, [e.requires_grad_() for e in errors], o)
+    term = V.TERMS[name](V.Step(z.requires_grad_(), h.requires_grad_(), x, [e.requires_grad_() for e in errors], o))
     gradient = torch.autograd.grad(term, [z, *errors], allow_unused=True)
     assert [gradient[0] is not None and bool(part.abs().sum() > 0) for part in (gradient[0] if gradient[0] is not None else z).chunk(2, -1)] == list(map(bool, halves))
     assert (name == "hw") == (gradient[1] is not None)
@@ -205,8 +212,11 @@ def test_which_half_of_the_channels_a_term_trains(name, more, halves):
 
 def test_without_terms_three_steps_are_those_of_plain_vjepa_to_the_bit():
     """Beside the loss as it was written before there were terms; and terms that are on draw no other initial weights."""
-    ours, plain = objective(), objective()
-    assert not ours.terms and not ours.heads and not ours.full_pass and ours.flops(*batch(ours.args)[1:]) < objective(ld=1.0).flops(*batch(ours.args)[1:])
+    ours = objective()
+    torch.manual_seed(0)
+    plain = V.VJEPA(tiny())
+    assert type(V.build(tiny())) is V.VJEPA and type(V.build(tiny(ld=1.0))) is type(V.build(tiny(motion=1.0))) is V.FWM
+    assert not ours.weights and not ours.heads and not ours.full_pass and ours.flops(*batch(ours.args)[1:]) < objective(ld=1.0).flops(*batch(ours.args)[1:])
     started = objective(**ALL).state_dict()
     assert all(torch.equal(v, started[k]) for k, v in ours.state_dict().items())
     optimizers = [torch.optim.AdamW(o.parameters(), lr=1e-3) for o in (ours, plain)]
@@ -235,7 +245,7 @@ def test_all_terms_share_one_more_pass_of_the_encoder(flags, passes):
 
 
 def test_without_ema_the_target_is_the_encoder():
-    o = objective(**V.NO_EMA)
+    o = objective(ema=0.0, final_ema=0.0)
     with torch.no_grad():
         for p in o.encoder.parameters():
             p.mul_(1.1)
@@ -248,11 +258,11 @@ def test_without_ema_the_target_is_the_encoder():
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """train(flag=value, ...) -> the lines of a run of two small steps, in this process."""
-    monkeypatch.setattr(V.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(M.signal, "signal", lambda *_: None)
 
     def call(**flags):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        V.main(tiny(**dict(steps=2, batch_size=4, log_every=1, sample_every=0, probe_data=(), workers=0, warmup=1, pred_depth=1, out_dir=str(out)) | flags))
+        M.launch(V.main, tiny(**dict(steps=2, batch_size=4, log_every=1, sample_every=0, probe_data=(), workers=0, warmup=1, pred_depth=1, out_dir=str(out)) | flags))
         return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
     return call
 
@@ -261,20 +271,20 @@ def train(tmp_path, monkeypatch):
 def test_every_row_trains_and_logs_its_terms_raw_and_weighted(train, name):
     row = ROWS[name]
     lines = train(distance=True, **row)
-    on = [term for term in V.TERMS if row.get(term)]
+    on = V.parse_terms(row.get("terms", ()))
     assert len(lines) == 2 and all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
-    assert all(line[f"{term}_weighted"] == pytest.approx(row[term] * line[term], rel=1e-6) for line in lines[:1] for term in on)
+    assert all(line[f"{term}_weighted"] == pytest.approx(on[term] * line[term], rel=1e-6) for line in lines[:1] for term in on)
     assert not [key for key in lines[0] if key.removesuffix("_weighted") in set(V.TERMS) - set(on)]
 
 
 def test_rows_are_those_of_tables_3_and_4():
     paper = V.Args(**V.PRESETS["fwm_paper"])
-    assert (len(V.ROWS["fwm_ucf"]), len(V.ROWS["fwm_paper"])) == (13, 14)                # 14 rows each with the baseline; Kin-L1 stands there twice
+    assert (len(V.ROWS_UCF), len(V.ROWS_PAPER)) == (13, 14)                # 14 rows each with the baseline; Kin-L1 stands there twice
     assert (paper.model, paper.pos, paper.pred_depth, paper.pred_width, paper.pred_heads, paper.frames, paper.stride, paper.size) == ("vit_b", "rope", 8, 256, 8, 16, 2, 224)
     assert (paper.steps, paper.batch_size, paper.lr, paper.start_lr, paper.warmup, paper.distance) == (100 * 300, 32, 6e-4, 1e-4, 300, True)
     assert [V.VJEPA.schedules(SimpleNamespace(args=paper), s)[k] for s in (0, 30_000) for k in ("weight_decay", "ema")] == [0.04, 0.99925] * 2
     row = V.Args(**V.PRESETS["fwm_hw_ld"])
-    assert (row.hw, row.ld, row.static, row.orth, row.tau) == (1.0, 1.0, 0.05, 0.01, 1.0) and row.out_dir == "out/fwm_hw_ld"
+    assert V.parse_terms(row.terms) == dict(hw=1.0, static=0.05, orth=0.01, ld=1.0) and row.tau == 1 and row.out_dir == "out/fwm_hw_ld"
     assert V.Args(**V.PRESETS["amg"]).motion == 5 and V.Args(**V.PRESETS["kin_anneal"]).data == ("ucf101.csv",)
 
 
@@ -290,8 +300,10 @@ def test_the_mixture_is_20_60_20_and_takes_images(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (dict(motion=2.0, masks=("tube:0.9",)), "--motion places blocks"), (dict(temporal_keep=0.0), "--temporal_keep must lie"), (dict(tau=0.0), "--tau be positive"),
-    (dict(motion_uniform=1.5), "--motion_uniform"), (dict(kin_l1=1.0, frames=4), "three slices"), (dict(ld=-1.0), "--ld -1.0: a positive finite number"),
+    (dict(motion=2.0, masks=("tube:0.9",)), "--motion places blocks"), (dict(temporal_keep=0.0), "--temporal_keep 0.0: a share"), (dict(tau=0.0), "--tau 0.0: a positive"),
+    (dict(motion_uniform=1.5), "--motion_uniform 1.5: a share"), (dict(kin_l1=1.0, frames=4), "three slices"), (dict(ld=-1.0), "--terms ld:-1.0: write NAME:WEIGHT"),
+    (dict(terms=("lb:1",)), "a name of hw, static, orth, ld, "), (dict(terms=("ld",)), "--terms ld: write"), (dict(terms=("ld:nan",)), "--terms ld:nan: write"),
+    (dict(anneal=True), "--anneal is for"), (dict(motion=1.0, trim="prefix"), "not by --trim prefix"),
 ])
 def test_flags_that_cannot_work_are_one_line(train, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
@@ -304,7 +316,7 @@ def test_two_ranks_and_accumulation_log_the_losses_of_one_process(train, run, tm
     """All terms that are means over clips (orth and sigreg are statistics of a micro-batch), with guided masks, under DDP and FSDP2."""
     names = [name for name in V.TERMS if name not in ("orth", "sigreg")]
     one = train(steps=3, distance=True, motion=2.0, temporal_keep=0.5, warmup=2, **{name: 0.3 for name in names})
-    flags = [f for name in names for f in (f"--{name}", 0.3)] + ["--motion", 2, "--temporal_keep", 0.5, "--distance", "--pred_depth", 1]
+    flags = ["--terms", *(f"{name}:0.3" for name in names), "--motion", 2, "--temporal_keep", 0.5, "--distance", "--pred_depth", 1]
     small = ("--preset", "laptop", "--steps", 3, "--batch_size", 4, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2, "--workers", 0)
     for name, extra in (("ddp", ("--micro_batch", 1)), ("fsdp", ("--fsdp",))):
         status, last, err = run("train_vjepa.py", *small, *flags, "--out_dir", tmp_path / name, *extra, ranks=2)
@@ -318,7 +330,7 @@ def test_two_ranks_and_accumulation_log_the_losses_of_one_process(train, run, tm
 def test_motion_is_the_mean_change_of_each_token():
     x = torch.randn(2, 3, 8, 32, 32)
     x[1] = x[1, :, :1]                                                                  # a still clip
-    got, d = D.motion_map(x, 2, 8).double().numpy(), np.abs(np.diff(x[0].double().numpy(), axis=1))
+    got, d = V.motion_map(x, 2, 8).double().numpy(), np.abs(np.diff(x[0].double().numpy(), axis=1))
     d = np.concatenate([d, d[:, -1:]], 1).reshape(3, 4, 2, 4, 8, 4, 8).mean((0, 2, 4, 6))
     np.testing.assert_allclose(got[0], d / d.max(), rtol=1e-5)
     assert (got[1] == 0).all()
@@ -327,7 +339,7 @@ def test_motion_is_the_mean_change_of_each_token():
 @pytest.mark.parametrize("strength, uniform", [(2.0, 0.1), (5.0, 0.0), (0.0, 0.0)])
 def test_centres_follow_the_formula(strength, uniform):
     motion, n = np.random.default_rng(0).random((4, 4, 4)), 200_000
-    got = np.bincount(D.motion_centres(np.random.default_rng(1), motion, n, strength, uniform), minlength=64) / n
+    got = np.bincount(V.motion_centres(np.random.default_rng(1), motion, n, strength, uniform), minlength=64) / n
     want = np.exp(strength * motion.ravel())
     want = (1 - uniform) * want / want.sum() + uniform / 64
     assert np.abs(got - want).max() < 5 * np.sqrt(want.max() / n) and ((got - want) ** 2 / want).sum() * n < 63 + 5 * math.sqrt(2 * 63)
@@ -335,7 +347,7 @@ def test_centres_follow_the_formula(strength, uniform):
 
 def guided(motion, rows=slice(0, 32), specs=("4x0.1", "2x0.4x0.5"), grid=(4, 8, 8), temporal_keep=1.0):
     masks = D.sample_masks(specs, 0, 3, 32, grid, rows=rows, temporal_keep=temporal_keep)
-    return masks, D.guide_masks(*masks, motion[rows], specs, 0, 3, rows.start, 2.0, temporal_keep=temporal_keep)
+    return masks, V.guide_masks(*masks, motion[rows], tiny(masks=specs, motion=2.0, temporal_keep=temporal_keep), 3, rows.start)
 
 
 @pytest.mark.parametrize("temporal_keep", [1.0, 0.5])
@@ -365,10 +377,11 @@ def test_guided_masks_hide_what_moves():
 @pytest.mark.parametrize("step", range(4))
 def test_the_context_holds_no_token_of_a_guided_block(step, monkeypatch):
     """Two blocks of 70 % that slide to opposite corners cover the frame: such a clip is drawn again, and its context is not scattered over what they hide."""
-    grid, drawn, real = (8, 14, 14), {}, D.motion_centres
-    monkeypatch.setattr(D, "motion_centres", lambda rng, *rest: drawn.setdefault(rng, []).append(real(rng, *rest)) or drawn[rng][-1])
+    grid, drawn, real = (8, 14, 14), {}, V.motion_centres
+    monkeypatch.setattr(V, "motion_centres", lambda rng, *rest: drawn.setdefault(rng, []).append(real(rng, *rest)) or drawn[rng][-1])
     masks = D.sample_masks(("2x0.7",), 0, step, 16, grid)
-    (keep,), _ = D.guide_masks(*masks, torch.rand(16, *grid, generator=torch.Generator().manual_seed(step)), ("2x0.7",), 0, step, 0, 2.0)
+    motion = torch.rand(16, *grid, generator=torch.Generator().manual_seed(step))
+    (keep,), _ = V.guide_masks(*masks, motion, tiny(masks=("2x0.7",), motion=2.0), step, 0)
     _, high, wide = D.block_shape(np.random.default_rng([0, step, 0]), grid, 0.7)
     for ids, (*_, centres) in zip(keep.tolist(), drawn.values()):
         for centre in centres:
@@ -444,7 +457,7 @@ def test_another_runs_weights_may_lack_heads_and_nothing_else(run, tmp_path):
     tiny = ("--preset", "laptop", "--batch_size", "4", "--workers", "0", "--probe_data", "--sample_every", "0")
     status, _, err = run("train_vjepa.py", *tiny, "--steps", "1", "--out_dir", tmp_path / "plain")
     assert status == 0, err
-    status, last, err = run("train_vjepa.py", *tiny, "--steps", "1", "--ld", "1", "--init", tmp_path / "plain", "--out_dir", tmp_path / "ld")
+    status, last, err = run("train_vjepa.py", *tiny, "--steps", "1", "--terms", "ld:1", "--init", tmp_path / "plain", "--out_dir", tmp_path / "ld")
     assert status == 0 and math.isfinite(last["loss"]), err
     status, _, err = run("train_vjepa.py", *tiny, "--steps", "1", "--pred_width", "32", "--init", tmp_path / "plain", "--out_dir", tmp_path / "narrow")
     assert status == 2 and err.count("error:") == 1 and "predictor" in err and not (tmp_path / "narrow").exists(), err

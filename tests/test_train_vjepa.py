@@ -120,7 +120,6 @@ def test_the_online_probe_is_the_same_on_any_number_of_ranks(run, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ((), "no data: give --data"),
     (("--preset", "lapdog"), "--preset lapdog: choose from"),
     (("--preset", "laptop", "--lr", "nan"), "--lr nan: a positive finite number"),
     (("--preset", "laptop", "--batch_size", "0"), "--batch_size 0: a positive finite number"),
