@@ -1,6 +1,7 @@
 """README.md and assets/*.md: short, their links lead somewhere, and every command that they print can be given.
 
-Laptop commands of the README are run, shortened. Its large recipes are planned (--dry_run). Commands on the pages are parsed.
+Laptop commands of the README are run, shortened. Its large recipes are planned (--dry_run).
+Commands on the pages are parsed, and their values looked at.
 """
 import ast
 import dataclasses
@@ -44,9 +45,11 @@ def commands(page):
     return found
 
 
-ALL = sorted({(script, " ".join(map(shlex.quote, words))) for page in PAGES for script, words in commands(page)})
 README = [(script, " ".join(words)) for script, words in commands(PAGES[0])]
 LARGE = [(script, flags) for script, flags in README if "videos.csv" in flags or "k710.csv" in flags]
+LAPTOP = [(script, flags) for script, flags in README if "--preset laptop" in f"{flags} " and "packed" not in flags]
+WORLD = [(script, flags) for script, flags in README if "--data world" in flags]
+ALL = {(script, " ".join(map(shlex.quote, words))) for page in PAGES for script, words in commands(page)}
 
 
 def parse(script, words, monkeypatch):
@@ -69,7 +72,7 @@ def parse_tool(words, monkeypatch):
     assert not end.value.code
 
 
-@pytest.mark.parametrize("script, flags", ALL)
+@pytest.mark.parametrize("script, flags", sorted(ALL))
 def test_command_can_be_given(script, flags, monkeypatch, capsys):
     """The script exists and takes these flags; their values are in range."""
     words = shlex.split(flags)
@@ -94,37 +97,44 @@ def test_there_are_commands_for_every_script():
     assert len(ALL) > 50 and len(LARGE) >= 3
 
 
-def test_first_commands_of_the_readme_run(run, tmp_path):
-    """The laptop run and the probe of it, as printed, with a few steps and clips and other folders."""
-    (script, train), (_, probe) = README[0], next(c for c in README if c[0] == "probe.py")
-    assert (script, train) == ("train_vjepa.py", "--preset laptop")
-    out = tmp_path / "laptop"
-    short = ("--steps", 4, "--probe_every", 0, "--probe_data", "--sample_every", 0, "--workers", 0)
-    status, last, error = run(script, *train.split(), *short, "--out_dir", out)
-    assert status == 0, error
-    assert last.keys() >= printed()[0].keys()
-    short = ("--train_clips", 32, "--val_clips", 32, "--epochs", 1, "--workers", 0, "--out_dir", tmp_path / "probe")
-    status, last, error = run("probe.py", *probe.replace("out/laptop", str(out)).split(), *short)
-    assert status == 0, error
-    assert last.keys() >= printed()[1].keys() and last["metric"] == printed()[1]["metric"]
+def together(commands):
+    """Run all these in one process, as most of the time goes into importing torch -> the last line of each."""
+    code = "import importlib, sys\n"
+    for script, words in commands:
+        code += f"sys.argv = {[script, *map(str, words)]!r}\n"
+        code += f"script = importlib.import_module({script.removesuffix('.py')!r})\n"
+        code += "script.main(script.parse_args())\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def printed():
     """The JSON lines that the README shows, without what they leave out."""
-    lines = [line for block in blocks(PAGES[0]) for line in block.splitlines() if line.startswith("{")]
-    return [json.loads(line.replace(" ...,", "").replace(", ...", "")) for line in lines]
+    lines = "\n".join(blocks(PAGES[0])).splitlines()
+    shown = [line.replace(" ...,", "").replace(", ...", "") for line in lines]
+    return [json.loads(line) for line in shown if line.startswith("{")]
+
+
+def test_laptop_commands_of_the_readme_run(tmp_path):
+    """As printed, in their order, with a few steps and clips and other folders."""
+    train = ["--steps", 3, "--probe_every", 0, "--probe_data", "--sample_every", 0, "--workers", 0]
+    probe = ["--train_clips", 32, "--val_clips", 16, "--epochs", 1, "--workers", 0, "--out_dir", tmp_path / "probe"]
+    assert LAPTOP[0] == ("train_vjepa.py", "--preset laptop") and len(LAPTOP) == 4 and len(WORLD) == 2
+    runs = [(script, [*flags.split(), *train, "--out_dir", tmp_path / script]) for script, flags in LAPTOP]
+    encoder = str(tmp_path / "train_vjepa.py")
+    for script, flags in WORLD:
+        few = ["--tasks", "depth", "--steps", 2] if flags.startswith("all") else []
+        runs.append((script, [*flags.replace("out/laptop", encoder).split(), *probe, *few]))
+    last = together(runs)
+    assert last[0].keys() >= printed()[0].keys()
+    classify = next(line for line in last if line.get("task") == "classify")
+    assert classify.keys() >= printed()[1].keys() and classify["metric"] == printed()[1]["metric"]
 
 
 def test_large_recipes_of_the_readme_can_be_planned():
-    """--dry_run, which touches no data; all in one process, as most of the time goes into importing torch."""
-    code = "import importlib, sys\n"
-    for script, flags in LARGE:
-        module = script.removesuffix(".py")
-        code += f"m = importlib.import_module({module!r})\n"
-        code += f"m.main(m.parse_args({[*flags.split(), '--dry_run']!r}))\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    plans = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    """--dry_run, which touches no data."""
+    plans = together([(script, [*flags.split(), "--dry_run"]) for script, flags in LARGE])
     assert len(plans) >= len(LARGE)
     assert all(plan["params"] > 1e8 and plan["flops_per_step"] > 1e15 for plan in plans)
 
@@ -132,11 +142,14 @@ def test_large_recipes_of_the_readme_can_be_planned():
 def test_python_of_the_readme_names_what_exists():
     """Functions of data and model, and keywords that they take."""
     modules = {"data": data, "model": model}
-    calls = [node for block in blocks(PAGES[0], "python") for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    tree = ast.parse("\n".join(blocks(PAGES[0], "python")))
     seen = 0
-    for call in calls:
-        if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) and call.func.value.id in modules:
-            function = getattr(modules[call.func.value.id], call.func.attr)
+    for call in ast.walk(tree):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+            continue
+        module = modules.get(ast.unparse(call.func.value))
+        if module:
+            function = getattr(module, call.func.attr)
             assert {keyword.arg for keyword in call.keywords} <= {*inspect.signature(function).parameters}
             seen += 1
     assert seen >= 4
@@ -148,6 +161,12 @@ def test_the_readme_is_short():
     assert not re.search(r"\b\d+ lines of code|\| lines \|", text)
 
 
+def sections(page):
+    """What a link to a section of the page may say."""
+    titles = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    return [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
@@ -156,9 +175,7 @@ def test_links_lead_somewhere(page):
         name, _, section = target.partition("#")
         other = (page.parent / name).resolve() if name else page
         assert other.exists(), target
-        if section:
-            titles = [re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)", other.read_text(), re.M)]
-            assert section in titles, target
+        assert not section or section in sections(other), target
 
 
 def test_pictures_are_few_and_small():
