@@ -515,13 +515,14 @@ def restore(args, device):
         if field.name in said:
             value = said[field.name]
             known[field.name] = tuple(value) if isinstance(value, list) else value
+    known["out_dir"] = str(folder.resolve())                    # SALT's stage, and where its teacher lies
     if "terms" not in said and hasattr(script, "TERMS"):        # older runs had a flag for each term
         known["terms"] = tuple(f"{name}:{said[name]}" for name in script.TERMS if said.get(name))
     if known.get("init"):                                       # its shape, of whatever family
         known["init"] = "" if args.encoder.startswith("random:") else str(folder / "encoder.safetensors")
     torch.manual_seed(args.seed)
     try:
-        objective = script.build(script.Args(**known), folder=folder) if script.__name__ == "train_salt" else script.build(script.Args(**known))
+        objective = script.build(script.Args(**known))
     except ValueError as e:
         raise D.DataError(f"--encoder {folder}: {e}") from e
     if not args.encoder.startswith("random:"):
