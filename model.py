@@ -1,14 +1,21 @@
-"""Backbones, predictor, positions, optimizer groups, weight files and online probes. No losses and no training loop live here.
+"""What every script shares, in three sections. No method, no loss and no labels live here.
+
+1 nets: positions, ViT, MotionEncoder, Predictor, LatentGridDecoder, optimizer groups
+2 the run: what surrounds a training loop, and what looks at features on the way
+3 weight files: ours are safetensors; V-JEPA 1 and 2, VideoMAE, DINO, DINOv2, timm, 4DS are read
 
     encoder = ViT(**SIZES["vit_l"], frames=16, size=224, pos="rope")
-    z = encoder(x, keep)                        # x (B,3,T,H,W) normalised, keep (B,K) token ids -> (B,K,D)
-    za, zb = encoder(x, [keep_a, keep_b])       # two masks of the same clips, one sequence, attention inside each group only
+    z = encoder(x, keep)          # x (B,3,T,H,W) normalised, keep (B,K) token ids -> (B,K,D)
+    za, zb = encoder(x, [keep_a, keep_b])     # two masks of the same clips: one sequence,
+                                              # attention inside each group only
     zhat_a, zhat_b = predictor([za, zb], [keep_a, keep_b], [pred_a, pred_b])
     encoder, config = load_encoder("vitl.pt")
 
 Letters used in every file:
-    B clips   T frames   H,W pixels   t,h,w token grid   N = t*h*w tokens, token id = (ti*h + hi)*w + wi
-    K kept tokens   M predicted tokens   n tokens in a sequence   D encoder width   Dp predictor width   P values per patch (3*tubelet*patch*patch)
+    B clips   T frames   H,W pixels   t,h,w token grid
+    N = t*h*w tokens, token id = (ti*h + hi)*w + wi
+    K kept tokens   M predicted tokens   n tokens in a sequence
+    D encoder width   Dp predictor width   P values per patch (3*tubelet*patch*patch)
     x pixels or tokens   z student features   h target features   zhat predictions
 """
 import argparse
@@ -27,6 +34,7 @@ import time
 import warnings
 from dataclasses import replace
 from functools import lru_cache
+from itertools import cycle, repeat
 from pathlib import Path
 
 import numpy as np
@@ -41,137 +49,162 @@ from tqdm import tqdm
 
 import data
 
-SIZES = {
-    "vit_n": dict(width=128, depth=4, heads=4, mlp=512),  # laptop presets
-    "vit_t": dict(width=192, depth=12, heads=3, mlp=768),
-    "vit_s": dict(width=384, depth=12, heads=6, mlp=1536),
-    "vit_b": dict(width=768, depth=12, heads=12, mlp=3072),
-    "vit_l": dict(width=1024, depth=24, heads=16, mlp=4096),
-    "vit_h": dict(width=1280, depth=32, heads=16, mlp=5120),
-    "vit_g": dict(width=1408, depth=40, heads=16, mlp=6144),  # SALT's table; V-JEPA 2's weights have 22 heads
-    "vit_G": dict(width=1664, depth=48, heads=16, mlp=8192),
-    "vit_e": dict(width=1792, depth=56, heads=16, mlp=15360),
-    "vit_j": dict(width=4096, depth=64, heads=32, mlp=32768),
+# width, depth, heads, mlp. vit_n: laptop presets. vit_g: SALT's table; V-JEPA 2's weights have 22
+# heads.
+ROWS = {
+    "vit_n": (128, 4, 4, 512),
+    "vit_t": (192, 12, 3, 768),
+    "vit_s": (384, 12, 6, 1536),
+    "vit_b": (768, 12, 12, 3072),
+    "vit_l": (1024, 24, 16, 4096),
+    "vit_h": (1280, 32, 16, 5120),
+    "vit_g": (1408, 40, 16, 6144),
+    "vit_G": (1664, 48, 16, 8192),
+    "vit_e": (1792, 56, 16, 15360),
+    "vit_j": (4096, 64, 32, 32768),
 }
+SIZES = {name: dict(zip(("width", "depth", "heads", "mlp"), row)) for name, row in ROWS.items()}
 IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh")}
 
-# --------------------------------------------------------------------------------------------------------------------------------------
-# positions: tables over a token grid, built once per (grid, device) and indexed by token id
+
+# --- 1. nets: positions, tables over a token grid that are indexed by token id ---------------------
+
+def cached(build):
+    """One table for each (width, grid, device). One that is first built during inference must
+    still be usable in training."""
+    return lru_cache(maxsize=32)(torch.inference_mode(False)(build))
 
 
 def axis_angles(channels, grid):
-    """For each axis of the grid (N, channels/2) float64: the token's place on it times the frequencies 10000^(-2j/channels)."""
-    omega = 10000.0 ** (-torch.arange(channels // 2, dtype=torch.float64) / (channels / 2))
-    return [axis.reshape(-1, 1) * omega for axis in torch.meshgrid(*[torch.arange(s, dtype=torch.float64) for s in grid], indexing="ij")]
+    """(N, axes, channels/2) float64: a token's place on each axis of the grid times the frequencies
+    10000^(-2j/channels)."""
+    omega = 10000.0 ** (-torch.arange(channels // 2).double() / (channels / 2))
+    axes = [torch.arange(side).double() for side in grid]
+    return torch.cartesian_prod(*axes).view(-1, len(grid), 1) * omega
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)  # a table first built during inference must still be usable in training
+@cached
 def sincos_table(width, grid, device="cpu"):
-    """(N, width) fixed position embedding (V-JEPA 1): each axis gets ceil(width/6)*2 channels, sines then cosines, order t,h,w, cut to width."""
-    a = math.ceil(width / 6) * 2
-    return torch.cat([f(angle) for angle in axis_angles(a, grid) for f in (torch.sin, torch.cos)], 1)[:, :width].float().to(device)
+    """(N, width) fixed position embedding (V-JEPA 1): each axis gets ceil(width/6)*2 channels,
+    sines then cosines, order t,h,w, cut to width."""
+    angles = axis_angles(math.ceil(width / 6) * 2, grid)
+    table = torch.cat([angles.sin(), angles.cos()], 2).flatten(1)
+    return table[:, :width].float().to(device)
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
+@cached
 def sinusoid_table(width, grid, device="cpu"):
-    """(N, width) fixed position embedding of the token id alone (VideoMAE): sines in the even channels, cosines in the odd ones."""
-    (angle,) = axis_angles(width, (math.prod(grid),))
-    return torch.stack([angle.sin(), angle.cos()], 2).flatten(1).float().to(device)
+    """(N, width) fixed position embedding of the token id alone (VideoMAE): sines in the even
+    channels, cosines in the odd ones."""
+    angles = axis_angles(width, (math.prod(grid),))
+    return torch.stack([angles.sin(), angles.cos()], 3).flatten(1).float().to(device)
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
+@cached
 def rope_table(head_dim, grid, quirk=False, device="cpu"):
-    """Two (N, head_dim) tables, cos and signed sin, so that rotated q = q*cos + swap(q)*sin, where swap exchanges channels 2i and 2i+1.
+    """(2, N, head_dim): cos and signed sin, so that rotated q = q*cos + swap(q)*sin, where swap
+    exchanges channels 2i and 2i+1.
 
-    Each axis rotates 2*((head_dim//3)//2) channels in the order t,h,w; the rest has cos 1, sin 0. Both channels of a pair share a
-    frequency, which makes attention a function of relative positions. V-JEPA 2 was trained with tiled frequencies instead (channel c uses frequency
-    c mod a/2): `quirk` reproduces that, and only its published weights want it.
+    Each axis rotates 2*(head_dim//6) channels in the order t,h,w; the rest has cos 1, sin 0. Both
+    channels of a pair share a frequency, which makes attention a function of relative positions.
+    V-JEPA 2 was trained with tiled frequencies instead (channel c uses frequency c mod a/2):
+    `quirk` reproduces that, and only its published weights want it.
     """
-    a = 2 * ((head_dim // 3) // 2)
-    angles = torch.cat([angle.repeat(1, 2) if quirk else angle.repeat_interleave(2, 1) for angle in axis_angles(a, grid)], 1)  # (N, 3a)
-    angles = F.pad(angles, (0, head_dim - 3 * a))
+    channels = 2 * (head_dim // 6)
+    angles = axis_angles(channels, grid)
+    angles = angles.repeat(1, 1, 2) if quirk else angles.repeat_interleave(2, 2)
+    angles = F.pad(angles.flatten(1), (0, head_dim - 3 * channels))     # (N, head_dim)
     sign = torch.tensor([-1.0, 1.0]).repeat(head_dim // 2)
-    return angles.cos().float().to(device), (angles.sin() * sign).float().to(device)
+    return torch.stack([angles.cos(), angles.sin() * sign]).float().to(device)
 
 
 def rope_at(ids, head_dim, grid, quirk, like):
-    """What `rotate` needs for tokens ids (B, n), or for all N tokens where ids is None; broadcasts against (B, n, q|k, heads, head_dim)."""
-    cos, sin = [(table[None] if ids is None else table[ids])[:, :, None, None] for table in rope_table(head_dim, grid, quirk, like.device)]
-    if like.device.type == "cpu" and not quirk:  # eager complex products are 2 to 5 times faster there; compilers cannot fuse them
+    """What `rotate` needs for tokens ids (B, n), or for all N tokens where ids is None; broadcasts
+    against (B, n, q|k, heads, head_dim)."""
+    tables = rope_table(head_dim, grid, quirk, like.device)
+    tables = tables[:, None] if ids is None else tables[:, ids]         # (2, B, n, head_dim)
+    cos, sin = tables[:, :, :, None, None]
+    # eager complex products are 2 to 5 times faster on a CPU; compilers cannot fuse them
+    if like.device.type == "cpu" and not quirk:
         return [torch.complex(cos[..., ::2], sin[..., 1::2])]
     return [cos.to(like.dtype), sin.to(like.dtype)]
 
 
 def rotate(x, table, sin=None):
     """x (..., head_dim) rotated by the one complex or two real tables of `rope_at`."""
+    pairs = x.unflatten(-1, (-1, 2))
     if sin is None:
-        return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * table).flatten(-2).to(x.dtype)
-    return torch.addcmul(x * table, x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), sin)
+        turned = torch.view_as_complex(pairs.float()) * table
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    return torch.addcmul(x * table, pairs.flip(-1).flatten(-2), sin)
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
-# transformer
-
+# --- 1. nets: transformer --------------------------------------------------------------------------
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(head_dim)) v for (B, heads, n, head_dim)."""
-    B, heads, n, d = q.shape
-    if q.device.type == "cpu" and (n <= 256 or B * heads * n * k.shape[2] * q.element_size() <= 2**26):
-        return (q * d**-0.5 @ k.transpose(2, 3)).softmax(-1) @ v  # with tune_cpu 1.3 to 5x as fast as the fused kernel, while the scores are small
+    B, heads, n, head_dim = q.shape
+    score_bytes = B * heads * n * k.shape[2] * q.element_size()
+    # with tune_cpu 1.3 to 5x as fast as the fused kernel, while the scores are small
+    if q.device.type == "cpu" and (n <= 256 or score_bytes <= 2**26):
+        return (q * head_dim**-0.5 @ k.transpose(2, 3)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
+    """x (B,n,D) -> (B,n,D)."""
+
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)  # rows in the order q, k, v; inside each, head-major
+        # rows in the order q, k, v; inside each, head-major
+        self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, rope=None, lengths=None):
-        B, n, D = x.shape
-        qkv = self.qkv(x).view(B, n, 3, self.heads, D // self.heads)
-        if rope is None:
-            q, k, v = qkv.unbind(2)
-        else:
-            qk, v = qkv.split([2, 1], 2)
-            q, k = rotate(qk, *rope).unbind(2)
-            v = v.squeeze(2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, n, head_dim)
-        if lengths is None:
-            x = attend(q, k, v).transpose(1, 2)
+        qk, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).split([2, 1], 2)
+        if rope is not None:
+            qk = rotate(qk, *rope)
+        q, k = qk.transpose(1, 3).unbind(2)                             # (B, heads, n, head_dim)
+        v = v.squeeze(2).transpose(1, 2)
+        if lengths is None or len(lengths) == 1:
+            x = attend(q, k, v).transpose(1, 2)                         # (B, n, heads, head_dim)
         else:
             groups = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2))
             x = torch.cat([attend(*group).transpose(1, 2) for group in groups], 1)
-        return self.proj(x.reshape(B, n, D))
+        return self.proj(x.flatten(2))
 
 
 class CrossAttention(nn.Module):
-    """Queries from x (B,n,D), keys and values from z (B,m,in_width or D) as it comes -> (B,n,D). project=False: x are the queries."""
+    """Queries from x (B,n,D), keys and values from z (B,m,in_width or D) as it comes -> (B,n,D).
+    project=False: x are the queries."""
 
     def __init__(self, width, heads, in_width=None, project=True):
         super().__init__()
         self.heads = heads
-        self.q, self.kv = nn.Linear(width, width) if project else nn.Identity(), nn.Linear(in_width or width, 2 * width)
+        self.q = nn.Linear(width, width) if project else nn.Identity()
+        self.kv = nn.Linear(in_width or width, 2 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, z):
-        q, (k, v) = self.q(x).unflatten(2, (self.heads, -1)), self.kv(z).unflatten(2, (2, self.heads, -1)).unbind(2)
-        return self.proj(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2))
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)    # (B, heads, n, head_dim)
+        kv = self.kv(z).unflatten(2, (2, self.heads, -1))
+        k, v = kv.transpose(1, 3).unbind(2)                             # (B, heads, m, head_dim)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class LayerNorm(nn.LayerNorm):
     """In float32 on any device, also where weights (FSDP) or inputs (autocast) are bf16."""
 
     def forward(self, x):
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        weight = self.weight.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, self.bias.float(), self.eps)
 
 
 class Mlp(nn.Module):
+    """x (..., D) -> (..., D)."""
+
     def __init__(self, width, hidden, act):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -183,7 +216,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on x (B, n, D). rope: cos and sin tables; lengths: sizes of the groups that attend only within themselves."""
+    """Pre-norm transformer block on x (B,n,D). rope: what `rope_at` gives; lengths: sizes of the
+    groups that attend only within themselves."""
 
     def __init__(self, width, heads, mlp, act="gelu", eps=1e-6):
         super().__init__()
@@ -199,219 +233,313 @@ class Block(nn.Module):
 
 def block_flops(width, mlp, lengths):
     """Forward FLOPs of one block on groups of these lengths, a multiply-add counting as 2."""
-    return sum(2 * n * (4 * width * width + 2 * width * mlp) + 4 * n * n * width for n in lengths)
+    weights = 4 * width * width + 2 * width * mlp
+    return sum(2 * n * weights + 4 * n * n * width for n in lengths)
 
 
 def init_weights(module, blocks, std=0.02):
-    """Normal of this deviation, biases 0; what block i adds to the residual stream is divided by sqrt(2(i+1)) (V-JEPA, SALT).
+    """Normal of this deviation, biases 0; what block i adds to the residual stream is divided by
+    sqrt(2(i+1)) (V-JEPA, SALT).
 
-    The papers truncate the normal at 100 standard deviations, which changes nothing and takes ten times as long.
+    The papers truncate the normal at 100 standard deviations, which changes nothing and takes ten
+    times as long.
     """
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv3d)):
             nn.init.normal_(m.weight, std=std)
             nn.init.zeros_(m.bias)
     with torch.no_grad():
-        for i, block in enumerate(blocks):
-            block.attn.proj.weight.div_(math.sqrt(2 * (i + 1)))
-            block.mlp.fc2.weight.div_(math.sqrt(2 * (i + 1)))
+        for i, block in enumerate(blocks, 1):
+            block.attn.proj.weight.div_(math.sqrt(2 * i))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * i))
 
 
-def run_blocks(x, blocks, rope, lengths, checkpoint):
-    lengths = lengths if len(lengths) > 1 else None
+def run_blocks(x, blocks, rope, told, checkpoint):
+    """x (B,n,D) through the blocks. told: the sizes of the groups of x, a list, or z for
+    MotionBlocks. checkpoint: recompute each block in the backward pass."""
     for block in blocks:
-        x = recompute(block, x, rope, lengths, use_reentrant=False) if checkpoint and torch.is_grad_enabled() else block(x, rope, lengths)
+        if checkpoint and torch.is_grad_enabled():
+            x = recompute(block, x, rope, told, use_reentrant=False)
+        else:
+            x = block(x, rope, told)
     return x
 
 
 def patches(x, a, p):
     """x (B,C,T,H,W) -> (B,t,h,w,C,a,p,p): patches of a frames and p x p pixels, a view."""
     B, C, T, H, W = x.shape
-    return x.view(B, C, T // a, a, H // p, p, W // p, p).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    x = x.view(B, C, T // a, a, H // p, p, W // p, p)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def unpatch(x, grid, a, p):
     """The inverse for tokens: x (B, t*h*w, C*a*p*p) -> (B,C,T,H,W)."""
-    t, h, w = grid
-    return x.view(len(x), t, h, w, -1, a, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(len(x), -1, t * a, h * p, w * p)
+    x = x.unflatten(1, grid).unflatten(4, (-1, a, p, p))                # (B, t, h, w, C, a, p, p)
+    x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def learned(*shape):
+    return nn.Parameter(0.02 * torch.randn(*shape))
 
 
 class PatchEmbed(nn.Module):
-    """Tubelet embedding. The weight has Conv3d's shape and name, but only the kept patches are multiplied. highpass: see ViT."""
+    """Tubelet embedding. The weight has Conv3d's shape and name, but only the kept patches are
+    multiplied. highpass: see ViT."""
 
     def __init__(self, width, patch, tubelet, highpass=0.0):
         super().__init__()
         self.highpass = highpass
-        self.proj = nn.Conv3d(3, width, (tubelet, patch, patch), (tubelet, patch, patch))
+        kernel = (tubelet, patch, patch)
+        self.proj = nn.Conv3d(3, width, kernel, kernel)
 
     def forward(self, x, ids=None):
+        """x (B,3,T,H,W), ids (B,K) or None for all -> (B,K,D)."""
         x = patches(x, *self.proj.kernel_size[:2])
         B, t, h, w = x.shape[:4]
         if ids is None:
-            x = x.flatten(1, 3)  # (B, N, C, a, p, p)
+            x = x.flatten(1, 3)                                         # (B, N, C, a, p, p)
         else:
             batch = torch.arange(B, device=x.device)[:, None]
-            x = x[batch, ids // (h * w), ids // w % h, ids % w]  # (B, K, C, a, p, p)
+            x = x[batch, ids // (h * w), ids // w % h, ids % w]         # (B, K, C, a, p, p)
         if self.highpass:
             x = self.highpass * (x - x.mean(3, keepdim=True))
         return F.linear(x.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
 
+def check_divides(name, value, by, divisor):
+    if value % divisor:
+        raise ValueError(f"{name} {value} is not divisible by {by} {divisor}")
+
+
+def interleave(firsts, seconds):
+    """The first of each list, the second of each ..., one sequence."""
+    parts = []
+    for pair in zip(firsts, seconds):
+        parts += pair
+    return torch.cat(parts, 1)
+
+
 class ViT(nn.Module):
     """Video transformer with token dropping.
 
-    pos: "rope" (V-JEPA 2, SALT), "sincos" (V-JEPA 1), "sinusoid1d" (VideoMAE) or "learned" (4DS, TDV). frames, size: the configured clip; sincos and
-    rope accept any other grid. images: an image encoder (TDV, DINOv2) that sees each frame alone, in clips of any length and size (learned positions
-    are interpolated); the tokens of all frames make one sequence, their CLS tokens first. highpass: > 0 takes from every pixel its mean over the
-    frames of its tubelet, so that nothing static enters (and no token learns of another), and multiplies the rest by this number. checkpoint:
-    recompute each block in the backward pass. The other keywords are the entries of `config`.
+    pos: "rope" (V-JEPA 2, SALT), "sincos" (V-JEPA 1), "sinusoid1d" (VideoMAE) or "learned" (4DS,
+    TDV). frames, size: the configured clip; sincos and rope accept any other grid. images: an image
+    encoder (TDV, DINOv2) that sees each frame alone, in clips of any length and size (learned
+    positions are interpolated); the tokens of all frames make one sequence, their CLS tokens first.
+    highpass: > 0 takes from every pixel its mean over the frames of its tubelet, so that nothing
+    static enters (and no token learns of another), and multiplies the rest by this number.
+    checkpoint: recompute each block in the backward pass. The other keywords are the entries of
+    `config`. ValueError names what does not fit together.
     """
 
-    def __init__(self, *, width, depth, heads, mlp, patch=16, tubelet=2, frames=16, size=224, pos="rope", rope_quirk=False, highpass=0.0,
-                 images=False, cls=False, final_norm=True, act="gelu", eps=1e-6, init_std=0.02, checkpoint=False):
+    def __init__(
+        self, *, width, depth, heads, mlp, patch=16, tubelet=2, frames=16, size=224, pos="rope",
+        rope_quirk=False, highpass=0.0, images=False, cls=False, final_norm=True, act="gelu",
+        eps=1e-6, init_std=0.02, checkpoint=False,
+    ):
+        given = locals()
         super().__init__()
         if pos not in ("rope", "sincos", "sinusoid1d", "learned"):
             raise ValueError(f"pos must be rope, sincos, sinusoid1d or learned, not {pos!r}")
-        for name, value, by, divisor in (("width", width, "heads", heads), ("frames", frames, "tubelet", tubelet), ("size", size, "patch", patch)):
-            if value % divisor:
-                raise ValueError(f"{name} {value} is not divisible by {by} {divisor}")
+        check_divides("width", width, "heads", heads)
+        check_divides("frames", frames, "tubelet", tubelet)
+        check_divides("size", size, "patch", patch)
         if images and tubelet > 1:
             raise ValueError(f"an image encoder has tubelets of 1 frame, not {tubelet}")
-        self.config = dict(width=width, depth=depth, heads=heads, mlp=mlp, patch=patch, tubelet=tubelet, frames=frames, size=size, pos=pos,
-                           rope_quirk=rope_quirk, highpass=highpass, images=images, cls=cls, final_norm=final_norm, act=act, eps=eps, init_std=init_std)
-        self.width, self.heads, self.mlp, self.pos, self.rope_quirk, self.checkpoint = width, heads, mlp, pos, rope_quirk, checkpoint
-        self.patch, self.tubelet, self.images = patch, tubelet, images
+        self.config = {name: given[name] for name in VIT_KEYS}
+        self.width = width
+        self.heads = heads
+        self.mlp = mlp
+        self.tubelet = tubelet
+        self.pos = pos
+        self.rope_quirk = rope_quirk
+        self.images = images
+        self.checkpoint = checkpoint
         self.grid = (frames // tubelet, size // patch, size // patch)
+        # the first axis of the grid that has positions: an image encoder's frames share theirs
+        self.axis = 1 if images else 0
+
         self.patch_embed = PatchEmbed(width, patch, tubelet, highpass)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if cls else None
-        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid[images:]), width)) if pos == "learned" else None
         self.blocks = nn.ModuleList([Block(width, heads, mlp, act, eps) for _ in range(depth)])
-        self.norm = LayerNorm(width, eps=eps) if final_norm else None
+        self.norm = LayerNorm(width, eps=eps) if final_norm else nn.Identity()
         init_weights(self, self.blocks, init_std)
-        for p in (self.cls_token, self.pos_embed):
-            if p is not None:
-                nn.init.normal_(p, std=0.02)
+        self.cls_token = learned(1, 1, width) if cls else None
+        n = math.prod(self.grid[self.axis :])
+        self.pos_embed = learned(1, n, width) if pos == "learned" else None
 
     def forward(self, x, keep=None, blocks=None, fill=None):
-        """x (B,3,T,H,W) float, normalised -> (B,N,D); keep (B,K) -> (B,K,D); a list of (B,K_i) -> a list of (B,K_i,D). With cls, token 0 is CLS
-        (images: the first T).
+        """x (B,3,T,H,W) float, normalised -> (B,N,D); keep (B,K) -> (B,K,D); a list of (B,K_i) ->
+        a list of (B,K_i,D). With cls, token 0 is CLS (images: the first T).
 
-        blocks: run only that many blocks and return their output, without the final norm unless all were run; a tuple of rising numbers: all of
-        these outputs, joined along D. fill: (bool (B,N), values (D,)) puts the values in the place of patches (iBOT's mask token); of an image encoder,
-        for clips of one frame.
+        blocks: run only that many blocks and return their output, without the final norm unless all
+        were run; a tuple of rising numbers: all of these outputs, joined along D. fill: (bool
+        (B,N), values (D,)) puts the values in the place of patches (iBOT's mask token); of an image
+        encoder, for clips of one frame. ValueError: a clip, grid or blocks that do not fit.
         """
         if self.images and x.shape[2] > 1:
             if keep is not None or fill is not None:
-                raise ValueError("an image encoder sees whole frames: no keep, and fill for clips of one frame only")
-            B, T = len(x), x.shape[2]
-            z = self(x.transpose(1, 2).flatten(0, 1)[:, :, None], blocks=blocks).unflatten(0, (B, T))       # (B, T, 1+h*w, D)
-            return torch.cat([part.flatten(1, 2) for part in z.tensor_split([int(self.cls_token is not None)], 2)], 1)
+                raise ValueError("an image encoder sees whole frames: no keep, and fill for clips "
+                                 "of one frame only")
+            frames = x.transpose(1, 2).flatten(0, 1)[:, :, None]        # (B*T, 3, 1, H, W)
+            z = self(frames, blocks=blocks).unflatten(0, (len(x), -1))  # (B, T, 1+h*w, D)
+            if self.cls_token is None:
+                return z.flatten(1, 2)
+            return torch.cat([z[:, :, 0], z[:, :, 1:].flatten(1, 2)], 1)
         grouped = isinstance(keep, (list, tuple))
-        x, rope, lengths = self.embed(x, [keep] if keep is not None and not grouped else keep, fill)
-        ends = blocks if isinstance(blocks, tuple) else (len(self.blocks) if blocks is None else blocks,)
-        if not 0 <= ends[0] <= ends[-1] <= len(self.blocks) or list(ends) != sorted(ends):
-            raise ValueError(f"blocks must be 0 to {len(self.blocks)}, rising, not {blocks}")
+        keeps = keep if grouped or keep is None else [keep]
+        x, rope, lengths = self.embed(x, keeps, fill)
+
+        depth = len(self.blocks)
+        if blocks is None:
+            blocks = depth
+        ends = list(blocks) if isinstance(blocks, tuple) else [blocks]
+        bounds = [0, *ends, depth]
+        if bounds != sorted(bounds):
+            raise ValueError(f"blocks must be 0 to {depth}, rising, not {blocks}")
         outs = []
-        for start, end in zip((0, *ends), ends):
+        for start, end in zip(bounds, ends):
             x = run_blocks(x, self.blocks[start:end], rope, lengths, self.checkpoint)
-            outs.append(self.norm(x) if self.norm is not None and end == len(self.blocks) else x)
+            outs.append(self.norm(x) if end == depth else x)
         x = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
         return list(x.split(lengths, 1)) if grouped else x
 
     def embed(self, x, keeps=None, fill=None):
-        """What the first block sees: tokens with their positions (B, n, D), rope tables or None, length of each group."""
+        """What the first block sees: tokens with their positions (B,n,D), what `rope_at` gives or
+        None, and the length of each group."""
         B, _, T, H, W = x.shape
-        if T % self.tubelet or H % self.patch or W % self.patch:
-            raise ValueError(f"clip of {T} frames, {H}x{W} px does not divide into tubelets of {self.tubelet} and patches of {self.patch}")
-        grid = (T // self.tubelet, H // self.patch, W // self.patch)
-        ids = None if keeps is None else torch.cat(keeps, 1)  # (B, sum of K_i)
+        a, p, _ = self.patch_embed.proj.kernel_size
+        if T % a or H % p or W % p:
+            raise ValueError(f"clip of {T} frames, {H}x{W} px does not divide into tubelets of {a} "
+                             f"and patches of {p}")
+        grid = (T // a, H // p, W // p)
+        ids = None if keeps is None else torch.cat(keeps, 1)            # (B, sum of K_i)
         lengths = [math.prod(grid)] if keeps is None else [k.shape[1] for k in keeps]
 
-        x = self.patch_embed(x, ids)  # (B, n, D)
+        x = self.patch_embed(x, ids)                                    # (B, n, D)
         if fill is not None:
-            x = torch.where(fill[0][..., None], fill[1].to(x.dtype), x)
+            hidden, values = fill
+            x = torch.where(hidden[..., None], values.to(x.dtype), x)
         if self.pos != "rope":
             table = self.positions(grid, x.device)
-            x = x + (table if ids is None else table[ids]).float()  # under autocast the residual stream is float32 from here on, as in V-JEPA 1's
-        if self.cls_token is not None:  # one CLS at the head of each group; id 0 has angle 0, so it is not rotated
+            # under autocast the residual stream is float32 from here on, as in V-JEPA 1's
+            x = x + (table if ids is None else table[ids]).float()
+        if self.cls_token is not None:
             cls = self.cls_token.to(x.dtype).expand(B, 1, -1)
-            x = torch.cat([part for group in x.split(lengths, 1) for part in (cls, group)], 1)
-            ids = torch.arange(lengths[0], device=x.device)[None] if ids is None else ids
-            ids = torch.cat([F.pad(group, (1, 0)) for group in ids.split(lengths, 1)], 1)
+            x = interleave(repeat(cls), x.split(lengths, 1))
+            if ids is None:
+                ids = torch.arange(lengths[0], device=x.device)[None]
+            # id 0 has angle 0, so CLS is not rotated
+            ids = interleave(repeat(torch.zeros_like(ids[:, :1])), ids.split(lengths, 1))
             lengths = [1 + n for n in lengths]
-        return x, rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x) if self.pos == "rope" else None, lengths
+        if self.pos != "rope":
+            return x, None, lengths
+        return x, rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x), lengths
 
+    @torch.no_grad()
     def cls_attention(self, x):
-        """What CLS attends to in the last block (DINO's pictures): x (F,3,1,H,W) -> (F, heads, n)."""
-        x, rope, lengths = self.embed(x)
-        last, kept = self.blocks[-1], []
-        hook = last.attn.qkv.register_forward_hook(lambda module, given, out: kept.append(out))  # FSDP gathers a block's weights in its own forward only
-        try:
-            last(run_blocks(x, self.blocks[:-1], rope, lengths, False), rope)
-        finally:
-            hook.remove()
-        qk = kept[0].unflatten(2, (3, self.heads, -1))[:, :, :2]
-        q, k = (qk if rope is None else rotate(qk, *rope)).unbind(2)
-        return torch.einsum("fhd,fnhd->fhn", q[:, 0].float(), k.float()).mul((self.width // self.heads) ** -0.5).softmax(-1)[:, :, 1:]
+        """What CLS attends to in the last block (DINO's pictures): x (F,3,1,H,W) -> (F,heads,n)."""
+        seen = []
+
+        def record(attention, inputs, output):
+            z, rope, _ = inputs
+            qk = attention.qkv(z).unflatten(2, (3, self.heads, -1))[:, :, :2]
+            seen.append(qk if rope is None else rotate(qk, *rope))
+
+        # a hook, as FSDP gathers a block's weights in its own forward only
+        with self.blocks[-1].attn.register_forward_hook(record):
+            self(x)
+        q, k = seen[0].unbind(2)                                        # (F, n, heads, head_dim)
+        scores = torch.einsum("fhd,fnhd->fhn", q[:, 0].float(), k.float())
+        return (scores * q.shape[-1] ** -0.5).softmax(-1)[:, :, 1:]
 
     def positions(self, grid, device):
-        """The table (N, D) that is added to the tokens of a grid."""
+        """The table (N,D) that is added to the tokens of a grid. ValueError: not one for it."""
         if self.pos == "sincos":
             return sincos_table(self.width, grid, device)
-        if self.pos == "learned" and self.images and grid[1:] != self.grid[1:]:
-            table = self.pos_embed.view(1, *self.grid[1:], self.width).permute(0, 3, 1, 2).float()
-            return F.interpolate(table, grid[1:], mode="bicubic").flatten(2)[0].T
-        if grid[self.images:] != self.grid[self.images:]:
-            raise ValueError(f"{self.pos} positions are for the grid {self.grid}, the clip has {grid}")
-        return self.pos_embed[0] if self.pos == "learned" else sinusoid_table(self.width, grid, device)
+        if grid[self.axis :] != self.grid[self.axis :]:
+            if self.images and self.pos == "learned":
+                table = self.pos_embed.unflatten(1, self.grid[1:]).permute(0, 3, 1, 2).float()
+                return F.interpolate(table, grid[1:], mode="bicubic").flatten(2)[0].T
+            raise ValueError(
+                f"{self.pos} positions are for the grid {self.grid}, the clip has {grid}")
+        if self.pos == "learned":
+            return self.pos_embed[0]
+        return sinusoid_table(self.width, grid, device)
 
     def flops(self, *lengths):
-        """Forward FLOPs of one clip whose groups (image encoder: frames) have these token counts."""
-        embed = 2 * 3 * self.tubelet * self.patch**2 * self.width * sum(lengths)
-        lengths = [n + (self.cls_token is not None) for n in lengths]
+        """Forward FLOPs of one clip whose groups (image encoder: frames) have these token
+        counts."""
+        embed = 2 * self.patch_embed.proj.weight.numel() * sum(lengths)
+        if self.cls_token is not None:
+            lengths = [1 + n for n in lengths]
         return embed + len(self.blocks) * block_flops(self.width, self.mlp, lengths)
 
 
-MODULATIONS = {"film": 2, "adaln": 4, "adaln_zero": 6, "gated_adaln": 6}  # vectors that a condition gives a token: scales, shifts, gates
+# D x D matrices that a condition adds to a block: of cross-attention q, k, v and proj; else one for
+# each vector that it gives a token, scales, shifts and gates
+CONDITIONS = {"xattn": 4, "film": 2, "adaln": 4, "adaln_zero": 6, "gated_adaln": 6}
 
 
 class MotionBlock(Block):
-    """A block that is told of another frame: by cross-attention to its tokens z (B,m,D), or by scales and shifts from the token at the same place.
+    """A block that is told of another frame: by cross-attention to its tokens z (B,m,D), or by
+    scales and shifts from the token at the same place (TDV section 3.2).
 
-    film: LN(x) * scale + shift joins the residual stream between attention and MLP. adaln: both branches read LN(x) * (1 + scale) + shift; adaln_zero:
-    their outputs are gated too, and everything starts at 0; gated_adaln: gated by sigmoids.
+    film: LN(x) * scale + shift joins the residual stream between attention and MLP. adaln: both
+    branches read LN(x) * (1 + scale) + shift; adaln_zero: their outputs are gated too, and
+    everything starts at 0; gated_adaln: gated by sigmoids.
     """
 
     def __init__(self, width, heads, mlp, condition, act="gelu", eps=1e-6):
         super().__init__(width, heads, mlp, act, eps)
-        if condition not in ("xattn", *MODULATIONS):
-            raise ValueError(f"the condition must be xattn, {', '.join(MODULATIONS)}, not {condition!r}")
+        if condition not in CONDITIONS:
+            raise ValueError(
+                f"the condition must be {', '.join(CONDITIONS)}, not {condition!r}")
         self.condition = condition
-        self.norm_cross = LayerNorm(width, eps=eps) if condition in ("xattn", "film") else None
-        self.cross = CrossAttention(width, heads) if condition == "xattn" else None
-        self.modulation = nn.Linear(width, MODULATIONS[condition] * width) if condition != "xattn" else None
+        if condition in ("xattn", "film"):
+            self.norm_cross = LayerNorm(width, eps=eps)
+        if condition == "xattn":
+            self.cross = CrossAttention(width, heads)
+        else:
+            self.modulation = nn.Linear(width, CONDITIONS[condition] * width)
 
     def forward(self, x, rope, z):
-        told = self.modulation(z).chunk(MODULATIONS[self.condition], -1) if self.modulation is not None else None
-        if self.norm_cross is not None:
+        """x (B,n,D), z (B,m,D), with m = n where it modulates -> (B,n,D)."""
+        if self.condition in ("xattn", "film"):
             x = x + self.attn(self.norm1(x), rope)
-            x = x + (self.cross(self.norm_cross(x), z) if told is None else self.norm_cross(x) * told[0] + told[1])
+            x = x + self.tell(self.norm_cross(x), z)
             return x + self.mlp(self.norm2(x))
-        gates = [g.sigmoid() if self.condition == "gated_adaln" else g for g in told[4:]] or (1, 1)
-        x = x + gates[0] * self.attn(self.norm1(x) * (1 + told[0]) + told[1], rope)
-        return x + gates[1] * self.mlp(self.norm2(x) * (1 + told[2]) + told[3])
+        told = self.modulation(z).chunk(CONDITIONS[self.condition], -1)
+        scale1, shift1, scale2, shift2, *gates = told
+        if self.condition == "gated_adaln":
+            gates = [gate.sigmoid() for gate in gates]
+        gate1, gate2 = gates or (1, 1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+    def tell(self, x, z):
+        if self.condition == "xattn":
+            return self.cross(x, z)
+        scale, shift = self.modulation(z).chunk(2, -1)
+        return x * scale + shift
 
 
 class MotionEncoder(ViT):
-    """What a change of pixels does to the tokens of a frame: d = M(x' - x | z), TDV section 3.2. Its last layer starts at 0, so that d does.
+    """What a change of pixels does to the tokens of a frame: d = M(x' - x | z), TDV section 3.2.
+    Its last layer starts at 0, so that d does.
 
     cls_condition: the frame's CLS token is among what is told. The other keywords are ViT's.
     """
 
     def __init__(self, *, condition="xattn", cls_condition=True, **shape):
         super().__init__(**shape, images=True, cls=True, tubelet=1)
-        c, self.cls_condition = self.config, cls_condition
-        self.blocks = nn.ModuleList([MotionBlock(self.width, self.heads, self.mlp, condition, c["act"], c["eps"]) for _ in range(c["depth"])])
+        c = self.config
+        self.cls_condition = cls_condition
+        self.condition = condition
+        self.blocks = nn.ModuleList([
+            MotionBlock(self.width, self.heads, self.mlp, condition, c["act"], c["eps"])
+            for _ in self.blocks
+        ])
         self.proj = nn.Linear(self.width, self.width)
         init_weights(self, self.blocks, c["init_std"])
         nn.init.zeros_(self.proj.weight)
@@ -420,19 +548,26 @@ class MotionEncoder(ViT):
                 nn.init.zeros_(block.modulation.weight)
 
     def forward(self, change, z, features=False):
-        """change (F,3,1,H,W), the difference of two normalised frames; z (F,1+n,D), the tokens of the first -> (F,1+n,D). features: before the last layer."""
+        """change (F,3,1,H,W), the difference of two normalised frames; z (F,1+n,D), the tokens of
+        the first -> (F,1+n,D). features: before the last layer."""
         x, rope, _ = self.embed(change)
-        if not self.cls_condition:  # attention does not see it; a modulation needs something for each token
-            z = z[:, 1:] if self.blocks[0].cross is not None else torch.cat([torch.zeros_like(z[:, :1]), z[:, 1:]], 1)
-        for block in self.blocks:
-            x = recompute(block, x, rope, z, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else block(x, rope, z)
-        return self.norm(x) if features else self.proj(self.norm(x))
+        if not self.cls_condition:
+            z = z[:, 1:]
+            # attention does not see CLS; a modulation needs something for each token
+            if self.condition != "xattn":
+                z = F.pad(z, (0, 0, 1, 0))
+        x = self.norm(run_blocks(x, self.blocks, rope, z, self.checkpoint))
+        return x if features else self.proj(x)
 
     def flops(self, *lengths):
         """Forward FLOPs for frames of these token counts, without CLS."""
-        n = sum(1 + length for length in lengths)
-        extra = [2 * p.numel() for name, p in self.named_parameters() if ("cross" in name or "modulation" in name or name.startswith("proj.")) and p.ndim == 2]
-        return super().flops(*lengths) + n * sum(extra) + sum(4 * (1 + m) ** 2 * self.width for m in lengths for b in self.blocks if b.cross is not None)
+        tokens = [1 + n for n in lengths]
+        depth = len(self.blocks)
+        matrices = 1 + depth * CONDITIONS[self.condition]
+        flops = super().flops(*lengths) + 2 * matrices * self.width**2 * sum(tokens)
+        if self.condition == "xattn":
+            flops += depth * sum(4 * n**2 * self.width for n in tokens)
+        return flops
 
 
 class ProjectionHead(nn.Module):
@@ -452,94 +587,122 @@ class ProjectionHead(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Narrow transformer that fills in features at predicted positions from context features at kept ones."""
+    """Narrow transformer that fills in features at predicted positions from context features at
+    kept ones. ValueError: pos or heads that do not fit."""
 
-    def __init__(self, *, in_width, out_width, width=384, depth=12, heads=12, mlp=None, grid=(8, 14, 14), pos="rope", rope_quirk=False, mask_tokens=2,
-                 eps=1e-6, init_std=0.02, checkpoint=False):
+    def __init__(
+        self, *, in_width, out_width, width=384, depth=12, heads=12, mlp=None, grid=(8, 14, 14),
+        pos="rope", rope_quirk=False, mask_tokens=2, eps=1e-6, init_std=0.02, checkpoint=False,
+    ):
         super().__init__()
         if pos not in ("rope", "sincos"):
             raise ValueError(f"the predictor's pos must be rope or sincos, not {pos!r}")
-        if width % heads:
-            raise ValueError(f"predictor width {width} is not divisible by heads {heads}")
-        mlp = mlp or 4 * width
-        self.config = dict(in_width=in_width, out_width=out_width, width=width, depth=depth, heads=heads, mlp=mlp, grid=list(grid), pos=pos,
-                           rope_quirk=rope_quirk, mask_tokens=mask_tokens, eps=eps)
-        self.width, self.heads, self.mlp, self.pos, self.rope_quirk, self.checkpoint = width, heads, mlp, pos, rope_quirk, checkpoint
+        check_divides("predictor width", width, "heads", heads)
+        self.width = width
+        self.heads = heads
+        self.mlp = mlp or 4 * width
         self.grid = tuple(grid)
+        self.pos = pos
+        self.rope_quirk = rope_quirk
+        self.checkpoint = checkpoint
+
         self.predictor_embed = nn.Linear(in_width, width)
-        self.mask_tokens = nn.ParameterList([nn.Parameter(torch.zeros(1, 1, width)) for _ in range(mask_tokens)])
-        self.predictor_blocks = nn.ModuleList([Block(width, heads, mlp, eps=eps) for _ in range(depth)])
+        tokens = [nn.Parameter(torch.zeros(1, 1, width)) for _ in range(mask_tokens)]
+        self.mask_tokens = nn.ParameterList(tokens)
+        blocks = [Block(width, heads, self.mlp, eps=eps) for _ in range(depth)]
+        self.predictor_blocks = nn.ModuleList(blocks)
         self.predictor_norm = LayerNorm(width, eps=eps)
         self.predictor_proj = nn.Linear(width, out_width)
-        init_weights(self, self.predictor_blocks, init_std)
+        init_weights(self, blocks, init_std)
 
     def forward(self, z, keep, pred):
-        """z list of (B,K_i,in_width), keep list of (B,K_i), pred list of (B,M_i) -> list of (B,M_i,out_width). Group i uses mask token i, modulo.
+        """z list of (B,K_i,in_width), keep list of (B,K_i), pred list of (B,M_i) -> list of
+        (B,M_i,out_width). Group i uses mask token i, modulo.
 
-        Tensors instead of lists are one group, and give one tensor. Order within a group is free: attention only sees positions.
+        Tensors instead of lists are one group, and give one tensor. Order within a group is free:
+        attention only sees positions.
         """
         if torch.is_tensor(z):
             return self([z], [keep], [pred])[0]
-        B = len(z[0])
-        groups = range(len(z))
-        ids = torch.cat([i for pair in zip(keep, pred) for i in pair], 1)  # (B, sum of K_i + M_i)
-        context = self.predictor_embed(torch.cat(z, 1)).split([k.shape[1] for k in keep], 1)
-        tokens = [self.mask_tokens[i % len(self.mask_tokens)].to(context[i].dtype).expand(B, pred[i].shape[1], -1) for i in groups]
-        x = torch.cat([part for pair in zip(context, tokens) for part in pair], 1)
+        K = [ids.shape[1] for ids in keep]
+        M = [ids.shape[1] for ids in pred]
+        context = self.predictor_embed(torch.cat(z, 1))
+        tokens = [token.to(context.dtype).expand(*ids.shape, -1)        # (B, M_i, Dp)
+                  for token, ids in zip(cycle(self.mask_tokens), pred)]
+        x = interleave(context.split(K, 1), tokens)                     # (B, n, Dp)
+        ids = interleave(keep, pred)                                    # (B, n)
+        rope = None
         if self.pos == "sincos":
             x = x + sincos_table(self.width, self.grid, x.device)[ids]
-        rope = rope_at(ids, self.width // self.heads, self.grid, self.rope_quirk, x) if self.pos == "rope" else None
-        x = run_blocks(x, self.predictor_blocks, rope, [keep[i].shape[1] + pred[i].shape[1] for i in groups], self.checkpoint)
-        parts = x.split([n for i in groups for n in (keep[i].shape[1], pred[i].shape[1])], 1)
-        x = self.predictor_proj(self.predictor_norm(torch.cat(parts[1::2], 1)))  # the predicted tokens only
-        return list(x.split([p.shape[1] for p in pred], 1))
+        else:
+            rope = rope_at(ids, self.width // self.heads, self.grid, self.rope_quirk, x)
+        lengths = [k + m for k, m in zip(K, M)]
+        x = run_blocks(x, self.predictor_blocks, rope, lengths, self.checkpoint)
+        hidden = [group[:, k:] for group, k in zip(x.split(lengths, 1), K)]
+        zhat = self.predictor_proj(self.predictor_norm(torch.cat(hidden, 1)))
+        return list(zhat.split(M, 1))
 
     def flops(self, *groups):
         """Forward FLOPs of one clip for groups of (K, M) context and predicted tokens."""
-        embed = sum(2 * K * self.config["in_width"] * self.width + 2 * M * self.width * self.config["out_width"] for K, M in groups)
-        return embed + len(self.predictor_blocks) * block_flops(self.width, self.mlp, [K + M for K, M in groups])
+        flops = len(self.predictor_blocks) * block_flops(self.width, self.mlp, map(sum, groups))
+        for K, M in groups:
+            flops += 2 * K * self.predictor_embed.weight.numel()
+            flops += 2 * M * self.predictor_proj.weight.numel()
+        return flops
 
 
 class LatentGridDecoder(nn.Module):
-    """4DS's decoder: a learned grid of latent tokens joins the context for the encoder's last blocks, then each latent is mapped to its patch.
+    """4DS's decoder: a learned grid of latent tokens joins the context for the encoder's last
+    blocks, then each latent is mapped to its patch.
 
-    frames, size: the clip; patch: frames and pixels of an output patch, which may be coarser than the input's. A latent is its content plus its
-    position, two tables of the grid (the paper gives totals only, which this fits: section 3.1, Table 1).
+    frames, size: the clip; patch: frames and pixels of an output patch, which may be coarser than
+    the input's (ValueError where it does not divide the clip). A latent is its content plus its
+    position, two tables of the grid (the paper gives totals only, which this fits: section 3.1,
+    Table 1).
     """
 
     def __init__(self, *, width, frames, size, patch=(2, 16), init_std=0.02):
         super().__init__()
-        self.patch, self.grid = tuple(patch), (frames // patch[0], size // patch[1], size // patch[1])
-        if frames % patch[0] or size % patch[1]:
-            raise ValueError(f"not divisible: frames {frames} or size {size} by the output patch {patch[0]}x{patch[1]}x{patch[1]}")
+        a, p = patch
+        if frames % a or size % p:
+            raise ValueError(f"not divisible: frames {frames} or size {size} by the output patch "
+                             f"{a}x{p}x{p}")
+        self.patch = (a, p)
+        self.grid = (frames // a, size // p, size // p)
         n = math.prod(self.grid)
-        self.latents, self.pos_embed = (nn.Parameter(torch.randn(1, n, width) * 0.02) for _ in range(2))
-        self.proj = nn.Linear(width, 3 * patch[0] * patch[1] ** 2)
+        self.latents = learned(1, n, width)
+        self.pos_embed = learned(1, n, width)
+        self.proj = nn.Linear(width, 3 * a * p**2)
         init_weights(self, [], init_std)
 
     def forward(self, z, blocks, checkpoint=False):
-        """z (B,K,D) and the blocks that both share -> (B,n,P) values of all patches, in the order of `patches`."""
-        x = torch.cat([z, (self.latents + self.pos_embed).to(z.dtype).expand(len(z), -1, -1)], 1)
-        return self.proj(run_blocks(x, blocks, None, [x.shape[1]], checkpoint)[:, z.shape[1] :])
+        """z (B,K,D) and the blocks that both share -> (B,n,P) values of all patches, in the order
+        of `patches`."""
+        latents = (self.latents + self.pos_embed).to(z.dtype).expand(len(z), -1, -1)
+        x = run_blocks(torch.cat([z, latents], 1), blocks, None, None, checkpoint)
+        return self.proj(x[:, z.shape[1] :])
 
     def flops(self):
         """Forward FLOPs of the projection of one clip."""
         return 2 * self.proj.weight.numel() * self.latents.shape[1]
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
-# training: optimizer groups, EMA, sharding, compilation
-
+# --- 1. nets: optimizer groups, EMA, sharding, compilation -----------------------------------------
 
 def param_groups(module, weight_decay, factors={}):
-    """Optimizer groups over all trainable parameters: with weight decay, and without (biases, 1-D tensors, learned positions). factors: {prefix of a
-    name: factor of the learning rate}; a group says its own as "factor"."""
+    """Optimizer groups over all trainable parameters: with weight decay, and without (biases, 1-D
+    tensors, learned positions). factors: {prefix of a name: factor of the learning rate}; a group
+    says its own as "factor"."""
     groups = {}
     for name, p in module.named_parameters():
-        if p.requires_grad:
-            factor = next((f for prefix, f in factors.items() if name.startswith(prefix)), 1.0)
-            groups.setdefault((p.ndim >= 2 and not name.endswith(("bias", "pos_embed")), factor), []).append(p)
-    return [dict(params=groups[k], weight_decay=weight_decay if k[0] else 0.0, decay=k[0], factor=k[1]) for k in sorted(groups, reverse=True)]
+        if not p.requires_grad:
+            continue
+        factor = next((f for prefix, f in factors.items() if name.startswith(prefix)), 1.0)
+        decay = p.ndim >= 2 and not name.endswith(("bias", "pos_embed"))
+        rate = weight_decay if decay else 0.0
+        group = dict(params=[], weight_decay=rate, decay=decay, factor=factor)
+        groups.setdefault((decay, factor), group)["params"].append(p)
+    return [groups[key] for key in sorted(groups, reverse=True)]
 
 
 @torch.no_grad()
@@ -549,14 +712,17 @@ def ema_update(targets, sources, m):
 
 
 def shard(module, mesh=None, param_dtype=None):
-    """FSDP2: every Block is one unit, the rest belongs to the root. Call after compile_blocks and before the optimizer is built.
+    """FSDP2: every Block is one unit, the rest belongs to the root. Call after compile_blocks and
+    before the optimizer is built.
 
-    param_dtype: in which weights travel and work; the shards, gradients and optimizer stay float32. Autocast alone would keep a bf16 copy of every
-    block's weights until the backward pass, on every rank.
+    param_dtype: in which weights travel and work; the shards, gradients and optimizer stay float32.
+    Autocast alone would keep a bf16 copy of every block's weights until the backward pass, on every
+    rank.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for m in list(module.modules()):
         if isinstance(m, Block):
             fully_shard(m, mesh=mesh, mp_policy=policy)
@@ -564,7 +730,8 @@ def shard(module, mesh=None, param_dtype=None):
 
 
 def compile_blocks(module):
-    """Compile every Block in place; lengths stay symbolic, so that changing mask sizes do not compile again. Parameter names stay as they are."""
+    """Compile every Block in place; lengths stay symbolic, so that changing mask sizes do not
+    compile again. Parameter names stay as they are."""
     for m in module.modules():
         if isinstance(m, Block):
             m.compile(dynamic=True)
@@ -1461,75 +1628,98 @@ def broken(folder):
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
-# weight files: ours are safetensors with the config inside; one function per foreign family gives (encoder state, predictor state or None, config)
+# --- 3. weight files -------------------------------------------------------------------------------
+# Ours are safetensors with the config inside. One function for each foreign family gives the encoder's
+# state, the predictor's or None, and the config.
 
-SHAPE = ("width", "depth", "heads", "mlp", "patch", "tubelet", "pos", "rope_quirk", "highpass", "images", "cls", "final_norm", "act", "eps")  # what weights fit
-VIT_KEYS = (*SHAPE, "frames", "size", "init_std")
-NOTES = ("model", "stride", "fps", "layer", "layer_classify", "mean", "std")  # what a config may say besides: size name, sampling, blocks to read out, pixel statistics
+# what ViT.config holds
+VIT_KEYS = (
+    "width", "depth", "heads", "mlp", "patch", "tubelet", "frames", "size", "pos", "rope_quirk",
+    "highpass", "images", "cls", "final_norm", "act", "eps", "init_std",
+)
+# what weights fit
+SHAPE = tuple(name for name in VIT_KEYS if name not in ("frames", "size", "init_std"))
+# what a config may say besides: size name, sampling, blocks to read out, pixel statistics
+NOTES = ("model", "stride", "fps", "layer", "layer_classify", "mean", "std")
 
 
 def save_encoder(path, encoder, config):
-    """Write encoder (a ViT, or a state dict) as safetensors with config in its metadata and its sha256 beside it. A reader never sees half a file."""
+    """Write encoder (a ViT, or a state dict) as safetensors with config in its metadata and its
+    sha256 beside it. A reader never sees half a file. ValueError: what config lacks."""
     from safetensors.torch import save_file
 
-    lacking = [k for k in (*VIT_KEYS, "mean", "std") if k not in config]
+    lacking = [name for name in (*VIT_KEYS, "mean", "std") if name not in config]
     if lacking:
         raise ValueError(f"{path}: the config to export lacks {lacking}")
     state = encoder if isinstance(encoder, dict) else encoder.state_dict()
-    state = {k: v.detach().cpu().float().contiguous() for k, v in state.items()}
-    path, temp, side = Path(path), Path(f"{path}.tmp"), Path(f"{path}.sha256")
+    state = {name: value.detach().cpu().float().contiguous() for name, value in state.items()}
+    path = Path(path)
+    temp = Path(f"{path}.tmp")
+    side = Path(f"{path}.sha256")
     save_file(state, temp, metadata={"config": json.dumps(config)})
     digest = sha256(temp)
-    side.unlink(missing_ok=True)  # before the new weights: a kill in between leaves weights without a sum, never with a wrong one
+    # before the new weights: a kill in between leaves weights without a sum, never with a wrong one
+    side.unlink(missing_ok=True)
     put_in_place(temp, path)
     temp.write_text(f"{digest}  {path.name}\n")
     put_in_place(temp, side)
 
 
 def load_encoder(path, *, seed=0, key="target_encoder", **override):
-    """(encoder in eval mode, float32; config dict) from any weight file of SIZES' families, or with random weights.
+    """(encoder in eval mode, float32; config dict) from any weight file of SIZES' families, or
+    with random weights.
 
-    path: our .safetensors or the folder of the run that made it (checked against its sha256 where that lies beside it); a
-    directory or .safetensors of HF's VJEPA2Model, VideoMAEModel or Dinov2Model; a .pt or .pth.tar of Meta's V-JEPA 1 or 2, of which `key` is read;
-    a .pth of VideoMAE, DINO, DINOv2 or timm's ViT; an .npz of 4DS; "random:vit_s" or "random:PATH" for random
+    path: our .safetensors or the folder of the run that made it (checked against its sha256 where
+    that lies beside it); a directory or .safetensors of HF's VJEPA2Model, VideoMAEModel or
+    Dinov2Model; a .pt or .pth.tar of Meta's V-JEPA 1 or 2, of which `key` is read; a .pth of
+    VideoMAE, DINO, DINOv2 or timm's ViT; an .npz of 4DS; "random:vit_s" or "random:PATH" for random
     weights (from `seed`) in the shape of a size or file.
-    override: entries of the config, such as heads=, frames=, size=. ValueError names the file and the missing, unexpected or misshaped keys.
+    override: entries of the config, such as heads=, frames=, size=. ValueError names the file and
+    the missing, unexpected or misshaped keys.
     """
     name = str(path).removeprefix("random:")
     random = name != str(path)
     if random and name in SIZES:
-        state, config = None, dict(SIZES[name], model=name, **IMAGENET)
+        config = SIZES[name] | dict(model=name, **IMAGENET)
     else:
         state, _, config = read_weights(name, key, override)
         config.pop("predictor_heads", None)
     config = apply_override(config, override, name)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu" if random else "meta"):
+    device = "cpu" if random else "meta"
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        encoder = ViT(**{k: config[k] for k in VIT_KEYS if k in config})
+        encoder = ViT(**{name: config[name] for name in VIT_KEYS if name in config})
     if not random:
         fill(encoder, state, name)
     return encoder.eval(), encoder.config | config
 
 
 def load_start(path, shape):
-    """What training starts from: (encoder, shape as the file has it). path: a weight file, or the folder of a run. ValueError where it does not fit."""
+    """What training starts from: (encoder, shape as the file has it). path: a weight file, or the
+    folder of a run. ValueError where it does not fit."""
     encoder, config = load_encoder(path)
-    differ = [f"{k} is {config[k]} there and {v} here" for k, v in shape.items() if k != "heads" and config[k] != v]
+    differ = []
+    for name, value in shape.items():
+        if name != "heads" and config[name] != value:
+            differ.append(f"{name} is {config[name]} there and {value} here")
     if differ:
         raise ValueError(f"--init {path}: {', '.join(differ)}")
-    return encoder, {k: config[k] for k in SHAPE}
+    return encoder, {name: config[name] for name in SHAPE}
 
 
 def load_predictor(path, **override):
-    """(Predictor in eval mode, config dict) from a file of Meta's V-JEPA 1 or 2, or HF's VJEPA2Model.
+    """(Predictor in eval mode, config dict) from a file of Meta's V-JEPA 1 or 2, or HF's
+    VJEPA2Model.
 
-    override: frames= and size= of the clip, or entries of Predictor's config.
+    override: frames= and size= of the clip, or entries of Predictor's config. ValueError as of
+    load_encoder, and where the file holds no predictor.
     """
     _, state, config = read_weights(path, "target_encoder", override)
     if state is None:
         raise ValueError(f"{path}: holds no predictor")
-    config.update((k, override.pop(k)) for k in ("frames", "size") if k in override)
+    for name in ("frames", "size"):
+        if name in override:
+            config[name] = override.pop(name)
     config = apply_override(predictor_shapes_config(state, path, config), override, path)
     with torch.device("meta"):
         predictor = Predictor(**config)
@@ -1538,24 +1728,39 @@ def load_predictor(path, **override):
 
 
 def apply_override(config, override, path):
-    unknown = [k for k in override if k not in {*config, *VIT_KEYS, *NOTES}]
+    known = {*config, *VIT_KEYS, *NOTES}
+    unknown = [name for name in override if name not in known]
     if unknown:
-        raise ValueError(f"{path}: unknown config entries {unknown}; known are {sorted({*config, *VIT_KEYS, *NOTES})}")
+        raise ValueError(f"{path}: unknown config entries {unknown}; known are {sorted(known)}")
     config = {**config, **override}
     if config["heads"] is None:
-        raise ValueError(f"{path}: no known size has width {config['width']} and depth {config['depth']}, so heads are unknown: pass heads=")
+        raise ValueError(f"{path}: no known size has width {config['width']} and depth "
+                         f"{config['depth']}, so heads are unknown: pass heads=")
     return config
 
 
 def fill(module, state, path):
     """Load state into module (on the meta device) strictly, as float32 copies."""
-    want = module.state_dict()
-    missing, extra = [k for k in want if k not in state], [k for k in state if k not in want]
-    shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(want[k].shape)}" for k in want if k in state and state[k].shape != want[k].shape]
-    complaints = [f"{what} {', '.join(keys)}" for what, keys in (("missing", missing), ("unexpected", extra), ("wrong shape", shape)) if keys]
+    wanted = module.state_dict()
+    misshaped = []
+    for name, value in wanted.items():
+        if name in state and state[name].shape != value.shape:
+            ours = tuple(value.shape)
+            misshaped.append(f"{name} {tuple(state[name].shape)} instead of {ours}")
+    faults = {
+        "missing": [name for name in wanted if name not in state],
+        "unexpected": [name for name in state if name not in wanted],
+        "wrong shape": misshaped,
+    }
+    complaints = [f"{fault} {', '.join(names)}" for fault, names in faults.items() if names]
     if complaints:
         raise ValueError(f"{path}: {'; '.join(complaints)}")
-    module.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
+    state = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
+    module.load_state_dict(state, assign=True)
+
+
+# what wrapped modules put before their names
+WRAPPERS = {r"^(module\.)?(backbone\.)?": ""}
 
 
 def read_weights(path, key, override):
@@ -1563,26 +1768,38 @@ def read_weights(path, key, override):
     if not str(path):
         raise ValueError("no weight file is given")
     path = Path(path)
-    if (path / "encoder.safetensors").exists():  # the folder of a run
+    # the folder of a run
+    if (path / "encoder.safetensors").exists():
         path = path / "encoder.safetensors"
     if not path.exists():
-        raise ValueError(f"{path}: no such weight file, and no size of {', '.join(SIZES)} behind 'random:'")
+        raise ValueError(f"{path}: no such weight file, and no size of {', '.join(SIZES)} behind "
+                         "'random:'")
     if path.is_dir():
         return from_hf(path)
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
-        return (state, None, json.loads(metadata["config"])) if "config" in metadata else from_hf(path)
+        if "config" not in metadata:
+            return from_hf(path)
+        return state, None, json.loads(metadata["config"])
     if path.suffix not in (".pt", ".pth", ".tar", ".npz"):
-        raise ValueError(f"{path}: not a weight file (.safetensors, .pt, .pth, .pth.tar, .npz) or a directory of one")
+        raise ValueError(f"{path}: not a weight file (.safetensors, .pt, .pth, .pth.tar, .npz) or "
+                         "a directory of one")
     file = read_foreign(path)
     if path.suffix == ".npz":
         return from_4ds(path, file)
-    flat = rename(next((file[k] for k in ("teacher", "model", "state_dict") if isinstance(file.get(k), dict)), file), path, None, {r"^(module\.)?(backbone\.)?": ""})
+    inner = first_dict(file, "teacher", "model", "state_dict", otherwise=file)
+    flat = rename(inner, path, None, WRAPPERS)
     if {"cls_token", "pos_embed"} <= {*flat}:
         return from_images(path, flat)
-    if not {key, "encoder", "target_encoder"} & {*file} and (parts := [file[k] for k in ("model", "module") if isinstance(file.get(k), dict)]):
-        return from_videomae(path, parts[0])
+    videomae = first_dict(file, "model", "module")
+    if videomae is not None and not {key, "encoder", "target_encoder"} & {*file}:
+        return from_videomae(path, videomae)
     return from_meta_vjepa(path, file, key, override)
+
+
+def first_dict(file, *names, otherwise=None):
+    """The first of these entries that is a dict."""
+    return next((file[name] for name in names if isinstance(file.get(name), dict)), otherwise)
 
 
 def read_foreign(path):
@@ -1590,13 +1807,17 @@ def read_foreign(path):
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as f:
-                return {k: torch.from_numpy(f[k]) for k in f}
-        with torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE's training script saves its flags in one; it is data
+                return {name: torch.from_numpy(f[name]) for name in f}
+        # VideoMAE's training script saves its flags in a Namespace; it is data
+        with torch.serialization.safe_globals([argparse.Namespace]):
             file = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise ValueError(f"{path}: not a readable weight file ({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
+        first_line = str(e).partition("\n")[0]
+        raise ValueError(
+            f"{path}: not a readable weight file ({type(e).__name__}: {first_line})") from e
     if not isinstance(file, dict):
-        raise ValueError(f"{path}: not a readable weight file (it holds a {type(file).__name__})")
+        raise ValueError(
+            f"{path}: not a readable weight file (it holds a {type(file).__name__})")
     return file
 
 
@@ -1609,19 +1830,26 @@ def read_safetensors(path):
         raise ValueError(f"{path}: differs from its sha256 in {side.name}: the file is damaged")
     try:
         with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except SafetensorError as e:
         raise ValueError(f"{path}: not a readable safetensors file ({e})") from e
 
 
 def shapes_config(state, path, norm_eps=1e-6):
-    """What the shapes of an encoder state in our names tell of its config. Heads come from the size table, None where no size fits."""
+    """What the shapes of an encoder state in our names tell of its config. Heads come from the
+    size table, None where no size fits."""
     embed, fc1 = pick(state, path, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     width, _, tubelet, patch, _ = embed.shape
     depth = depth_of(state, "blocks")
-    found = [(n, s) for n, s in SIZES.items() if (s["width"], s["depth"]) == (width, depth)]
-    return dict(width=width, depth=depth, heads=found[0][1]["heads"] if found else None, mlp=len(fc1), patch=patch, tubelet=tubelet,
-                rope_quirk=False, eps=norm_eps, model=found[0][0] if found else None, **IMAGENET)
+    model = heads = None
+    for name, size in reversed(SIZES.items()):
+        if (size["width"], size["depth"]) == (width, depth):
+            model = name
+            heads = size["heads"]
+    return dict(
+        width=width, depth=depth, heads=heads, mlp=len(fc1), patch=patch, tubelet=tubelet,
+        rope_quirk=False, eps=norm_eps, model=model, **IMAGENET,
+    )
 
 
 def pick(state, path, *names):
@@ -1631,30 +1859,38 @@ def pick(state, path, *names):
     return [state[name] for name in names]
 
 
-def rename(state, path, drop, names):
-    """The state without the keys that `drop` matches, under our names: every pattern of `names` is replaced in turn."""
+def rename(state, path, drop, patterns):
+    """The state without the keys that `drop` matches, under our names: every one of `patterns` is
+    replaced in turn."""
     out = {}
-    for k in [k for k in state if not (drop and re.match(drop, k))]:
-        ours = k
-        for pattern, new in names.items():
+    for theirs, value in state.items():
+        if drop and re.match(drop, theirs):
+            continue
+        ours = theirs
+        for pattern, new in patterns.items():
             ours = re.sub(pattern, new, ours)
         if ours in out:
-            raise ValueError(f"{path}: holds {ours} twice, the second time as {k}")
-        out[ours] = state[k]
+            raise ValueError(f"{path}: holds {ours} twice, the second time as {theirs}")
+        out[ours] = value
     return out
 
 
 def fuse_qkv(state, path, zero_key=False):
-    """Join attn.{query,key,value} to attn.qkv in place, where none is missing. zero_key: a key without a bias, as VideoMAE has it, gets zeros."""
-    for q in [k for k in state if ".attn.query." in k]:
-        names = [q.replace("query", part) for part in ("query", "key", "value")]
-        if zero_key and q.endswith(".bias") and names[2] in state:
-            state.setdefault(names[1], torch.zeros_like(state[q]))
-        if all(k in state for k in names):
-            parts = [state.pop(k) for k in names]
-            if len({p.shape for p in parts}) > 1:
-                raise ValueError(f"{path}: wrong shape {', '.join(f'{k} {tuple(p.shape)}' for k, p in zip(names, parts))}")
-            state[q.replace("query", "qkv")] = torch.cat(parts)
+    """Join attn.{query,key,value} to attn.qkv in place, where none is missing. zero_key: a key
+    without a bias, as VideoMAE has it, gets zeros."""
+    for query in [name for name in state if ".attn.query." in name]:
+        key = query.replace("query", "key")
+        value = query.replace("query", "value")
+        if zero_key and query.endswith(".bias") and value in state:
+            state.setdefault(key, torch.zeros_like(state[query]))
+        if key not in state or value not in state:
+            continue
+        parts = {name: state.pop(name) for name in (query, key, value)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
+        if len({*shapes.values()}) > 1:
+            told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise ValueError(f"{path}: wrong shape {told}")
+        state[query.replace("query", "qkv")] = torch.cat([*parts.values()])
 
 
 def depth_of(state, name):
@@ -1662,139 +1898,267 @@ def depth_of(state, name):
 
 
 def predictor_shapes_config(state, path, config):
-    embed, proj, fc1 = pick(state, path, "predictor_embed.weight", "predictor_proj.weight", "predictor_blocks.0.mlp.fc1.weight")
+    embed, proj, fc1 = pick(state, path, "predictor_embed.weight", "predictor_proj.weight",
+                            "predictor_blocks.0.mlp.fc1.weight")
     width, in_width = embed.shape
-    grid = [config["frames"] // config["tubelet"], config["size"] // config["patch"], config["size"] // config["patch"]]
-    tokens = sum(k.startswith("mask_tokens.") for k in state)
-    return dict(in_width=in_width, out_width=len(proj), width=width, depth=depth_of(state, "predictor_blocks"), mlp=len(fc1),
-                heads=config["predictor_heads"], grid=grid, pos=config["pos"], rope_quirk=config["rope_quirk"], mask_tokens=tokens, eps=config["eps"])
+    side = config["size"] // config["patch"]
+    return dict(
+        in_width=in_width, out_width=len(proj), width=width,
+        depth=depth_of(state, "predictor_blocks"), mlp=len(fc1), heads=config["predictor_heads"],
+        grid=[config["frames"] // config["tubelet"], side, side],
+        pos=config["pos"], rope_quirk=config["rope_quirk"],
+        mask_tokens=sum(name.startswith("mask_tokens.") for name in state), eps=config["eps"],
+    )
 
 
 def from_meta_vjepa(path, file, key, override):
     """Meta's V-JEPA 1 (sincos tables stored beside the weights) and V-JEPA 2 (rope with its quirk).
 
-    The predictor tells them apart: V-JEPA 1's has a predictor_pos_embed, while a V-JEPA 2 encoder may carry a stale pos_embed it never uses.
+    The predictor tells them apart: V-JEPA 1's has a predictor_pos_embed, while a V-JEPA 2 encoder
+    may carry a stale pos_embed it never uses.
     """
     if not isinstance(file.get(key), dict):
         raise ValueError(f"{path}: no {key!r} in the file, which holds {sorted(map(str, file))}")
-    state, pred = [rename(file.get(part, {}), path, None, {r"^(module\.)?(backbone\.)?": ""}) for part in (key, "predictor")]
+    state = rename(file[key], path, None, WRAPPERS)
+    predictor = rename(file.get("predictor", {}), path, None, WRAPPERS)
     config = shapes_config(state, path)
-    tables = {"pos_embed": state.pop("pos_embed", None), "predictor_pos_embed": pred.pop("predictor_pos_embed", None)}
-    pos = override.get("pos", "rope" if tables["predictor_pos_embed"] is None else "sincos")
-    if tables["pos_embed"] is not None and not pred and "pos" not in override:
-        raise ValueError(f"{path}: has a pos_embed but no predictor to tell V-JEPA 1 from 2: pass pos='sincos' or pos='rope'")
+    table = state.pop("pos_embed", None)
+    predictor_table = predictor.pop("predictor_pos_embed", None)
+    pos = override.get("pos", "rope" if predictor_table is None else "sincos")
+    if table is not None and not predictor and "pos" not in override:
+        raise ValueError(f"{path}: has a pos_embed but no predictor to tell V-JEPA 1 from 2: pass "
+                         "pos='sincos' or pos='rope'")
     if pos == "rope":
         heads = 22 if config["model"] == "vit_g" else config["heads"]
-        config.update(pos="rope", rope_quirk=True, heads=heads, predictor_heads=12, frames=64, size=256)  # its hub's clip; rope takes any other
-        return state, pred or None, config
-    pick({k: v for k, v in tables.items() if v is not None}, path, "pos_embed")
+        # the clip of its hub; rope takes any other
+        config.update(
+            pos="rope", rope_quirk=True, heads=heads, predictor_heads=12, frames=64, size=256)
+        return state, predictor or None, config
+
+    if table is None:
+        raise ValueError(f"{path}: missing pos_embed")
     frames = override.get("frames", 16)
     slices = frames // config["tubelet"]
-    side = math.isqrt(tables["pos_embed"].shape[1] // slices)
-    for name, table in tables.items():
-        if table is not None:
-            ours = sincos_table(table.shape[2], (slices, side, side))
-            if table.shape != (1, *ours.shape) or (table[0] - ours).abs().max() > 1e-4:
-                raise ValueError(f"{path}: {name} {tuple(table.shape)} is not the sincos table of the grid ({slices}, {side}, {side})")
-    config.update(pos="sincos", predictor_heads=config["heads"], frames=frames, size=side * config["patch"])
-    return state, pred or None, config
+    side = math.isqrt(table.shape[1] // slices)
+    check_sincos(path, "pos_embed", table, (slices, side, side))
+    if predictor_table is not None:
+        check_sincos(path, "predictor_pos_embed", predictor_table, (slices, side, side))
+    size = side * config["patch"]
+    config.update(pos="sincos", predictor_heads=config["heads"], frames=frames, size=size)
+    return state, predictor or None, config
 
 
-QV_BIAS = {r"attn\.q_bias$": "attn.query.bias", r"attn\.v_bias$": "attn.value.bias"}
-HF = {  # for each model_type: what is not the encoder's or predictor's, and their names -> ours, replaced in this order
+def check_sincos(path, name, table, grid):
+    ours = sincos_table(table.shape[2], grid)[None]
+    if table.shape != ours.shape or (table - ours).abs().max() > 1e-4:
+        raise ValueError(
+            f"{path}: {name} {tuple(table.shape)} is not the sincos table of the grid {grid}")
+
+
+QV_BIAS = {
+    r"attn\.q_bias$": "attn.query.bias",
+    r"attn\.v_bias$": "attn.value.bias",
+}
+# for each model_type: what is not the encoder's or predictor's, and their names -> ours, replaced
+# in this order
+HF = {
     "vjepa2": (r"(vjepa2\.)?(pooler|classifier)\.", {
-        r"^vjepa2\.": "", r"\.attention\.": ".attn.", r"\.layernorm\.": ".norm.", r"\.layer\.": ".blocks.", r"^encoder\.": "",
-        r"^embeddings\.patch_embeddings\.": "patch_embed.", r"^predictor\.embeddings\.predictor_embeddings\.": "predictor.embed.",
-        r"^predictor\.(embed|blocks|norm|proj)\.": r"predictor.predictor_\1."}),
+        r"^vjepa2\.": "",
+        r"\.attention\.": ".attn.",
+        r"\.layernorm\.": ".norm.",
+        r"\.layer\.": ".blocks.",
+        r"^encoder\.": "",
+        r"^embeddings\.patch_embeddings\.": "patch_embed.",
+        r"^predictor\.embeddings\.predictor_embeddings\.": "predictor.embed.",
+        r"^predictor\.(embed|blocks|norm|proj)\.": r"predictor.predictor_\1.",
+    }),
+    # files have q_bias and v_bias; query.bias and value.bias are what the modules of transformers 5
+    # have
     "videomae": (r"(decoder|encoder_to_decoder|fc_norm|classifier)\.|mask_token$", {
-        r"^videomae\.": "", r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.", r"^encoder\.layer\.": "blocks.",
-        r"^layernorm\.": "norm.", r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.", r"\.attention\.attention\.": ".attn.",
-        r"\.attention\.output\.dense\.": ".attn.proj.", r"\.intermediate\.dense\.": ".mlp.fc1.", r"\.output\.dense\.": ".mlp.fc2.",
-        **QV_BIAS}),  # files have q_bias and v_bias; query.bias and value.bias are what the modules of transformers 5 have
+        r"^videomae\.": "",
+        r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+        r"^encoder\.layer\.": "blocks.",
+        r"^layernorm\.": "norm.",
+        r"\.layernorm_before\.": ".norm1.",
+        r"\.layernorm_after\.": ".norm2.",
+        r"\.attention\.attention\.": ".attn.",
+        r"\.attention\.output\.dense\.": ".attn.proj.",
+        r"\.intermediate\.dense\.": ".mlp.fc1.",
+        r"\.output\.dense\.": ".mlp.fc2.",
+        **QV_BIAS,
+    }),
     "dinov2": (r"classifier\.", {
-        r"^dinov2\.": "", r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.", r"^embeddings\.position_embeddings$": "pos_embed",
-        r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.", r"^layernorm\.": "norm.", r"\.attention\.attention\.": ".attn.",
-        r"\.attention\.output\.dense\.": ".attn.proj.", r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma"}),
+        r"^dinov2\.": "",
+        r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+        r"^embeddings\.position_embeddings$": "pos_embed",
+        r"^embeddings\.": "",
+        r"^encoder\.layer\.": "blocks.",
+        r"^layernorm\.": "norm.",
+        r"\.attention\.attention\.": ".attn.",
+        r"\.attention\.output\.dense\.": ".attn.proj.",
+        r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
+    }),
 }
 
 
 def from_hf(path):
-    """V-JEPA 2 and VideoMAE, bare or with a head around them, as transformers saves them: safetensors with a config.json beside them."""
+    """V-JEPA 2, VideoMAE and DINOv2, bare or with a head around them, as transformers saves them:
+    safetensors with a config.json beside them."""
     folder = path if path.is_dir() else path.parent
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not (folder / "config.json").exists():
-        raise ValueError(f"{path}: neither our format nor HF's: no {'config.json' if files else '.safetensors'} in {folder}")
+        lacks = "config.json" if files else ".safetensors"
+        raise ValueError(f"{path}: neither our format nor HF's: no {lacks} in {folder}")
     hf = json.loads((folder / "config.json").read_text())
     kind = hf.get("model_type")
     if kind not in HF:
-        raise ValueError(f"{path}: config.json says model_type {kind!r}, not one of {', '.join(HF)}")
-    state = rename({k: v for f in files for k, v in read_safetensors(f)[0].items()}, path, *HF[kind])
+        raise ValueError(
+            f"{path}: config.json says model_type {kind!r}, not one of {', '.join(HF)}")
+    state = {}
+    for file in files:
+        state |= read_safetensors(file)[0]
+    state = rename(state, path, *HF[kind])
     fuse_qkv(state, path, zero_key=kind == "videomae")
     if kind == "dinov2":
         return from_images(path, state, hf["num_attention_heads"], hf["layer_norm_eps"])
     if kind == "videomae":
-        act, eps, heads, frames, size, pooled = pick(
-            hf, folder / "config.json", "hidden_act", "layer_norm_eps", "num_attention_heads", "num_frames", "image_size", "use_mean_pooling")
-        if act != "gelu" or not isinstance(size, int):
-            raise ValueError(f"{path}: config.json says hidden_act {act!r} and image_size {size!r}; only 'gelu' and one number are supported")
-        if not hf.get("qv_bias", hf.get("qkv_bias", True)):
-            state = {k.replace("weight", "bias"): torch.zeros(len(v)) for k, v in state.items() if k.endswith("attn.qkv.weight")} | state
-        return state, None, dict(shapes_config(state, path, eps), pos="sinusoid1d", heads=heads, final_norm=not pooled, frames=frames, size=size)
+        return from_hf_videomae(path, state, hf, folder / "config.json")
+    return from_hf_vjepa2(path, state, hf)
+
+
+def from_hf_vjepa2(path, state, hf):
     for i, token in enumerate(state.pop("predictor.embeddings.mask_tokens", [])):
         state[f"predictor.mask_tokens.{i}"] = token
-    encoder = {k: v for k, v in state.items() if not k.startswith("predictor.")}
-    predictor = {k.removeprefix("predictor."): v for k, v in state.items() if k not in encoder}
-    config = dict(shapes_config(encoder, path, hf["layer_norm_eps"]), pos="rope", rope_quirk=True, heads=hf["num_attention_heads"],
-                  predictor_heads=hf["pred_num_attention_heads"], frames=hf["frames_per_clip"], size=hf["crop_size"])
-    return encoder, predictor or None, config
+    predictor = {}
+    for name in [name for name in state if name.startswith("predictor.")]:
+        predictor[name.removeprefix("predictor.")] = state.pop(name)
+    config = shapes_config(state, path, hf["layer_norm_eps"])
+    config.update(
+        pos="rope", rope_quirk=True, heads=hf["num_attention_heads"],
+        predictor_heads=hf["pred_num_attention_heads"], frames=hf["frames_per_clip"],
+        size=hf["crop_size"],
+    )
+    return state, predictor or None, config
+
+
+def from_hf_videomae(path, state, hf, config_path):
+    act, eps, heads, frames, size, pooled = pick(
+        hf, config_path, "hidden_act", "layer_norm_eps", "num_attention_heads", "num_frames",
+        "image_size", "use_mean_pooling")
+    if act != "gelu" or not isinstance(size, int):
+        raise ValueError(f"{path}: config.json says hidden_act {act!r} and image_size {size!r}; "
+                         "only 'gelu' and one number are supported")
+    if not hf.get("qv_bias", hf.get("qkv_bias", True)):
+        for name in [name for name in state if name.endswith("attn.qkv.weight")]:
+            state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
+    config = shapes_config(state, path, eps)
+    config.update(pos="sinusoid1d", heads=heads, final_norm=not pooled, frames=frames, size=size)
+    return state, None, config
 
 
 def from_images(path, file, heads=None, eps=1e-6):
-    """Image encoders in timm's names, as DINO, DINOv2 and timm save them. A layer scale is folded into the layer it follows, CLS's position into CLS."""
-    state = rename(file, path, r"mask_token$|head\.|fc_norm\.", {r"^blocks\.\d+\.(\d+)\.": r"blocks.\1."})  # DINOv2's chunked blocks: blocks.0.11
+    """Image encoders in timm's names, as DINO, DINOv2 and timm save them. A layer scale is folded
+    into the layer it follows, CLS's position into CLS."""
+    # DINOv2's chunked blocks: blocks.0.11
+    chunks = {r"^blocks\.\d+\.(\d+)\.": r"blocks.\1."}
+    state = rename(file, path, r"mask_token$|head\.|fc_norm\.", chunks)
     embed, table, cls = pick(state, path, "patch_embed.proj.weight", "pos_embed", "cls_token")
     side = math.isqrt(table.shape[1] - 1)
-    if "register_tokens" in state or any(".mlp.w12." in k for k in state) or 1 + side**2 != table.shape[1]:
-        raise ValueError(f"{path}: image encoders with register tokens, SwiGLU or a grid that is not square are not supported")
-    state |= {"patch_embed.proj.weight": embed[:, :, None], "pos_embed": table[:, 1:], "cls_token": cls + table[:, :1]}
-    for k in [k for k in state if re.search(r"\.ls[12]\.gamma$", k)]:
-        gamma, layer = state.pop(k), k.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-        state |= {f"{layer}.weight": state[f"{layer}.weight"] * gamma[:, None], f"{layer}.bias": state[f"{layer}.bias"] * gamma}
-    config = dict(shapes_config(state, path, eps), pos="learned", images=True, cls=True, frames=16, size=side * embed.shape[-1])
-    return state, None, config | ({"heads": heads} if heads else {})
+    swiglu = any(".mlp.w12." in name for name in state)
+    if "register_tokens" in state or swiglu or 1 + side**2 != table.shape[1]:
+        raise ValueError(f"{path}: image encoders with register tokens, SwiGLU or a grid that is "
+                         "not square are not supported")
+    state["patch_embed.proj.weight"] = embed[:, :, None]
+    state["pos_embed"] = table[:, 1:]
+    state["cls_token"] = cls + table[:, :1]
+    for name in [name for name in state if re.search(r"\.ls[12]\.gamma$", name)]:
+        gamma = state.pop(name)
+        layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        state[f"{layer}.weight"] = state[f"{layer}.weight"] * gamma[:, None]
+        state[f"{layer}.bias"] = state[f"{layer}.bias"] * gamma
+    config = shapes_config(state, path, eps)
+    size = side * embed.shape[-1]
+    config.update(pos="learned", images=True, cls=True, frames=16, size=size)
+    if heads:
+        config["heads"] = heads
+    return state, None, config
 
 
 def from_videomae(path, file):
-    """VideoMAE's own files: in pretraining the encoder lies below `encoder.`; after fine-tuning it is bare, without norm where an fc_norm follows."""
-    state = rename(file, path, r"(decoder|encoder_to_decoder|fc_norm|head)\.|mask_token$", {r"^encoder\.": "", **QV_BIAS})
+    """VideoMAE's own files: in pretraining the encoder lies below `encoder.`; after fine-tuning it
+    is bare, without norm where an fc_norm follows."""
+    outside = r"(decoder|encoder_to_decoder|fc_norm|head)\.|mask_token$"
+    state = rename(file, path, outside, {r"^encoder\.": "", **QV_BIAS})
     fuse_qkv(state, path, zero_key=True)
-    final_norm = not any(k.startswith("fc_norm.") for k in file)
-    return state, None, dict(shapes_config(state, path), pos="sinusoid1d", final_norm=final_norm, frames=16, size=224)
+    final_norm = not any(name.startswith("fc_norm.") for name in file)
+    config = shapes_config(state, path)
+    config.update(pos="sinusoid1d", final_norm=final_norm, frames=16, size=224)
+    return state, None, config
+
+
+def conv_kernel(kernel):
+    return kernel.permute(4, 3, 0, 1, 2)
+
+
+def position_table(table):
+    return table.flatten(0, 2)[None]
+
+
+def to_heads(kernel):
+    return kernel.flatten(1).T
+
+
+def from_heads(kernel):
+    return kernel.flatten(0, 1).T
 
 
 FOURDS_NAMES = {
-    "/": ".", r"\.(kernel|scale)$": ".weight", r"^(.*\.)?patch_embedding\.Conv_0\.": "patch_embed.proj.", r"^(.*\.)?posenc\.embeddings$": "pos_embed",
-    r"^(.*\.)?processor\.layers_(\d+)\.": r"blocks.\2.", r"\.attention_norm\.": ".norm1.", r"\.mlp_norm\.": ".norm2.",
-    r"\.attention\.out\.": ".attn.proj.", r"\.attention\.": ".attn.", r"\.dense_in\.": ".fc1.", r"\.dense_out\.": ".fc2."}
-FOURDS_AXES = {  # flax kernels are (in, out): their axes, a letter for each size (H heads of d channels), and how they become ours
-    r"patch_embed\.proj\.weight": ("appcD", lambda v: v.permute(4, 3, 0, 1, 2)), "pos_embed": ("tssD", lambda v: v.flatten(0, 2)[None]),
-    r"attn\.(query|key|value)\.weight": ("DHd", lambda v: v.flatten(1).T), r"attn\.(query|key|value)\.bias": ("Hd", torch.flatten),
-    r"attn\.proj\.weight": ("HdD", lambda v: v.flatten(0, 1).T),
-    r"mlp\.fc1\.weight": ("DF", torch.t), r"mlp\.fc2\.weight": ("FD", torch.t),
+    "/": ".",
+    r"\.(kernel|scale)$": ".weight",
+    r"^(.*\.)?patch_embedding\.Conv_0\.": "patch_embed.proj.",
+    r"^(.*\.)?posenc\.embeddings$": "pos_embed",
+    r"^(.*\.)?processor\.layers_(\d+)\.": r"blocks.\2.",
+    r"\.attention_norm\.": ".norm1.",
+    r"\.mlp_norm\.": ".norm2.",
+    r"\.attention\.out\.": ".attn.proj.",
+    r"\.attention\.": ".attn.",
+    r"\.dense_in\.": ".fc1.",
+    r"\.dense_out\.": ".fc2.",
+}
+# flax kernels are (in, out): their axes, a letter for each size (H heads of d channels), and how
+# they become ours
+FOURDS_AXES = {
+    r"patch_embed\.proj\.weight": ("appcD", conv_kernel),
+    r"pos_embed": ("tssD", position_table),
+    r"attn\.(query|key|value)\.weight": ("DHd", to_heads),
+    r"attn\.(query|key|value)\.bias": ("Hd", torch.flatten),
+    r"attn\.proj\.weight": ("HdD", from_heads),
+    r"mlp\.fc1\.weight": ("DF", torch.t),
+    r"mlp\.fc2\.weight": ("FD", torch.t),
 }
 
 
 def from_4ds(path, file):
-    """4DS: flat flax keys. What precedes the encoder's three parts differs between files; what lies outside them is a readout or a decoder."""
-    state = rename(file, path, r"(?!(.*/)?(patch_embedding|posenc|processor)/)", FOURDS_NAMES)
-    pick(state, path, "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.query.weight", "blocks.0.mlp.fc1.weight")
+    """4DS: flat flax keys. What precedes the encoder's three parts differs between files; what lies
+    outside them is a readout or a decoder."""
+    outside = r"(?!(.*/)?(patch_embedding|posenc|processor)/)"
+    state = rename(file, path, outside, FOURDS_NAMES)
+    pick(state, path, "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.query.weight",
+         "blocks.0.mlp.fc1.weight")
     size = {}
-    for pattern, (axes, ours) in FOURDS_AXES.items():
-        for k in [k for k in state if re.search(rf"(^|\.){pattern}$", k)]:
-            want = tuple(size.setdefault(a, n) for a, n in zip(axes, state[k].shape))
-            if state[k].shape != want or len(want) != len(axes):
-                raise ValueError(f"{path}: wrong shape {k} {tuple(state[k].shape)} instead of {tuple(size.get(a, a) for a in axes)}")
-            state[k] = ours(state[k]).contiguous()
+    for pattern, (axes, convert) in FOURDS_AXES.items():
+        for name in [name for name in state if re.search(rf"(^|\.){pattern}$", name)]:
+            shape = tuple(state[name].shape)
+            # the first array with an axis says its size
+            want = tuple(size.setdefault(axis, n) for axis, n in zip(axes, shape))
+            if shape != want or len(want) != len(axes):
+                known = tuple(size.get(axis, axis) for axis in axes)
+                raise ValueError(f"{path}: wrong shape {name} {shape} instead of {known}")
+            state[name] = convert(state[name]).contiguous()
     fuse_qkv(state, path)
-    config = dict(shapes_config(state, path), pos="learned", heads=size["H"], final_norm=False, act="gelu_tanh", mean=[0.0] * 3, std=[1.0] * 3)
-    return state, None, config | dict(frames=size["t"] * size["a"], size=size["s"] * size["p"])
+    config = shapes_config(state, path)
+    config.update(
+        pos="learned", heads=size["H"], final_norm=False, act="gelu_tanh", mean=[0.0] * 3,
+        std=[1.0] * 3, frames=size["t"] * size["a"], size=size["s"] * size["p"],
+    )
+    return state, None, config
