@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import shutil
-import signal
 import subprocess
 
 import pytest
@@ -61,7 +60,7 @@ def films(tmp_path_factory):
 
 
 @pytest.fixture
-def train(films, tmp_path, monkeypatch):
+def train(films, call, tmp_path, monkeypatch):
     """train(script, flags) -> its out directory; the second half of step 3 is made of NaN."""
     prepare = data.prepare
     calls = itertools.count()
@@ -71,18 +70,14 @@ def train(films, tmp_path, monkeypatch):
         x = prepare(*args, **kwargs)
         return x * math.nan if number == 2 * POISONED + 1 else x
 
-    def call(script, flags):
-        out = tmp_path / "out"
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    def run_it(script, flags):
         with monkeypatch.context() as patch:
             patch.setattr(data, "prepare", poisoned)
-            argv = [*FLAGS, *flags.split(), "--data", str(films), "--out_dir", str(out)]
-            script.main(script.parse_args(argv))
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        return out
+            where = ("--data", films, "--out_dir", tmp_path / "out")
+            call(script, *FLAGS, *flags.split(), *where)
+        return tmp_path / "out"
 
-    return call
+    return run_it
 
 
 def check(out, nets, exported, lines, pixels, exact=True):

@@ -13,7 +13,7 @@ import torch
 import data as D
 import model as M
 import train_tdv as T
-from test_train_vjepa import losses
+from test_train_vjepa import counted, losses
 
 TINY = ("--preset", "laptop", "--steps", 4, "--batch_size", 4, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2, "--prototypes", 64,
         "--head_hidden", 32)
@@ -66,6 +66,99 @@ def test_the_loss_is_the_papers(threshold):
         want += w * -(p * np.log(q)).sum(-1)[use].mean() * use.mean()
     assert abs(loss.item() - want) < 1e-5 * abs(want), (loss.item(), want)
     assert abs(metrics["still"].item() - ((z - h).double().numpy()[use] ** 2).mean() * use.mean()) < 1e-5
+
+
+@pytest.mark.parametrize("preset", ["laptop_video_dino", "laptop_video_ibot"])
+def test_the_losses_of_views_are_dinos_and_ibots(preset):
+    """From the tokens that both encoders give, in float64 numpy. DINO: CLS of every view of the
+    student against both global views of the teacher, but not the same one. iBOT: hidden patches,
+    each picture's mean with equal weight, nothing where nothing is hidden."""
+    args, objective, x = setting(preset, local_crops=3, temp=(0.1, 0.04), w_cls=0.75)
+    objective.centres.normal_(std=0.1)
+    tokens, hidden, taught = [], [], []
+
+    def student(module, inputs, keywords, out):
+        tokens.append(out.detach())
+        if keywords.get("fill") is not None:
+            hidden.append(keywords["fill"][0])
+
+    objective.encoder.register_forward_hook(student, with_kwargs=True)
+    objective.target.register_forward_hook(lambda module, inputs, out: taught.append(out))
+    loss, metrics = objective(x, [5, 9])
+    F = 8                                                   # two clips of four frames
+    h = torch.cat(taught)                                                       # (2F,1+36,D)
+    wide = torch.cat([z for z in tokens if z.shape[1] == 37])                   # (2F,1+36,D)
+    local = torch.cat([z for z in tokens if z.shape[1] == 5])                   # (3F,1+4,D)
+    views = [*wide[:, 0].split(F), *local[:, 0].split(F)]
+    assert len(h) == len(wide) == 2 * F and len(views) == 5
+
+    def ce(kind, z, h):
+        q = softmax(logits(objective.head, z) / 0.1)
+        p = logits(objective.target_head, h) - objective.centres[kind].double().numpy()
+        return -(softmax(p / 0.04) * np.log(q)).sum(-1)
+
+    pairs = [ce(0, z, target) for t, target in enumerate(h[:, 0].split(F))
+             for s, z in enumerate(views) if s != t]
+    want = 0.75 * np.mean(pairs)
+    assert metrics["ce_cls"].item() == pytest.approx(np.mean(pairs), rel=1e-5) and len(pairs) == 8
+    if args.w_patch:
+        masks = torch.cat(hidden).numpy()                                       # (2F,36)
+        errors = ce(1, wide[:, 1:], h[:, 1:])
+        shares = [e[m].mean() if m.any() else 0.0 for e, m in zip(errors, masks)]
+        assert 0 < sum(m.any() for m in masks) < 2 * F
+        want += args.w_patch * np.mean(shares)
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", [{}, {"w_patch": 0.0}, {"motion": False}, {"condition": "film"}])
+def test_flops_are_those_that_torch_counts(flags):
+    """All but the gradients of the pixels, which nobody needs."""
+    args, objective, x = setting(B=1, **flags)
+    inputs = 1 + args.motion                                # frames, and their changes
+    pixels = 2 * (3 * 8 * 8) * 128 * 16 * (args.frames - 1) * inputs
+    assert objective.flops() == counted(objective, x) + pixels
+
+
+@pytest.mark.parametrize("preset", ["laptop_video_dino", "laptop_video_ibot"])
+def test_flops_of_views_are_about_those_that_torch_counts(preset):
+    """To 1 %: the student's head runs for every pair of views, and how much is hidden is chance."""
+    args, objective, x = setting(preset, B=1)
+    assert objective.flops() == pytest.approx(counted(objective, x, [5]), rel=0.01)
+
+
+@pytest.mark.parametrize("step, lr, ema", [
+    (0, 0.0, 0.996), (5_000, 1e-4, 0.99600617), (102_500, 5.00005e-5, 0.99807853),
+    (199_999, 1e-9, 1.0)])
+def test_schedules_at_the_start_after_warmup_and_at_the_end(step, lr, ema):
+    """Table C.2: 200,000 steps of which 5,000 warm up; DINO's EMA."""
+    objective = setting(steps=200_000, warmup=5_000, lr=1e-4, ema=0.996, final_ema=1.0)[1]
+    want = {"lr": lr, "weight_decay": 0.01, "ema": ema}
+    assert objective.schedules(step) == pytest.approx(want, rel=1e-6, abs=1e-12)
+
+
+def test_the_online_probe_reads_the_teacher_on_evaluation_clips(call, pictures, tmp_path, monkeypatch):
+    """CLS of the teacher and of the student come first; the teacher's are the exported encoder's."""
+    x = torch.randn(2, 3, 8, 32, 32)
+    seen = []
+    real = D.labelled_features
+
+    def spy(read, source, clip, *args, **kwargs):
+        seen.append((clip.train, clip.clips, read(x)))
+        return real(read, source, clip, *args, **kwargs)
+
+    monkeypatch.setattr(D, "labelled_features", spy)
+    flags = [flag for flag in TINY if flag != "--probe_data"]
+    last = call(T, *flags, "--data", pictures, "--probe_data", pictures, pictures, "--workers", 0,
+                "--clips_per_video", 2, "--ema", 0.5, "--final_ema", 0.5, "--out_dir", tmp_path)
+    assert [(train, clips) for train, clips, _ in seen] == [(False, 1)] * 4
+    teacher, _ = M.load_encoder(tmp_path)
+    with torch.no_grad():
+        z = teacher(x)                                                          # (2,8*(1+16),D)
+    read = seen[-1][2].split(128, 1)
+    assert torch.allclose(read[0], z[:, :8].mean(1), atol=1e-5)
+    assert torch.allclose(read[2], z[:, 8:].mean(1), atol=1e-5)
+    assert not torch.allclose(read[1], z[:, :8].mean(1), atol=1e-3)
+    assert last["knn_acc"] is not None
 
 
 def test_chunks_change_nothing():
