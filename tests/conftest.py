@@ -61,3 +61,22 @@ def pictures(tmp_path_factory):
         data.save_png(folder / f"{i}.png", np.kron(squares, np.ones((8, 8, 1), np.uint8)))
     (folder / "list.txt").write_text("".join(f"{i}.png {i % 3}\n" for i in range(12)))
     return folder / "list.txt"
+
+
+@pytest.fixture
+def probed(monkeypatch):
+    """probed(x) -> a list that grows with each pass of the online probe over a list of clips:
+    (are the clips random?, how many of a video, what the probe reads of x)."""
+    import data
+
+    def watch(x):
+        seen = []
+        real = data.labelled_features
+
+        def spy(read, source, clip, *args, **kwargs):
+            seen.append((clip.train, clip.clips, read(x)))
+            return real(read, source, clip, *args, **kwargs)
+
+        monkeypatch.setattr(data, "labelled_features", spy)
+        return seen
+    return watch

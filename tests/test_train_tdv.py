@@ -136,17 +136,10 @@ def test_schedules_at_the_start_after_warmup_and_at_the_end(step, lr, ema):
     assert objective.schedules(step) == pytest.approx(want, rel=1e-6, abs=1e-12)
 
 
-def test_the_online_probe_reads_the_teacher_on_evaluation_clips(call, pictures, tmp_path, monkeypatch):
+def test_the_online_probe_reads_the_teacher_on_evaluation_clips(call, pictures, probed, tmp_path):
     """CLS of the teacher and of the student come first; the teacher's are the exported encoder's."""
     x = torch.randn(2, 3, 8, 32, 32)
-    seen = []
-    real = D.labelled_features
-
-    def spy(read, source, clip, *args, **kwargs):
-        seen.append((clip.train, clip.clips, read(x)))
-        return real(read, source, clip, *args, **kwargs)
-
-    monkeypatch.setattr(D, "labelled_features", spy)
+    seen = probed(x)
     flags = [flag for flag in TINY if flag != "--probe_data"]
     last = call(T, *flags, "--data", pictures, "--probe_data", pictures, pictures, "--workers", 0,
                 "--clips_per_video", 2, "--ema", 0.5, "--final_ema", 0.5, "--out_dir", tmp_path)

@@ -140,17 +140,10 @@ def test_the_online_probe_is_the_same_on_any_number_of_ranks(run, tmp_path):
     assert abs(one["random_acc"] - three["random_acc"]) < 3e-3 and one["random_acc"] > 0
 
 
-def test_the_online_probe_reads_the_target_on_evaluation_clips(call, pictures, tmp_path, monkeypatch):
+def test_the_online_probe_reads_the_target_on_evaluation_clips(call, pictures, probed, tmp_path):
     """What it reads last is what the exported encoder, the target, makes of the same clips."""
     x = torch.randn(2, 3, 8, 32, 32)
-    seen = []
-    real = D.labelled_features
-
-    def spy(read, source, clip, *args, **kwargs):
-        seen.append((clip.train, clip.clips, read(x)))
-        return real(read, source, clip, *args, **kwargs)
-
-    monkeypatch.setattr(D, "labelled_features", spy)
+    seen = probed(x)
     flags = [flag for flag in TINY if flag != "--probe_data"]
     last = call(V, *flags, "--data", pictures, "--probe_data", pictures, pictures, "--workers", 0,
                 "--clips_per_video", 2, "--ema", 0.5, "--final_ema", 0.5, "--out_dir", tmp_path)
