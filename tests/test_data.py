@@ -253,15 +253,15 @@ def test_prepare_flips_and_normalises():
 
 @ffmpeg
 def test_half_of_the_clips_are_flipped(monkeypatch):
-    """Of 1000 (a deviation of 0.016); none in evaluation, and none without `flip`."""
+    """Of 400 (a deviation of 0.025); none in evaluation, and none without `flip`."""
     def black(path, clip, rngs):
         return torch.zeros(len(rngs), clip.frames, clip.size, clip.size, 3, dtype=torch.uint8)
 
     monkeypatch.setattr(D, "read_clips", black)
     source = D.Source("list", [f"{i}.mp4" for i in range(10)], np.zeros(10, int))
-    for flip, low, high in ((True, 0.45, 0.55), (False, 0, 0)):
+    for flip, low, high in ((True, 0.42, 0.58), (False, 0, 0)):
         clip = D.Clip(frames=1, size=8, flip=flip)
-        batches = D.make_loader([source], clip, seed=0, batch_size=100, micro_batch=100, steps=10)
+        batches = D.make_loader([source], clip, seed=0, batch_size=100, micro_batch=100, steps=4)
         share = torch.cat([batch["flip"] for batch in batches]).float().mean()
         assert low <= share <= high
     clip = D.Clip(frames=1, size=8, train=False)
