@@ -42,9 +42,11 @@ def call(capsys):
     A process of its own takes three seconds to start."""
     def run_here(script, *flags):
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        script.main(script.parse_args([str(flag) for flag in flags]))
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        try:
+            script.main(script.parse_args([str(flag) for flag in flags]))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     return run_here
 
