@@ -148,8 +148,8 @@ def test_labels_are_cut_and_scaled_with_the_frames(stored, clip):
 
 @pytest.mark.parametrize("size, labels", [(20, 40), (35, 40), (70, 40), (20, 80)])
 def test_a_pixel_of_labels_is_the_one_under_its_centre(tmp_path, size, labels):
-    """A picture of 40 x 40, of which evaluation shows the 35 from (2, 2) in `size` pixels; its labels
-    may have another size. Value: 100 row + column."""
+    """A picture of 40 x 40, of which evaluation shows the 35 from (2, 2) in `size` pixels; its
+    labels may have another size. Value: 100 row + column."""
     D.save_png(tmp_path / "a.png", np.zeros((40, 40, 3), np.uint8))
     side = torch.arange(labels, dtype=torch.float)
     save_file({"depth": (100 * side[:, None] + side)[None]}, tmp_path / "a.safetensors")

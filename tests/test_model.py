@@ -364,7 +364,7 @@ def test_knn_probe_by_hand():
     for s, called in ((0.93, 0), (0.91, 1)):
         x = torch.tensor([at(1.0, 0.1), at(s, 1.0), at(s, 7.0), at(s, 1.0)])
         assert M.knn_probe(x, y, v).tolist() == [called]
-    crowd = torch.tensor([at(1.0, 1.0)] + [at(0.75, 1.0)] * 36)                 # e^3.57 = 35.6 of them
+    crowd = torch.tensor([at(1.0, 1.0)] + [at(0.75, 1.0)] * 36)     # e^3.57 = 35.6 weigh as much
     y = torch.tensor([1] + [0] * 36)
     assert M.knn_probe(crowd, y, v).tolist() == [1]
     assert M.knn_probe(crowd, y, v, k=37).tolist() == [0]

@@ -181,8 +181,8 @@ def test_split_keeps_a_videos_clips_and_a_group_together():
 
 
 def test_the_head_of_a_grid_is_chosen_by_top1_and_between_equals_by_likelihood(monkeypatch):
-    """Of held-out clips of class 0, three rates say: all right but barely; the first one surely, the
-    second wrong; all right, and a little surer than the first rate."""
+    """Of held-out clips of class 0, three rates say: all right but barely; the first one surely,
+    the second wrong; all right, and a little surer than the first rate."""
     sure = {1e-1: [0.4, 0.4], 1e-2: [0.999, 0.3], 1e-3: [0.5, 0.5]}
     rates = []
 

@@ -205,7 +205,8 @@ def test_the_points_loss_is_its_three_parts(part):
     uncertain = bce(logit[..., 3][rows], (distance > 6 / 256)[rows])
     want = 100 * huber + 0.1 * visible + 0.1 * uncertain
     assert want > 1e-3 and probe.points_loss(out, y).item() == pytest.approx(want, rel=1e-4)
-    y["y"] = torch.where((seen & asked[..., None])[..., None], y["y"], math.nan)  # unknown: no matter
+    unknown = ~(seen & asked[..., None])                    # of these the place does not matter
+    y["y"] = y["y"].masked_fill(unknown[..., None], math.nan)
     assert probe.points_loss(out, y).item() == pytest.approx(want, rel=1e-4)
 
 

@@ -92,7 +92,7 @@ def test_context_never_sees_a_hidden_pixel_in_either_stage():
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_flops_are_those_that_torch_counts(stage):
-    """All but the gradient of the pixels, which nobody needs; the teacher's pass is forward only."""
+    """All but the gradient of the pixels, which nobody needs. The teacher only runs forward."""
     objective_of = (S.VPixel,) if stage == 1 else (S.Student, *teacher())
     args, objective, x, keep, pred = setting(*objective_of, B=1)
     pixels = 2 * (3 * 2 * 8 * 8) * 128 * sum(ids.shape[1] for ids in keep)

@@ -138,7 +138,7 @@ def test_schedules_at_the_start_after_warmup_and_at_the_end(step, lr, ema):
 
 
 def test_the_online_probe_reads_the_teacher_on_evaluation_clips(call, pictures, probed, tmp_path):
-    """CLS of the teacher and of the student come first; the teacher's are the exported encoder's."""
+    """CLS of the teacher and of the student come first; the teacher is the exported encoder."""
     x = torch.randn(2, 3, 8, 32, 32)
     seen = probed(x)
     flags = [flag for flag in TINY if flag != "--probe_data"]
