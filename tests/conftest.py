@@ -1,10 +1,12 @@
 """Shared by the tests: import the project from its root, find real video, run scripts as a user would."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,3 +33,52 @@ def run():
         last = (done.stdout.strip().splitlines() or [""])[-1]
         return done.returncode, json.loads(last) if last.startswith("{") else None, done.stderr
     return call
+
+
+@pytest.fixture
+def call(capsys):
+    """call(train_vjepa, "--preset", ...) -> the last JSON line of the script, run in this process.
+
+    A process of its own takes three seconds to start."""
+    def run_here(script, *flags):
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            script.main(script.parse_args([str(flag) for flag in flags]))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    return run_here
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A list of twelve pictures, each a clip that stands still, of three classes."""
+    import data
+
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        squares = rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)
+        data.save_png(folder / f"{i}.png", np.kron(squares, np.ones((8, 8, 1), np.uint8)))
+    (folder / "list.txt").write_text("".join(f"{i}.png {i % 3}\n" for i in range(12)))
+    return folder / "list.txt"
+
+
+@pytest.fixture
+def probed(monkeypatch):
+    """probed(x) -> a list that grows with each pass of the online probe over a list of clips:
+    (are the clips random?, how many of a video, what the probe reads of x)."""
+    import data
+
+    def watch(x):
+        seen = []
+        real = data.labelled_features
+
+        def spy(read, source, clip, *args, **kwargs):
+            seen.append((clip.train, clip.clips, read(x)))
+            return real(read, source, clip, *args, **kwargs)
+
+        monkeypatch.setattr(data, "labelled_features", spy)
+        return seen
+    return watch

@@ -251,6 +251,23 @@ def test_prepare_flips_and_normalises():
         assert abs(x[b, c, t, i, j] - (video[b, t, i, 4 - j if b == 1 else j, c] / 255 - mean[c]) / std[c]) < 1e-5
 
 
+@ffmpeg
+def test_half_of_the_clips_are_flipped(monkeypatch):
+    """Of 400 (a deviation of 0.025); none in evaluation, and none without `flip`."""
+    def black(path, clip, rngs):
+        return torch.zeros(len(rngs), clip.frames, clip.size, clip.size, 3, dtype=torch.uint8)
+
+    monkeypatch.setattr(D, "read_clips", black)
+    source = D.Source("list", [f"{i}.mp4" for i in range(10)], np.zeros(10, int))
+    for flip, low, high in ((True, 0.42, 0.58), (False, 0, 0)):
+        clip = D.Clip(frames=1, size=8, flip=flip)
+        batches = D.make_loader([source], clip, seed=0, batch_size=100, micro_batch=100, steps=4)
+        share = torch.cat([batch["flip"] for batch in batches]).float().mean()
+        assert low <= share <= high
+    clip = D.Clip(frames=1, size=8, train=False)
+    assert not any(batch["flip"].any() for batch in D.eval_batches(source, clip, batch_size=4))
+
+
 # --- the plan and the loader --------------------------------------------------------------------------------------------------------------
 
 def fake(n, weight=None, name="s"):

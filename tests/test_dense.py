@@ -146,6 +146,21 @@ def test_labels_are_cut_and_scaled_with_the_frames(stored, clip):
     assert (box[..., 2:] > box[..., :2])[box[..., :2].isfinite()].all()
 
 
+@pytest.mark.parametrize("size, labels", [(20, 40), (35, 40), (70, 40), (20, 80)])
+def test_a_pixel_of_labels_is_the_one_under_its_centre(tmp_path, size, labels):
+    """A picture of 40 x 40, of which evaluation shows the 35 from (2, 2) in `size` pixels; its
+    labels may have another size. Value: 100 row + column."""
+    D.save_png(tmp_path / "a.png", np.zeros((40, 40, 3), np.uint8))
+    side = torch.arange(labels, dtype=torch.float)
+    save_file({"depth": (100 * side[:, None] + side)[None]}, tmp_path / "a.safetensors")
+    (tmp_path / "list.txt").write_text("a.png 0\n")
+    clip = D.Clip(frames=1, stride=1, size=size, train=False)
+    (batch,) = D.dense_batches(D.parse_list(tmp_path / "list.txt"), clip, ("depth",), batch_size=1)
+    centre = 2 + (np.arange(size) + 0.5) * 35 / size                # in pixels of the picture
+    at = np.floor(centre * labels / 40)
+    assert np.array_equal(batch["depth"][0, 0].numpy(), 100 * at[:, None] + at)
+
+
 def test_unknown_is_filled_up_and_missing_labels_are_told(tmp_path):
     film(tmp_path / "a.mp4", np.zeros((4, 32, 32, 3), np.uint8))
     film(tmp_path / "b.mp4", np.zeros((4, 32, 32, 3), np.uint8))

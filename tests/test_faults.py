@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import data as D
 import model as M
+import train_vjepa as V
 
 ROOT = Path(D.__file__).parent
 TINY = ("--preset", "laptop", "--steps", "6", "--batch_size", "8", "--log_every", "1", "--sample_every", "0", "--probe_data", "--warmup", "2")
@@ -237,16 +238,6 @@ def test_a_run_killed_after_its_last_checkpoint_still_exports(train, whole, tmp_
 
 # --- exact resume -------------------------------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A list of twelve pictures: an epoch is a step and a half of eight clips."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for i in range(12):
-        D.save_png(folder / f"{i}.png", np.kron(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8)))
-    (folder / "list.txt").write_text("".join(f"{i}.png {i % 3}\n" for i in range(12)))
-    return folder / "list.txt"
-
-
 @pytest.mark.parametrize("kind", ["accumulated", "epochs"])
 def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(train, pictures, tmp_path, kind):
     """Promise: n steps equal k + resume + n - k: weights, EMA, optimizer, losses, log; within an epoch (step 2) and at its end (step 3); with
@@ -268,6 +259,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(train, whole, tmp_path, rank
         assert status == 0, err
     got, want = losses(tmp_path / "out"), losses(whole)
     assert max(abs(got[s] - want[s]) for s in want) < 1e-6, (got, want)
+
+
+def test_the_newest_checkpoints_stay(call, tmp_path):
+    """Promise: keep the newest K."""
+    call(V, *TINY, "--save_every", 1, "--keep", 2, "--workers", 0, "--out_dir", tmp_path / "out")
+    kept = sorted(path.name for path in (tmp_path / "out").glob("step_*"))
+    assert kept == ["step_00000005", "step_00000006"]
+    assert (tmp_path / "out" / "latest").read_text() == kept[-1]
 
 
 # --- signals and processes ----------------------------------------------------------------------------------------------------------------
@@ -376,6 +375,22 @@ def test_a_video_that_cannot_be_read_is_replaced_counted_and_named_once(train, p
         found.append((lines(tmp_path / name)[-1]["bad"], np.array(list(losses(tmp_path / name).values()))))
     assert found[0][0] == found[1][0] == found[2][0] > 0
     assert (found[0][1] == found[1][1]).all() and np.abs(found[0][1] - found[2][1]).max() < 1e-6
+
+
+def test_bad_videos_are_counted_over_all_micro_batches(call, pictures, tmp_path):
+    """Promise: counted. After each step the log has all that the loader has met until then."""
+    folder = pictures.parent
+    for i in range(3):
+        (folder / f"torn{i}.png").write_bytes(b"not a picture")
+    rows = "".join(f"torn{i}.png 0\n" for i in range(3))
+    (folder / "with_torn.txt").write_text(pictures.read_text() + rows)
+    last = call(V, *TINY, "--data", folder / "with_torn.txt", "--micro_batch", 2, "--workers", 0,
+                "--max_bad_fraction", 0.5, "--out_dir", tmp_path / "out")
+    loader = D.make_loader([D.parse_list(folder / "with_torn.txt")], D.Clip(frames=8, size=32),
+                           seed=0, batch_size=8, micro_batch=8, steps=6)
+    met = np.cumsum([len(batch["bad"]) for batch in loader])
+    assert met[-1] > met[0] and last["bad"] == met[-1]
+    assert [line["bad"] for line in lines(tmp_path / "out")] == met.tolist()
 
 
 def test_a_list_of_bad_videos_only_ends_before_long(train, tmp_path):

@@ -354,11 +354,20 @@ def test_rankme_of_known_spectra():
 
 
 def test_knn_probe_by_hand():
-    """One near neighbour outweighs two far ones: weights exp(s/T), cosine similarity, length ignored."""
-    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
-    y = torch.tensor([1, 0, 0])
-    assert M.knn_probe(x, y, torch.tensor([[5.0, 1.0], [0.1, 1.0]])).tolist() == [1, 0]
-    assert M.knn_probe(x, y, torch.tensor([[5.0, 4.0]]), k=3, T=100.0).tolist() == [0]  # at a high temperature the majority wins
+    """Weights exp(s/T) with T = 0.07: a neighbour in the same direction (s = 1) is worth e = 2.7
+    neighbours at s = 0.93 and 3.6 at s = 0.91. Lengths are ignored; only 20 neighbours vote."""
+    def at(s, length):
+        return [length * s, length * math.sqrt(1 - s * s)]
+
+    v = torch.tensor([[5.0, 0.0]])
+    y = torch.tensor([1, 0, 0, 0])
+    for s, called in ((0.93, 0), (0.91, 1)):
+        x = torch.tensor([at(1.0, 0.1), at(s, 1.0), at(s, 7.0), at(s, 1.0)])
+        assert M.knn_probe(x, y, v).tolist() == [called]
+    crowd = torch.tensor([at(1.0, 1.0)] + [at(0.75, 1.0)] * 36)     # e^3.57 = 35.6 weigh as much
+    y = torch.tensor([1] + [0] * 36)
+    assert M.knn_probe(crowd, y, v).tolist() == [1]
+    assert M.knn_probe(crowd, y, v, k=37).tolist() == [0]
 
 
 def test_linear_probe_is_accurate_and_deterministic():

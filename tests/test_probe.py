@@ -180,11 +180,29 @@ def test_split_keeps_a_videos_clips_and_a_group_together():
     assert len(held) == 9 and not {repeated[i] for i in fit} & {repeated[i] for i in held}
 
 
-def test_useless_rates_are_not_chosen():
-    x, labels = separable(120, 3)
-    args = arguments(head="linear", epochs=4, grid_lr=(1e-9, 1e-2, 1e30), grid_wd=(0.01,))
-    _, pair, tried = probe.fit(args, Fixed(x.mean(2, keepdim=True)), labels, 3)
-    assert pair["lr"] == 1e-2 and pair in tried and [t["lr"] for t in tried] == [1e-9, 1e-2, 1e30]
+def test_the_head_of_a_grid_is_chosen_by_top1_and_between_equals_by_likelihood(monkeypatch):
+    """Of held-out clips of class 0, three rates say: all right but barely; the first one surely,
+    the second wrong; all right, and a little surer than the first rate."""
+    sure = {1e-1: [0.4, 0.4], 1e-2: [0.999, 0.3], 1e-3: [0.5, 0.5]}
+    rates = []
+
+    def train_heads(heads, grid, *rest):
+        rates[:] = [lr for lr, _ in grid]
+
+    def predict(heads, features, rows, classes):
+        p = torch.tensor([sure[lr] for lr in rates])[..., None]                 # (heads,rows,1)
+        return torch.cat([p, 0.35 + 0 * p, 0 * p], -1).numpy(), np.ones(len(rows), bool)
+
+    monkeypatch.setattr(probe, "train_heads", train_heads)
+    monkeypatch.setattr(probe, "predict", predict)
+    x = torch.randn(20, 1, 1, 4)
+    labels = np.zeros(20, int)
+    for grid, chosen in (((1e-1, 1e-2), 1e-1), ((1e-2, 1e-1), 1e-1), ((1e-1, 1e-3), 1e-3),
+                         ((1e-3, 1e-1, 1e-2), 1e-3)):
+        args = arguments(head="linear", grid_lr=grid, grid_wd=(0.01,))
+        _, pair, tried = probe.fit(args, Fixed(x), labels, 3)
+        assert pair["lr"] == chosen and pair["held_out"] == 1.0
+        assert [t["lr"] for t in tried] == list(grid)
 
 
 # --- metrics ---

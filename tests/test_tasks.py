@@ -1,5 +1,7 @@
 """The tasks of space and time: metrics by hand and against torchmetrics, each task for three steps, fine-tuning, pictures, the whole suite."""
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -166,6 +168,135 @@ def test_boxes_pool_what_they_cover():
     z = torch.arange(4.0).view(1, 1, 4, 1)
     probe.ask_boxes(m, {"video": z}, {"boxes": torch.tensor([[[[0, 0, 6, 4.0]], [[0, 0, 6, 4]]]])})
     assert seen["v"].flatten().tolist() == pytest.approx([(0 * 4 + 1 * 2) / 6])
+
+
+@pytest.mark.parametrize("part", ["place", "visible", "uncertain", "all"])
+def test_the_points_loss_is_its_three_parts(part):
+    """In float64 numpy: 100 x Huber on places with its corner at 4 pixels of 256, over points that
+    are asked for and seen; 0.1 x cross-entropy on "is seen", over all frames of what is asked for;
+    0.1 x cross-entropy on "is off by more than 6 pixels", over what is seen."""
+    g = torch.Generator().manual_seed(0)
+    out = torch.randn(2, 5, 4, 4, generator=g)                                  # (B,P,T,4)
+    place = out[..., :2].sigmoid()
+    off = 5 / 256 * torch.randn(2, 5, 4, 2, generator=g)    # about 4 and 6 pixels, the two corners
+    seen = torch.rand(2, 5, 4, generator=g) < 0.6
+    asked = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]]).bool()
+    y = {"y": place + off, "seen": seen, "asked": asked}
+    if part not in ("place", "all"):
+        y["y"] = place.clone()
+        y["y"][:, ::2] += 7 / 256 if part == "uncertain" else 0.0
+    if part in ("place", "uncertain"):
+        out[..., 2] = torch.where(seen, 100.0, -100.0)                          # surely right
+    distance = (place - y["y"]).double().norm(dim=-1).numpy()
+    if part in ("place", "visible"):
+        out[..., 3] = torch.where(torch.from_numpy(distance) > 6 / 256, 100.0, -100.0)
+
+    def bce(logit, truth):
+        p = 1 / (1 + np.exp(-logit))
+        return -np.log(np.where(truth, p, 1 - p)).mean()
+
+    rows = (asked[..., None] & seen).numpy()
+    error = (place - y["y"]).double().numpy()[rows]
+    corner = 4 / 256
+    huber = np.where(abs(error) < corner, error**2 / 2, corner * (abs(error) - corner / 2)).mean()
+    logit = out.double().numpy()
+    everywhere = np.broadcast_to(asked.numpy()[..., None], seen.shape)
+    visible = bce(logit[..., 2][everywhere], seen.numpy()[everywhere])
+    uncertain = bce(logit[..., 3][rows], (distance > 6 / 256)[rows])
+    want = 100 * huber + 0.1 * visible + 0.1 * uncertain
+    assert want > 1e-3 and probe.points_loss(out, y).item() == pytest.approx(want, rel=1e-4)
+    unknown = ~(seen & asked[..., None])                    # of these the place does not matter
+    y["y"] = y["y"].masked_fill(unknown[..., None], math.nan)
+    assert probe.points_loss(out, y).item() == pytest.approx(want, rel=1e-4)
+
+
+# --- the recipe of readouts and of fine-tuning ---
+
+
+class Tokens:
+    """Stands for probe.Dense: four clips of random pixels, and an encoder of theirs."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.device, self.want = CPU, (3,)
+        self.encoder = M.ViT(width=16, depth=4, heads=2, mlp=32, patch=8, frames=2, size=8)
+        self.x = torch.randn(4, 3, 2, 8, 8)
+        self.features = {"video": self}
+        self.autocast = contextlib.nullcontext
+
+    def tune(self, encoder):
+        self.encoder = encoder
+
+    def endless(self, rows, size, seed):
+        for start in itertools.count(0, size):
+            part = torch.arange(start, start + size) % 4
+            yield {"video": self.encoder(self.x[part])}, {"class": part}, part
+
+
+class Enough(Exception):
+    """Steps have been watched."""
+
+
+def learned(monkeypatch, most=math.inf, **flags):
+    """probe.learn on Tokens, for at most so many steps -> the head (with .encoder where that is
+    trained, too), and of each step {parameter: rate} and the gradient of the head."""
+    args = probe.Args(task="classify", encoder="-", **{"batch_size": 4, "steps": 20} | flags)
+    row = dict(head=lambda s: torch.nn.Linear(16, 4),
+               call=lambda m, z, y: (m.head(z["video"][:, 0]), y),
+               y=lambda labels, s: {"y": labels["class"]},
+               loss=lambda out, y: torch.nn.functional.cross_entropy(out, y["y"]))
+    rates, gradients, real = [], [], torch.optim.AdamW.step
+
+    def step(optimizer):
+        rates.append({p: g["lr"] for g in optimizer.param_groups for p in g["params"]})
+        gradients.append(optimizer.param_groups[0]["params"][0].grad.clone())
+        if len(rates) == most:
+            raise Enough
+        real(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    setting = probe.Setting(args, 16, (1, 1, 1), 2, 8)
+    models = [None]
+    with contextlib.suppress(Enough):
+        models = probe.learn(row, setting, [1e-2], Tokens(), np.arange(4), {"depth": 4})
+    monkeypatch.undo()
+    return models[0], rates, gradients
+
+
+def test_a_readout_warms_up_for_a_tenth_of_its_steps(monkeypatch):
+    """Linearly to the rate, then down by a cosine; at most 1000 steps, 3000 of fine-tuning."""
+    model, rates, _ = learned(monkeypatch, steps=40)
+    falling = [0.5 * (1 + math.cos(math.pi * i / 36)) for i in range(36)]
+    want = [1e-2 * share for share in (0.25, 0.5, 0.75, 1.0, *falling)]
+    assert [rate[model.head.weight] for rate in rates] == pytest.approx(want)
+    for finetune, warmup in (("", 1000), ("4ds", 3000)):
+        _, (first,), _ = learned(monkeypatch, most=1, steps=40_000, finetune=finetune)
+        assert max(first.values()) == pytest.approx(1e-2 / warmup)
+
+
+def test_layers_of_a_finetuned_encoder_have_their_factors(monkeypatch):
+    """V-JEPA: 0.8 for every layer between it and the head, which reads the third block of four."""
+    layers = {"norm": 1.0, "patch_embed": 0.8**4}
+    layers |= {f"blocks.{i}": factor for i, factor in enumerate((0.8**3, 0.8**2, 0.8, 1.0))}
+    for finetune in ("vjepa", "4ds"):
+        model, rates, _ = learned(monkeypatch, finetune=finetune)
+        top = rates[1]                                      # the last step of the warm-up
+        assert top[model.head.weight] == pytest.approx(1e-2)
+        for name, p in model.encoder.named_parameters():
+            part = next(part for part in layers if name.startswith(part))
+            factor = layers[part] if finetune == "vjepa" else 0.003
+            assert top[p] == pytest.approx(1e-2 * factor), name
+
+
+def test_finetuning_accumulates_the_gradients_of_a_batch(monkeypatch):
+    """Four passes of one clip, or one of four: the same gradients, and the same weights."""
+    ends, firsts = [], []
+    for micro in (1, 4):
+        model, _, gradients = learned(monkeypatch, finetune="4ds", micro_batch=micro)
+        ends.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+        firsts.append(gradients[0])
+    assert torch.allclose(*firsts, atol=1e-6) and firsts[0].abs().max() > 1e-3
+    assert (ends[0] - ends[1]).norm() < 1e-4 * ends[0].norm()
 
 
 # --- tasks ---

@@ -11,7 +11,7 @@ import torch
 import data as D
 import model as M
 import train_mae4d as T
-from test_train_vjepa import losses
+from test_train_vjepa import counted, losses
 
 TINY = ("--preset", "laptop", "--steps", 6, "--batch_size", 8, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2)
 
@@ -68,6 +68,22 @@ def test_gradients_reach_encoder_and_decoder_and_decay_spares_positions():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.parameters())
     decay, still = ({id(p) for p in g["params"]} for g in M.param_groups(objective, 0.05))
     assert {id(objective.encoder.pos_embed), id(objective.decoder.pos_embed)} <= still and id(objective.decoder.latents) in decay
+
+
+def test_flops_are_those_that_torch_counts():
+    """All but the gradient of the pixels, which nobody needs."""
+    args, objective, x, keep = setting(B=1)
+    pixels = 2 * (3 * 2 * 8 * 8) * 128 * keep.shape[1]
+    assert objective.flops(keep.shape[1]) == counted(objective, x, keep) + pixels
+
+
+@pytest.mark.parametrize("step, lr", [
+    (0, 0.0), (5_000, 5e-5), (10_000, 1e-4), (249_141, 5e-5), (488_281, 0.0)])
+def test_schedules_at_the_start_after_warmup_and_at_the_end(step, lr):
+    """Table 4: 488,282 steps of which 10,000 warm up; the decay stays."""
+    objective = setting(steps=488_282, warmup=10_000, lr=1e-4)[1]
+    want = {"lr": lr, "weight_decay": 0.05}
+    assert objective.schedules(step) == pytest.approx(want, rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("model, encoder, total", [("vit_s", 23, 24), ("vit_b", 88, 91), ("vit_l", 306, 310), ("vit_h", 634, 639), ("vit_G", 1848, 1854),

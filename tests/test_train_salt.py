@@ -10,7 +10,7 @@ import torch
 import data as D
 import model as M
 import train_salt as S
-from test_train_vjepa import losses
+from test_train_vjepa import counted, losses
 
 TINY = ("--preset", "laptop", "--steps", 8, "--split", 0.5, 0.5, "--batch_size", 8, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2)
 
@@ -88,6 +88,26 @@ def test_context_never_sees_a_hidden_pixel_in_either_stage():
         seen = seen.repeat_interleave(args.tubelet, 2).repeat_interleave(args.patch, 3).repeat_interleave(args.patch, 4)
         noisy = torch.where(seen > 0, x, torch.randn_like(x))
         assert torch.equal(objective.encoder(x, keep[0]), objective.encoder(noisy, keep[0]))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_flops_are_those_that_torch_counts(stage):
+    """All but the gradient of the pixels, which nobody needs. The teacher only runs forward."""
+    objective_of = (S.VPixel,) if stage == 1 else (S.Student, *teacher())
+    args, objective, x, keep, pred = setting(*objective_of, B=1)
+    pixels = 2 * (3 * 2 * 8 * 8) * 128 * sum(ids.shape[1] for ids in keep)
+    assert objective.flops(keep, pred) == counted(objective, x, keep, pred) + pixels
+
+
+@pytest.mark.parametrize("step, lr, weight_decay", [
+    (0, 2e-4, 0.04), (10_000, 6.25e-4, 0.05370168), (45_000, 3.13e-4, 0.25511626),
+    (79_999, 1e-6, 0.4)])
+def test_schedules_of_a_stage_of_80_000_steps(step, lr, weight_decay):
+    """Table 5: linear warm-up, then cosines; half-way between, the rate is half-way down."""
+    rates = dict(lr=6.25e-4, start_lr=2e-4, warmup=10_000, final_weight_decay=0.4)
+    objective = setting(steps=80_000, **rates)[1]
+    want = {"lr": lr, "weight_decay": weight_decay}
+    assert objective.schedules(step) == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize("name, student, teach, side, steps, total", [

@@ -1,4 +1,5 @@
 """train_tdv.py: losses against float64 numpy and `lightly`, gradient paths, centres, views, runs of every flag of Table 4."""
+import copy
 import dataclasses
 import importlib.abc
 import importlib.machinery
@@ -13,7 +14,7 @@ import torch
 import data as D
 import model as M
 import train_tdv as T
-from test_train_vjepa import losses
+from test_train_vjepa import counted, losses
 
 TINY = ("--preset", "laptop", "--steps", 4, "--batch_size", 4, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2, "--prototypes", 64,
         "--head_hidden", 32)
@@ -66,6 +67,92 @@ def test_the_loss_is_the_papers(threshold):
         want += w * -(p * np.log(q)).sum(-1)[use].mean() * use.mean()
     assert abs(loss.item() - want) < 1e-5 * abs(want), (loss.item(), want)
     assert abs(metrics["still"].item() - ((z - h).double().numpy()[use] ** 2).mean() * use.mean()) < 1e-5
+
+
+@pytest.mark.parametrize("preset", ["laptop_video_dino", "laptop_video_ibot"])
+def test_the_losses_of_views_are_dinos_and_ibots(preset):
+    """From the tokens that both encoders give, in float64 numpy. DINO: CLS of every view of the
+    student against both global views of the teacher, but not the same one. iBOT: hidden patches,
+    each picture's mean with equal weight, nothing where nothing is hidden."""
+    args, objective, x = setting(preset, local_crops=3, temp=(0.1, 0.04), w_cls=0.75)
+    objective.centres.normal_(std=0.1)
+    tokens, hidden, taught = [], [], []
+
+    def student(module, inputs, keywords, out):
+        tokens.append(out.detach())
+        if keywords.get("fill") is not None:
+            hidden.append(keywords["fill"][0])
+
+    objective.encoder.register_forward_hook(student, with_kwargs=True)
+    objective.target.register_forward_hook(lambda module, inputs, out: taught.append(out))
+    loss, metrics = objective(x, [5, 9])
+    F = 8                                                   # two clips of four frames
+    h = torch.cat(taught)                                                       # (2F,1+36,D)
+    wide = torch.cat([z for z in tokens if z.shape[1] == 37])                   # (2F,1+36,D)
+    local = torch.cat([z for z in tokens if z.shape[1] == 5])                   # (3F,1+4,D)
+    views = [*wide[:, 0].split(F), *local[:, 0].split(F)]
+    assert len(h) == len(wide) == 2 * F and len(views) == 5
+
+    def ce(kind, z, h):
+        q = softmax(logits(objective.head, z) / 0.1)
+        p = logits(objective.target_head, h) - objective.centres[kind].double().numpy()
+        return -(softmax(p / 0.04) * np.log(q)).sum(-1)
+
+    pairs = [ce(0, z, target) for t, target in enumerate(h[:, 0].split(F))
+             for s, z in enumerate(views) if s != t]
+    want = 0.75 * np.mean(pairs)
+    assert metrics["ce_cls"].item() == pytest.approx(np.mean(pairs), rel=1e-5) and len(pairs) == 8
+    if args.w_patch:
+        masks = torch.cat(hidden).numpy()                                       # (2F,36)
+        errors = ce(1, wide[:, 1:], h[:, 1:])
+        shares = [e[m].mean() if m.any() else 0.0 for e, m in zip(errors, masks)]
+        assert 0 < sum(m.any() for m in masks) < 2 * F
+        want += args.w_patch * np.mean(shares)
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", [{}, {"w_patch": 0.0}, {"motion": False}, {"condition": "film"}])
+def test_flops_are_those_that_torch_counts(flags):
+    """All but the gradients of the pixels, which nobody needs."""
+    args, objective, x = setting(B=1, **flags)
+    inputs = 1 + args.motion                                # frames, and their changes
+    pixels = 2 * (3 * 8 * 8) * 128 * 16 * (args.frames - 1) * inputs
+    assert objective.flops() == counted(objective, x) + pixels
+
+
+@pytest.mark.parametrize("preset", ["laptop_video_dino", "laptop_video_ibot"])
+def test_flops_of_views_are_about_those_that_torch_counts(preset):
+    """To 1 %: the student's head runs for every pair of views, and how much is hidden is chance."""
+    args, objective, x = setting(preset, B=1)
+    assert objective.flops() == pytest.approx(counted(objective, x, [5]), rel=0.01)
+
+
+@pytest.mark.parametrize("step, lr, ema", [
+    (0, 0.0, 0.996), (5_000, 1e-4, 0.99600617), (102_500, 5.00005e-5, 0.99807853),
+    (199_999, 1e-9, 1.0)])
+def test_schedules_at_the_start_after_warmup_and_at_the_end(step, lr, ema):
+    """Table C.2: 200,000 steps of which 5,000 warm up; DINO's EMA."""
+    objective = setting(steps=200_000, warmup=5_000, lr=1e-4, ema=0.996, final_ema=1.0)[1]
+    want = {"lr": lr, "weight_decay": 0.01, "ema": ema}
+    assert objective.schedules(step) == pytest.approx(want, rel=1e-6, abs=1e-12)
+
+
+def test_the_online_probe_reads_the_teacher_on_evaluation_clips(call, pictures, probed, tmp_path):
+    """CLS of the teacher and of the student come first; the teacher is the exported encoder."""
+    x = torch.randn(2, 3, 8, 32, 32)
+    seen = probed(x)
+    flags = [flag for flag in TINY if flag != "--probe_data"]
+    last = call(T, *flags, "--data", pictures, "--probe_data", pictures, pictures, "--workers", 0,
+                "--clips_per_video", 2, "--ema", 0.5, "--final_ema", 0.5, "--out_dir", tmp_path)
+    assert [(train, clips) for train, clips, _ in seen] == [(False, 1)] * 4
+    teacher, _ = M.load_encoder(tmp_path)
+    with torch.no_grad():
+        z = teacher(x)                                                          # (2,8*(1+16),D)
+    read = seen[-1][2].split(128, 1)
+    assert torch.allclose(read[0], z[:, :8].mean(1), atol=1e-5)
+    assert torch.allclose(read[2], z[:, 8:].mean(1), atol=1e-5)
+    assert not torch.allclose(read[1], z[:, :8].mean(1), atol=1e-3)
+    assert last["knn_acc"] is not None
 
 
 def test_chunks_change_nothing():
@@ -142,8 +229,13 @@ def test_gradients_reach_the_encoder_by_both_paths_and_never_the_teacher():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for m in (objective.encoder, objective.motion, objective.head) for p in m.parameters())
     now, change = x[:, :, 0:1], x[:, :, 1:2] - x[:, :, 0:1]
     z = objective.encoder(now)
-    by_condition = torch.autograd.grad(objective.motion(change, z).sum(), z, retain_graph=True)[0]
-    assert by_condition.abs().min() >= 0 and by_condition.abs().sum() > 0       # the addend's is 1
+    by_condition = torch.autograd.grad(objective.motion(change, z).square().sum(), z)[0]
+    assert (by_condition.abs().sum((0, 2)) > 0).all()       # of every token; the addend's is 1
+    whole = torch.autograd.grad(objective(x)[0], objective.encoder.patch_embed.proj.weight)[0]
+    motion = objective.motion.forward
+    objective.motion.forward = lambda change, z: motion(change, z.detach())
+    by_addend = torch.autograd.grad(objective(x)[0], objective.encoder.patch_embed.proj.weight)[0]
+    assert (whole - by_addend).norm() > 1e-3 * whole.norm() and by_addend.norm() > 0
     blind = setting(cls_condition=False)[1]
     z = blind.encoder(now).detach().requires_grad_()
     seen = torch.autograd.grad(blind.motion(change, z).square().sum(), z)[0].abs().sum((0, 2))
@@ -200,24 +292,53 @@ TABLE_4 = [(), ("--no-motion",), ("--w_mse", 0), ("--no-centre",), ("--temp", 1,
            ("--condition", "gated_adaln", "--no-cls_condition"), ("--motion_lr", 0.03)]
 
 
-@pytest.mark.parametrize("flags", TABLE_4, ids=lambda f: " ".join(map(str, f)) or "full")
-def test_every_flag_of_table_4_trains(flags):
-    """In one process: a step changes every part that should learn, the loss is finite, and no trainable parameter is without a gradient."""
-    preset = T.parse_args([str(f) for f in ("--preset", "laptop", "--prototypes", 48, "--head_hidden", 32, "--frames", 3, *flags)])
+def three_steps(flags):
+    """-> objective, its state before and after three steps of the loop, the loss of each."""
+    shape = ("--preset", "laptop", "--prototypes", 48, "--head_hidden", 32, "--frames", 3)
+    args = T.parse_args([str(flag) for flag in (*shape, *flags)])
     torch.manual_seed(0)
-    objective = T.OBJECTIVES[preset.objective](preset)
-    optimizer = torch.optim.AdamW(M.param_groups(objective, 0.01, {"motion.": preset.motion_lr}), lr=1e-3)
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(p.requires_grad for p in objective.parameters())
+    objective = T.TDV(args)
+    before = copy.deepcopy(objective.state_dict())
+    groups = M.param_groups(objective, 0.01, {"motion.": args.motion_lr})
+    optimizer = torch.optim.AdamW(groups)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-4 * group["factor"]
     x = torch.randn(2, 3, 3, 32, 32)
+    x[1, :, 1] = x[1, :, 0]                                 # one pair that does not move
+    found = []
     for step in range(3):
         loss, _ = objective(x)
         loss.backward()
-        lacking = [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None]
-        assert loss.isfinite() and not lacking, lacking
+        found.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
         objective.after_step(step, True)
-    assert any(g["factor"] == preset.motion_lr for g in optimizer.param_groups) or not preset.motion
+    return objective, before, copy.deepcopy(objective.state_dict()), found
+
+
+@pytest.fixture(scope="module")
+def full():
+    return three_steps(())
+
+
+@pytest.mark.parametrize("flags", TABLE_4[1:], ids=lambda flags: " ".join(map(str, flags)))
+def test_every_flag_of_table_4_trains_and_differs_from_the_full_model(flags, full):
+    """All that can learn has moved after three steps, the loss has fallen, and it took another way
+    than without the flag."""
+    objective, before, after, found = three_steps(flags)
+    trained = [name for name, p in objective.named_parameters() if p.requires_grad]
+    assert [name for name in trained if torch.equal(before[name], after[name])] == []
+    assert found[2] < found[0] and found != full[3]
+    if "--motion_lr" in flags:                              # of the motion encoder a small step
+        moved = [(after[k] - before[k]).abs().max() for k in after if k.startswith("motion.")]
+        assert max(moved) < 0.1 * (full[2]["motion.proj.weight"]).abs().max()
+
+
+def test_the_full_model_trains(full):
+    objective, before, after, found = full
+    trained = [name for name, p in objective.named_parameters() if p.requires_grad]
+    assert [name for name in trained if torch.equal(before[name], after[name])] == []
+    assert found[2] < found[0]
 
 
 @pytest.mark.parametrize("flags", [(), ("--preset", "laptop_video_ibot", "--micro_batch", 1)], ids=["tdv", "ibot"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import data as D
 import model as M
@@ -27,9 +28,17 @@ def setting(seed=0, B=3, **changes):
     """Objective, clips and masks whose every number comes from numpy, so that they are the same on any torch."""
     args = tiny(**changes)
     torch.manual_seed(seed)
-    objective, rng = V.VJEPA(args), np.random.default_rng(seed)
+    objective = V.build(args) if hasattr(V, "build") else V.VJEPA(args)
+    rng = np.random.default_rng(seed)
     x = torch.from_numpy(rng.standard_normal((B, 3, args.frames, args.size, args.size), dtype=np.float32))
     return args, objective, x, *D.sample_masks(args.masks, seed, 0, B, objective.encoder.grid, args.aspect)
+
+
+def counted(objective, *inputs):
+    """FLOPs of a forward and a backward pass, as torch counts its matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        objective(*inputs)[0].backward()
+    return counter.get_total_flops()
 
 
 def losses(out):
@@ -89,6 +98,18 @@ def test_schedules_at_the_start_after_warmup_and_at_the_end(step, lr, wd, ema):
     assert schedules == pytest.approx({"lr": lr, "weight_decay": wd, "ema": ema}, rel=1e-6)
 
 
+@pytest.mark.parametrize("full_pass", [False, True])
+def test_flops_are_those_that_torch_counts(full_pass):
+    """All but one thing: nobody needs the gradient of the pixels, and every layer counts with its.
+    Not in either number: norms, softmax, rotations, the loss. A term adds the full clip's pass."""
+    in_one_flag = "terms" in {field.name for field in dataclasses.fields(V.Args)}
+    term = {"terms": ("delta:1.0",)} if in_one_flag else {"delta": 1.0}
+    args, objective, x, keep, pred = setting(B=1, **(term if full_pass else {}))
+    tokens = sum(ids.shape[1] for ids in keep) + 64 * full_pass
+    pixels = 2 * (3 * 2 * 8 * 8) * 128 * tokens
+    assert objective.flops(keep, pred) == counted(objective, x, keep, pred) + pixels
+
+
 def test_defaults_are_the_papers_recipe():
     """Table 5, ViT-L/16 at 224 px."""
     a = V.Args()
@@ -117,6 +138,21 @@ def test_the_online_probe_is_the_same_on_any_number_of_ranks(run, tmp_path):
     one = run("train_vjepa.py", *flags, "--out_dir", tmp_path / "one")[1]
     three = run("train_vjepa.py", *flags, "--fsdp", "--out_dir", tmp_path / "three", ranks=3)[1]
     assert abs(one["random_acc"] - three["random_acc"]) < 3e-3 and one["random_acc"] > 0
+
+
+def test_the_online_probe_reads_the_target_on_evaluation_clips(call, pictures, probed, tmp_path):
+    """What it reads last is what the exported encoder, the target, makes of the same clips."""
+    x = torch.randn(2, 3, 8, 32, 32)
+    seen = probed(x)
+    flags = [flag for flag in TINY if flag != "--probe_data"]
+    last = call(V, *flags, "--data", pictures, "--probe_data", pictures, pictures, "--workers", 0,
+                "--clips_per_video", 2, "--ema", 0.5, "--final_ema", 0.5, "--out_dir", tmp_path)
+    assert [(train, clips) for train, clips, _ in seen] == [(False, 1)] * 4
+    target, _ = M.load_encoder(tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(seen[-1][2], target(x).mean(1), atol=1e-6)
+        assert not torch.allclose(seen[0][2], target(x).mean(1), atol=1e-3)
+    assert last["probe_acc"] is not None
 
 
 @pytest.mark.parametrize("flags, message", [
