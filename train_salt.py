@@ -33,7 +33,7 @@ import tyro
 
 @dataclasses.dataclass
 class Args:
-    """Defaults: the paper's recipe (Table 5): 40,000 steps of the teacher, 200,000 of its student."""
+    """Defaults: the paper's recipe (Table 5), 40,000 steps of a teacher, 200,000 of its student."""
     # --- data
     data: tuple[str, ...] = ()          # lists of `path label` rows, LIST[:WEIGHT]; empty: world
     teacher_data: tuple[str, ...] = ()  # of the stages before the last one; empty: --data
@@ -164,8 +164,8 @@ from model import probe_lists, rankme, set_rates, shard, some_rows, sync_gradien
 # --- SALT -----------------------------------------------------------------------------------------
 
 class MaskedPrediction(nn.Module):
-    """What the stages share: an encoder that sees the context, a predictor of what is hidden
-    (V-JEPA 2's), masks, schedules, costs. What is predicted, and the loss, are each stage's own."""
+    """What the stages share: an encoder of the context and a predictor of the rest (V-JEPA 2's),
+    masks, schedules, costs. What is predicted, and the loss, are each stage's own."""
 
     def __init__(self, args, out_width, teacher=None):
         super().__init__()
@@ -212,10 +212,10 @@ class MaskedPrediction(nn.Module):
             "weight_decay": cosine(step, a.steps, a.weight_decay, a.final_weight_decay),
         }
 
-    # Two counts of the same work, both logged. `flops` is what is computed: all matrix products,
-    # three times where a backward pass follows (it costs two forward passes), once for the teacher.
-    # `ledger` is what the paper compares (Appendix F): 6 x parameters x tokens, 8 with a teacher of
-    # the same size, which adds 2; no attention.
+    # Two counts of the same work, both logged. `flops` is what is computed: every matrix product,
+    # once for the teacher, and three times for what is trained, as a backward pass costs two
+    # forward passes. `ledger` is what the paper compares (Appendix F): 6 x parameters x tokens, 8
+    # with a teacher of the same size; attention does not count.
 
     def flops(self, keep, pred):
         """Of one clip."""
@@ -326,12 +326,9 @@ def renormalise(x, mean, std):
     """Pixels (B,3,T,H,W) by ImageNet's statistics -> by these."""
     if IMAGENET == {"mean": mean, "std": std}:
         return x
-
-    def channels(v):
-        return torch.tensor(v).view(3, 1, 1, 1).to(x)
-
-    rgb = x * channels(IMAGENET["std"]) + channels(IMAGENET["mean"])
-    return (rgb - channels(mean)) / channels(std)
+    numbers = torch.tensor([IMAGENET["mean"], IMAGENET["std"], mean, std])  # (4,3)
+    old_mean, old_std, mean, std = numbers.view(4, 3, 1, 1, 1).to(x)
+    return (x * old_std + old_mean - mean) / std
 
 
 def tokens_of(masks):
@@ -456,7 +453,7 @@ def main(args):
     rows = stages(args)
     for spec in set().union(*(a.data for _, a in rows)):
         data.parse_list(spec)
-    line = {}
+    line = {"flops": 0.0, "ledger": 0.0, "probe_acc": None}
     for number, a in rows:
         line = train(a, number, line)
         if line["steps"] < a.steps:  # stopped by a signal or --stop_at: --resume goes on here
@@ -465,7 +462,7 @@ def main(args):
 
 
 def train(args, number, before):
-    """One stage -> its last line. before: that of the stage before, {} of the first."""
+    """One stage -> its last line. before: that of the stage before."""
     run = Run(args, free=("stage",))
     objective = construct(partial(build, stage=number), args)
     lists = probe_lists(args)
@@ -485,7 +482,7 @@ def train(args, number, before):
         net = DDP(objective, gradient_as_bucket_view=True)
     groups = param_groups(objective, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
-    costs = {"flops": before.get("flops", 0.0), "ledger": before.get("ledger", 0.0)}
+    costs = {"flops": before["flops"], "ledger": before["ledger"]}  # go on over the stages
     meter = Meter(run, costs | (run.load(net, optimizer) if args.resume else {}))
     first = done = meter.state.pop("step", 0)
     if first == 0:  # before learning: what it has to beat
@@ -552,7 +549,7 @@ def train(args, number, before):
         run.log({"step": done, "probe_acc": probe_acc})
     state = meter.state
     return {"stage": number, "steps": done, "loss": state["loss"], "probe_acc": probe_acc,
-            "random_acc": state["random_acc"], "teacher_acc": before.get("probe_acc"),
+            "random_acc": state["random_acc"], "teacher_acc": before["probe_acc"],
             "bad": state["bad"], "flops": state["flops"], "ledger": state["ledger"]}
 
 
