@@ -160,7 +160,7 @@ def test_a_given_teacher_a_second_student_and_what_cannot_be(run, tmp_path):
         assert status == 2 and message in err and "Traceback" not in err, err
 
 
-@pytest.mark.parametrize("flags, message", [(("--model", "vit_x"), "--model or --teacher_model vit_x"), (("--masks", "2x1.5"), "2x1.5"),
+@pytest.mark.parametrize("flags, message", [(("--model", "vit_x"), "--model vit_x"), (("--masks", "2x1.5"), "2x1.5"),
                                             (("--patch", 16, "--teacher_model", "vit_y"), "vit_y"), (("--data", "nowhere.csv"), "nowhere.csv")])
 def test_a_later_stages_mistake_is_told_before_the_first_one_trains(run, tmp_path, flags, message):
     flags = ("--teacher_model", "vit_n", "--teacher_masks", "4x0.3x0.5", "--teacher_data", "world", *flags)
