@@ -108,7 +108,7 @@ import data as D, model as M, train_mae4d as T
 args = T.parse_args()
 run = T.Run(args)
 objective = T.MAE4D(args)
-model = run.wrap(objective)
+model = M.shard(objective)
 optimizer = torch.optim.AdamW(M.param_groups(objective, 0.05), fused=True)
 keep = D.sample_masks([args.mask], 0, 0, 1, objective.encoder.grid)[0][0]
 loss, _ = model(torch.rand(1, 3, args.frames, args.size, args.size), keep)
