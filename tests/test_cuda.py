@@ -1,4 +1,4 @@
-"""One step of each script on a GPU, as a user would start it: eager, and compiled in bf16."""
+"""One step of each script (SALT: of each stage) on a GPU, as a user would start it: eager, and compiled in bf16."""
 import json
 import math
 
@@ -8,12 +8,19 @@ import torch
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA GPU: torch.cuda.is_available() is False here")
 
+A_STEP = {
+    "train_vjepa": ("--steps", 1),
+    "train_salt": ("--steps", 2, "--split", 0.5, 0.5),
+    "train_tdv": ("--steps", 1),
+    "train_mae4d": ("--steps", 1),
+}
+
 
 @pytest.mark.parametrize("flags", [(), ("--compile", "--dtype", "bf16")], ids=["eager", "compiled"])
-@pytest.mark.parametrize("script", ["train_vjepa", "train_salt", "train_tdv", "train_mae4d"])
+@pytest.mark.parametrize("script", A_STEP)
 def test_a_step(script, flags, run, tmp_path):
-    out = ("--out_dir", tmp_path / "run", "--probe_data")
-    status, last, err = run(f"{script}.py", "--preset", "laptop", "--steps", 1, *flags, *out, timeout=600)
+    flags += ("--out_dir", tmp_path / "run", "--probe_data")
+    status, last, err = run(f"{script}.py", "--preset", "laptop", *A_STEP[script], *flags, timeout=600)
     assert status == 0, err[-2000:]
     assert last["steps"] == 1 and math.isfinite(last["loss"])
     log = next((tmp_path / "run").rglob("log.jsonl"))
