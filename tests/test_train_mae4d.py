@@ -1,4 +1,5 @@
-"""train_mae4d.py: the loss against float64 numpy, what the first blocks see, the paper's parameter counts, ranks, resume, the memory plan."""
+"""train_mae4d.py: the loss against float64 numpy, what the first blocks see, the paper's parameter counts, ranks,
+resume, the memory plan."""
 import dataclasses
 import json
 import math
@@ -13,7 +14,8 @@ import model as M
 import train_mae4d as T
 from test_train_vjepa import counted, losses
 
-TINY = ("--preset", "laptop", "--steps", 6, "--batch_size", 8, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2)
+TINY = ("--preset", "laptop", "--steps", 6, "--batch_size", 8, "--log_every", 1, "--sample_every", 0, "--probe_data",
+        "--warmup", 2)
 
 
 def setting(seed=0, B=3, **changes):
@@ -27,12 +29,14 @@ def setting(seed=0, B=3, **changes):
 def test_patches_and_back():
     x = torch.randn(2, 3, 4, 8, 8)
     tokens = M.patches(x, 2, 4)
-    assert torch.equal(tokens[1, 1, 0, 1, 2], x[1, 2, 2:4, :4, 4:]) and torch.equal(M.unpatch(tokens.flatten(1, 3).flatten(2), (2, 2, 2), 2, 4), x)
+    assert torch.equal(tokens[1, 1, 0, 1, 2], x[1, 2, 2:4, :4, 4:])
+    assert torch.equal(M.unpatch(tokens.flatten(1, 3).flatten(2), (2, 2, 2), 2, 4), x)
 
 
 @pytest.mark.parametrize("out_patch", [(2, 8), (4, 16)])
 def test_loss_is_the_mean_squared_error_of_rgb_over_all_patches(out_patch):
-    """Against float64 numpy on the decoded clip, seen and hidden patches alike; also for a grid coarser than the input's."""
+    """Against float64 numpy on the decoded clip, seen and hidden patches alike; also for a grid coarser than the
+    input's."""
     args, objective, x, keep = setting(out_patch=out_patch)
     loss, _ = objective(x, keep)
     shown = objective(x, keep, reconstruct=True)
@@ -41,7 +45,8 @@ def test_loss_is_the_mean_squared_error_of_rgb_over_all_patches(out_patch):
 
 
 def test_the_first_blocks_see_the_kept_tokens_only():
-    """Hidden pixels change: neither the context nor the decoded clip moves by a bit. 78 of 1568 tokens are kept at the paper's setting."""
+    """Hidden pixels change: neither the context nor the decoded clip moves by a bit. 78 of 1568 tokens are kept at the
+    paper's setting."""
     args, objective, x, keep = setting()
     t, h, w = objective.encoder.grid
     seen = torch.zeros(len(x), t * h * w).scatter(1, keep, 1.0).view(-1, 1, t, h, w)
@@ -67,7 +72,8 @@ def test_gradients_reach_encoder_and_decoder_and_decay_spares_positions():
     objective(x, keep)[0].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.parameters())
     decay, still = ({id(p) for p in g["params"]} for g in M.param_groups(objective, 0.05))
-    assert {id(objective.encoder.pos_embed), id(objective.decoder.pos_embed)} <= still and id(objective.decoder.latents) in decay
+    assert {id(objective.encoder.pos_embed), id(objective.decoder.pos_embed)} <= still
+    assert id(objective.decoder.latents) in decay
 
 
 def test_flops_are_those_that_torch_counts():
@@ -86,19 +92,23 @@ def test_schedules_at_the_start_after_warmup_and_at_the_end(step, lr):
     assert objective.schedules(step) == pytest.approx(want, rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("model, encoder, total", [("vit_s", 23, 24), ("vit_b", 88, 91), ("vit_l", 306, 310), ("vit_h", 634, 639), ("vit_G", 1848, 1854),
-                                                   ("vit_e", 3811, 3817), ("vit_j", 21495, 21509)])
+@pytest.mark.parametrize("model, encoder, total", [
+    ("vit_s", 23, 24), ("vit_b", 88, 91), ("vit_l", 306, 310), ("vit_h", 634, 639), ("vit_G", 1848, 1854),
+    ("vit_e", 3811, 3817), ("vit_j", 21495, 21509)])
 def test_parameter_counts_of_table_1(model, encoder, total):
     """In millions, to 1 % or to the table's rounding."""
     with torch.device("meta"):
         objective = T.MAE4D(T.Args(**({"model": model} if model != "vit_j" else T.PRESETS["j"])))
     count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
-    assert abs(count(objective.encoder) - encoder) < max(0.01 * encoder, 0.6) and abs(count(objective) - total) < max(0.01 * total, 0.6)
+    assert abs(count(objective.encoder) - encoder) < max(0.01 * encoder, 0.6)
+    assert abs(count(objective) - total) < max(0.01 * total, 0.6)
 
 
 def test_two_ranks_log_the_losses_of_one_process(run, tmp_path):
     want = None
-    for name, ranks, extra in (("one", 1, ()), ("accumulated", 1, ("--micro_batch", 2)), ("ddp", 2, ()), ("fsdp", 2, ("--fsdp", "--checkpoint"))):
+    runs = (("one", 1, ()), ("accumulated", 1, ("--micro_batch", 2)), ("ddp", 2, ()),
+            ("fsdp", 2, ("--fsdp", "--checkpoint")))
+    for name, ranks, extra in runs:
         status, last, err = run("train_mae4d.py", *TINY, "--out_dir", tmp_path / name, *extra, ranks=ranks)
         assert status == 0 and last["steps"] == 6, err[-2000:]
         got = losses(tmp_path / name)
@@ -109,11 +119,13 @@ def test_two_ranks_log_the_losses_of_one_process(run, tmp_path):
 def test_stopped_and_resumed_equals_undisturbed_and_the_export_says_where_to_read(run, tmp_path):
     for name, stops in (("whole", (0,)), ("parts", (4, 0))):
         for stop in stops:
-            assert run("train_mae4d.py", *TINY, "--out_dir", tmp_path / name, "--resume", "--stop_at", stop, "--sample_every", 3)[0] == 0
+            flags = ("--out_dir", tmp_path / name, "--resume", "--stop_at", stop, "--sample_every", 3)
+            assert run("train_mae4d.py", *TINY, *flags)[0] == 0
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     a, b = (M.load_encoder(tmp_path / name / "encoder.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(v, b[0].state_dict()[k]) for k, v in a[0].state_dict().items())
-    assert a[1]["layer"] == 4 and a[1]["layer_classify"] == 3 and a[1]["mean"] == [0, 0, 0] and a[1]["act"] == "gelu_tanh"
+    assert a[1]["layer"] == 4 and a[1]["layer_classify"] == 3
+    assert a[1]["mean"] == [0, 0, 0] and a[1]["act"] == "gelu_tanh"
     assert (tmp_path / "whole" / "samples" / "step_00000006.png").stat().st_size > 1000
 
 
@@ -124,27 +136,32 @@ import data as D, model as M, train_mae4d as T
 args = T.parse_args()
 run = T.Run(args)
 objective = T.MAE4D(args)
-model = run.wrap(objective)
+model = M.shard(objective)
 optimizer = torch.optim.AdamW(M.param_groups(objective, 0.05), fused=True)
 keep = D.sample_masks([args.mask], 0, 0, 1, objective.encoder.grid)[0][0]
 loss, _ = model(torch.rand(1, 3, args.frames, args.size, args.size), keep)
 loss.backward()
 optimizer.step()
-tensors = [t for p in objective.parameters() for t in (p, p.grad, *(v for v in optimizer.state[p].values() if v.ndim))]
-if run.rank == 0: print(json.dumps({"state": sum(t.to_local().nbytes for t in tensors), "whole": 8 * sum(p.numel() for p in objective.encoder.blocks[0].parameters())}))
+tensors = []
+for p in objective.parameters():
+    tensors += [p, p.grad, *(v for v in optimizer.state[p].values() if v.ndim)]
+whole = 8 * sum(p.numel() for p in objective.encoder.blocks[0].parameters())
+if run.rank == 0:
+    print(json.dumps({"state": sum(t.to_local().nbytes for t in tensors), "whole": whole}))
 dist.destroy_process_group()
 """
 
 
 def test_the_memory_plan_is_what_a_sharded_step_holds(run, tmp_path):
-    """State: the bytes that a rank of two holds after a real FSDP2 step. Activations: the bytes that autograd keeps, attention scores apart, which
-    a GPU's kernels do not keep."""
+    """State: the bytes that a rank of two holds after a real FSDP2 step. Activations: the bytes that autograd keeps,
+    attention scores apart, which a GPU's kernels do not keep."""
     (tmp_path / "measure.py").write_text(MEASURE)
     flags = ("--model", "vit_s", "--frames", 4, "--size", 64, "--dtype", "fp32", "--fsdp", "--batch_size", 2)
-    status, got, err = run(tmp_path / "measure.py", *flags, ranks=2, env={"PYTHONPATH": str(Path(T.__file__).parent)})
+    here = {"PYTHONPATH": str(Path(T.__file__).parent)}
+    status, got, err = run(tmp_path / "measure.py", *flags, ranks=2, env=here)
     assert status == 0, err[-2000:]
     for checkpoint in (False, True):
-        args = dataclasses.replace(T.Args(), model="vit_s", frames=8, size=96, dtype="fp32", checkpoint=checkpoint, mask="random:0.5")
+        args = T.Args(model="vit_s", frames=8, size=96, dtype="fp32", checkpoint=checkpoint, mask="random:0.5")
         objective, seen = T.MAE4D(args), {}
         keep = D.sample_masks([args.mask], 0, 0, 1, objective.encoder.grid)[0][0]
         weights = {p.untyped_storage().data_ptr() for p in objective.parameters()}
