@@ -351,6 +351,7 @@ class ViT(nn.Module):
         self.width = width
         self.heads = heads
         self.mlp = mlp
+        self.patch = patch
         self.tubelet = tubelet
         self.pos = pos
         self.rope_quirk = rope_quirk
@@ -408,7 +409,8 @@ class ViT(nn.Module):
         """What the first block sees: tokens with their positions (B,n,D), what `rope_at` gives or
         None, and the length of each group."""
         B, _, T, H, W = x.shape
-        a, p, _ = self.patch_embed.proj.kernel_size
+        a = self.tubelet
+        p = self.patch
         if T % a or H % p or W % p:
             raise ValueError(f"clip of {T} frames, {H}x{W} px does not divide into tubelets of {a} "
                              f"and patches of {p}")

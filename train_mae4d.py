@@ -22,7 +22,6 @@ import inspect
 import math
 import os
 import sys
-from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -111,19 +110,21 @@ def parse_args(argv=None):
     """The paper's recipe, then --preset, then the flags."""
     argv = sys.argv[1:] if argv is None else argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--preset", choices=PRESETS)
+    peek.add_argument("--preset", default="")
     preset = peek.parse_known_args(argv)[0].preset
-    defaults = Args(preset=preset, **PRESETS[preset]) if preset else Args()
-    main_rank = os.environ.get("RANK", "0") == "0"
+    if preset and preset not in PRESETS:
+        peek.exit(2, f"error: --preset {preset}: choose from {', '.join(PRESETS)}\n")
+    defaults = Args(preset=preset, **PRESETS.get(preset, {}))
     if {"-h", "--help"} & set(argv):
         print(help_page(defaults))
         sys.exit()
-    return tyro.cli(Args, args=argv, default=defaults, console_outputs=main_rank)
+    rank = os.environ.get("RANK", "0")
+    return tyro.cli(Args, args=argv, default=defaults, console_outputs=rank == "0")
 
 
 def help_page(defaults):
     """The flags in the groups of Args: name, default, meaning."""
-    lines = [__doc__]
+    lines = [__doc__, "Switches: --flip or --no-flip. A wrong --preset lists the names."]
     for line in inspect.getsource(Args).splitlines()[3:]:
         field, _, comment = line.partition("# ")
         name = field.partition(":")[0].strip()
@@ -145,7 +146,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import data
 from model import SIZES, LatentGridDecoder, Meter, Run, ViT, block_flops, clip_gradients
 from model import compile_blocks, construct, count, days, dry_run, enlarge, launch, load_start
-from model import param_groups, patches, probe_lists, rankme, save_rows, set_rates, shard
+from model import param_groups, patches, probe_lists, health, save_rows, set_rates, shard
 from model import some_rows, split_time, sync_gradients, unpatch, warmup_cosine
 
 RGB = dict(mean=[0.0] * 3, std=[1.0] * 3)  # raw, in [0,1]
@@ -313,9 +314,7 @@ def main(args):
         zoom=args.zoom, scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip,
         clips=args.clips_per_video)
     sources = [data.parse_list(spec) for spec in args.data]
-    from_run = args.init and Path(args.init).is_dir()
-    if from_run:
-        run.check_start(objective, args.init)
+    run.check_start(objective)
     run.open(__file__, data.fingerprint(sources))
 
     objective.to(run.device)
@@ -328,8 +327,7 @@ def main(args):
         net = DDP(objective, gradient_as_bucket_view=True)
     groups = param_groups(objective, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
-    if from_run:
-        run.load_start(net, args.init)
+    run.load_start(net)
     meter = Meter(run, run.load(net, optimizer) if args.resume else {})
     first = done = meter.state.pop("step", 0)
     if first == 0 and not args.init:  # before learning: what it has to beat
@@ -368,8 +366,7 @@ def main(args):
 
         # 4. log, pictures, probe, checkpoint
         if run.due(args.log_every, done) and meter.state["window"]:
-            health = {"feature_std": tokens.float().std(0).mean().item(), "rankme": rankme(tokens)}
-            run.log(meter.line(done, rates, grad_norm, health))
+            run.log(meter.line(done, rates, grad_norm, health(tokens)))
         if run.due(args.sample_every, done):
             with torch.no_grad(), run.autocast():
                 decoded = net(x[:3], context[:3], reconstruct=True)
@@ -390,8 +387,7 @@ def main(args):
     if probe_acc is not None:
         run.log({"step": done, "probe_acc": probe_acc})
     net = None  # before its process group: the other way round a rank may wait for ever (seen)
-    run.finish({"steps": done, "loss": meter.state["loss"], "probe_acc": probe_acc,
-                "random_acc": meter.state["random_acc"], "bad": meter.state["bad"]})
+    run.finish(meter.summary(done, probe_acc))
 
 
 if __name__ == "__main__":

@@ -122,19 +122,21 @@ def parse_args(argv=None):
     """The paper's recipe, then --preset, then the flags."""
     argv = sys.argv[1:] if argv is None else argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--preset", choices=PRESETS)
+    peek.add_argument("--preset", default="")
     preset = peek.parse_known_args(argv)[0].preset
-    defaults = Args(preset=preset, **PRESETS[preset]) if preset else Args()
-    main_rank = os.environ.get("RANK", "0") == "0"
+    if preset and preset not in PRESETS:
+        peek.exit(2, f"error: --preset {preset}: choose from {', '.join(PRESETS)}\n")
+    defaults = Args(preset=preset, **PRESETS.get(preset, {}))
     if {"-h", "--help"} & set(argv):
         print(help_page(defaults))
         sys.exit()
-    return tyro.cli(Args, args=argv, default=defaults, console_outputs=main_rank)
+    rank = os.environ.get("RANK", "0")
+    return tyro.cli(Args, args=argv, default=defaults, console_outputs=rank == "0")
 
 
 def help_page(defaults):
     """The flags in the groups of Args: name, default, meaning."""
-    lines = [__doc__]
+    lines = [__doc__, "Switches: --flip or --no-flip. A wrong --preset lists the names."]
     for line in inspect.getsource(Args).splitlines()[3:]:
         field, _, comment = line.partition("# ")
         name = field.partition(":")[0].strip()
@@ -157,7 +159,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import data
 from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT
 from model import clip_gradients, compile_blocks, construct, cosine, count, dry_run, gather
-from model import latent_surprise, launch, load_encoder, mask_picture, param_groups, patches
+from model import health, latent_surprise, launch, load_encoder, param_groups, patches
 from model import probe_lists, rankme, set_rates, shard, some_rows, sync_gradients, warmup_cosine
 
 
@@ -201,8 +203,7 @@ class MaskedPrediction(nn.Module):
         the batch; a function of the seed and the step."""
         a = self.args
         return data.sample_masks(
-            a.masks, a.seed, step, batch_size, self.encoder.grid, aspect=a.aspect, trim=a.trim,
-            bucket=a.bucket, rows=rows)
+            a.masks, a.seed, step, batch_size, self.encoder.grid, a.aspect, a.trim, a.bucket, rows)
 
     def schedules(self, step):
         """Functions of the step alone; nothing is stretched."""
@@ -238,11 +239,9 @@ class MaskedPrediction(nn.Module):
         return encoder + predictor + 2 * count(self.teacher) * math.prod(self.encoder.grid)
 
     def values(self, kept, hidden):
-        """Values that autograd keeps of so many tokens: about 18 a token, block and channel."""
-        a = self.args
+        """Of so many tokens: tokens times channels, a number a block."""
         encoder = kept * self.encoder.width * len(self.encoder.blocks)
-        predictor = (kept + hidden) * a.pred_width * a.pred_depth
-        return (encoder + predictor) * (1 if a.checkpoint else 18)
+        return encoder + (kept + hidden) * self.args.pred_width * self.args.pred_depth
 
     def surprise(self, x, context):
         """(B,): error in foretelling what follows the first `context` frames of x."""
@@ -437,7 +436,7 @@ def plan(run, rows):
                   f"{said:.3g} FLOPs by Appendix F, {flops * clips:.3g} counted")
     kept = max(tokens_of(keep) for keep, _ in samples)
     hidden = max(tokens_of(pred) for _, pred in samples)
-    activations = run.activations(objective.values(kept, hidden))
+    activations = run.activations(objective.values(kept, hidden), 18)
     dry_run(run, objective, flops * args.batch_size, activations, total=counted,
             flops_total=counted, ledger_total=ledger)
 
@@ -525,15 +524,10 @@ def train(args, number, before):
 
         # 4. log, pictures, probe, checkpoint
         if run.due(args.log_every, done) and meter.state["window"]:
-            health = {"feature_std": tokens.float().std(0).mean().item(), "rankme": rankme(tokens),
-                      "rankme_targets": rankme(targets)}
-            run.log(meter.line(done, rates, grad_norm, health))
+            ranks = health(tokens) | {"rankme_targets": rankme(targets)}
+            run.log(meter.line(done, rates, grad_norm, ranks))
         if run.due(args.sample_every, done):
-            with torch.no_grad(), run.autocast():
-                shown = net(x[:1])[0]
-            if run.rank == 0:
-                file = run.out / "samples" / f"step_{done:08d}.png"
-                mask_picture(file, x[0], [ids[0] for ids in context], shown, objective.encoder.grid)
+            run.mask_picture(net, x, context, objective.encoder.grid, done)
         if args.probe_every and done % args.probe_every == 0 and done < args.steps:
             run.log({"step": done, "probe_acc": run.accuracy(net, lists, clip)})
         if run.saves(done):
@@ -547,10 +541,9 @@ def train(args, number, before):
     probe_acc = run.accuracy(net, lists, clip) if done == args.steps else None
     if probe_acc is not None:
         run.log({"step": done, "probe_acc": probe_acc})
-    state = meter.state
-    return {"stage": number, "steps": done, "loss": state["loss"], "probe_acc": probe_acc,
-            "random_acc": state["random_acc"], "teacher_acc": before["probe_acc"],
-            "bad": state["bad"], "flops": state["flops"], "ledger": state["ledger"]}
+    costs = {name: meter.state[name] for name in costs}
+    stage = {"stage": number, "teacher_acc": before["probe_acc"]}
+    return meter.summary(done, probe_acc) | stage | costs
 
 
 if __name__ == "__main__":
