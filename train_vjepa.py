@@ -313,7 +313,6 @@ class VJEPA(nn.Module):
         """The masks of the clips x, whose first is `row` of the batch: here, as they were drawn."""
         return keep, pred
 
-    @torch.no_grad()
     def after_step(self, step):
         """The target follows the encoder, after every optimizer step that was taken."""
         ema = self.schedules(step)["ema"]

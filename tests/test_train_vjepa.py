@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -185,15 +186,41 @@ def test_dry_run_of_the_papers_model_touches_no_data(run):
 
 # --- the fork -----------------------------------------------------------------------------------------------------------------------------
 
-def test_a_new_objective_is_a_diff_of_under_60_lines(tmp_path):
-    """tests/fork_colour.diff, applied to a copy of train_vjepa.py beside model.py and data.py: it trains and its loss falls."""
+SECTIONS = (  # of FWM-HW-LD, from a line to the line before another: its flags, its rows, its terms
+    ("    # --- FWM-HW-LD\n", "\n\nLAPTOP"),
+    ("# FWM-HW-LD's rows", "def parse_args"),
+    ("# --- FWM-HW-LD: terms", "# --- the run ---"),
+)
+
+
+def test_a_new_objective_is_a_diff_of_under_30_lines(tmp_path):
+    """A copy of train_vjepa.py beside model.py and data.py, the second paper deleted whole, then
+    tests/fork_colour.diff: it trains, its loss falls, and it has no flag that does nothing."""
     diff = (ROOT / "tests" / "fork_colour.diff").read_text()
-    assert sum(line[:1] in "+-" and line[:3] not in ("+++", "---") for line in diff.splitlines()) < 60
+    changed = [line for line in diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    assert len(changed) < 30
     for name in ("train_vjepa.py", "model.py", "data.py"):
         shutil.copy(ROOT / name, tmp_path)
+    fork = tmp_path / "train_vjepa.py"
+    text = fork.read_text()
+    for first, last in SECTIONS:
+        begin = text.index(first)
+        text = text[:begin] + text[text.index(last, begin):]
+    fork.write_text(text)
     subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=tmp_path)
+
     flags = [str(f) for f in TINY] + ["--steps", "60", "--out_dir", "out", "--lr", "0.002"]
-    done = subprocess.run([sys.executable, "train_vjepa.py", *flags], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "train_vjepa.py", *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     got = losses(tmp_path / "out")
     assert np.mean(got[-10:]) < 0.8 * np.mean(got[:5])
+
+    page = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True).stdout
+    offered = re.findall(r"^  --(\w+)", page, re.M)
+    code = fork.read_text() + (ROOT / "model.py").read_text()
+    assert len(offered) > 40 and not {"ema", "final_ema", "terms", "tau"} & set(offered)
+    assert [name for name in offered if not re.search(rf"\b(args|a)\.{name}\b", code)] == []
+    for gone in ("--ema", "--terms", "--distance"):
+        refused = subprocess.run([*command, gone, "1"], cwd=tmp_path, capture_output=True, text=True)
+        assert refused.returncode == 2
