@@ -20,7 +20,7 @@ import data as D
 pytestmark = pytest.mark.skipif(
     shutil.which("ffmpeg") is None, reason="FFmpeg is not installed: apt-get install -y ffmpeg"
 )
-# of the pictures here; the evaluation square is then 28 pixels from (2,2), cut without resizing
+# side of the pictures here; the evaluation square is then 28 pixels from (2,2), cut without resizing
 SIDE = 32
 WHOLE = D.Clip(frames=2, stride=1, size=28, train=False)
 RNG = np.random.default_rng(0)
@@ -284,9 +284,8 @@ def test_png_of_every_kind(tmp_path):
         found = D.png([write_png(tmp_path / f"{i}.png", x) for i, x in enumerate(image)])
         assert found.dtype == image.dtype and (found == image).all()
     indices = RNG.integers(0, 256, (2, 5, 7), dtype=np.uint8)
-    assert (
-        D.png([write_png(tmp_path / f"{i}.png", x, palette=True) for i, x in enumerate(indices)]) == indices
-    ).all()
+    found = D.png([write_png(tmp_path / f"{i}.png", x, palette=True) for i, x in enumerate(indices)])
+    assert (found == indices).all()
 
 
 def test_scannet(tmp_path):
@@ -342,13 +341,8 @@ def test_perception(tmp_path):
         ],
     }
     note = put(tmp_path / "all_train.json", json.dumps({"video_7": about}))
-    batch = converted(
-        "perception",
-        tmp_path / "set",
-        ("boxes", "tracks", "visible"),
-        note,
-        D.Clip(frames=3, stride=1, size=28, train=False),
-    )
+    clip = D.Clip(frames=3, stride=1, size=28, train=False)
+    batch = converted("perception", tmp_path / "set", ("boxes", "tracks", "visible"), note, clip)
     same(batch["boxes"][0, :, 0], [[6, 6, 14, 22], [math.nan] * 4, [14, 14, 28, 28]])
     same(batch["tracks"][0, :, 0], [[14, 6], [22, 6], [math.nan] * 2])
     assert batch["visible"][0].tolist() == [[True, False], [True, False], [False, True]]

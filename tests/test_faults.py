@@ -24,12 +24,25 @@ TINY = (
     "--preset", "laptop", "--steps", "6", "--batch_size", "8", "--log_every", "1", "--sample_every", "0",
     "--probe_data", "--warmup", "2",
 )
-DRIVER = "import os, signal, sys, time\nimport torch\nimport data as D, model as M, train_vjepa as V\n{}\nV.launch(V.main, V.parse_args())\n"
+DRIVER = (
+    "import os, signal, sys, time\nimport torch\nimport data as D, model as M, train_vjepa as V\n"
+    "{}\n"
+    "V.launch(V.main, V.parse_args())\n"
+)
 AT_STEP = (
     "old, place = V.VJEPA.forward, V.VJEPA.place\n"
-    "def note(self, keep, pred, x, step, row):\n    self.step = step\n    return place(self, keep, pred, x, step, row)\nV.VJEPA.place = note\n"
-    "def forward(self, x, keep=None, pred=None):\n    out = old(self, x, keep, pred)\n    if keep is None: return out\n"
-    "    step = self.step\n    rank = os.environ.get('RANK', '0')\n{}\n    return out\nV.VJEPA.forward = forward\n"
+    "def note(self, keep, pred, x, step, row):\n"
+    "    self.step = step\n"
+    "    return place(self, keep, pred, x, step, row)\n"
+    "V.VJEPA.place = note\n"
+    "def forward(self, x, keep=None, pred=None):\n"
+    "    out = old(self, x, keep, pred)\n"
+    "    if keep is None: return out\n"
+    "    step = self.step\n"
+    "    rank = os.environ.get('RANK', '0')\n"
+    "{}\n"
+    "    return out\n"
+    "V.VJEPA.forward = forward\n"
 )
 
 
@@ -159,9 +172,12 @@ flags = {[*TINY]!r} + ["--out_dir", str(out), "--save_every", "1", "--resume", "
 span, seen = 0.3, {{}}
 for kill in range(51):
     stop = kill % 6 + 1 if kill < 50 else 6
-    if kill < 50 and out.exists():                  # from some checkpoint on, so that there is always one to be written
+    # from some checkpoint on, so that there is always one to be written
+    if kill < 50 and out.exists():
         names = sorted(p.name for p in out.glob("step_*"))
-        if names: (out / "latest").write_text(names[0] if kill % 5 == 0 else names[-1] if names[-1] != "step_00000006" else names[0])
+        if names:
+            again = kill % 5 == 0 or names[-1] == "step_00000006"
+            (out / "latest").write_text(names[0] if again else names[-1])
     before = M.newest(out) if out.exists() else None
     pid = os.fork()
     if not pid:
@@ -197,8 +213,13 @@ print(seen)
 def test_a_full_disk_ends_the_run_with_one_line_and_the_last_checkpoint_resumes(train, whole, tmp_path):
     """Promise: disk full leaves the last good checkpoint. Injected: the third save may not write more than 100 kB."""
     full = (
-        "old = V.Run.save\ndef save(self, step, *rest):\n    if step == 3:\n        import resource\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n    old(self, step, *rest)\nV.Run.save = save\n"
+        "old = V.Run.save\n"
+        "def save(self, step, *rest):\n"
+        "    if step == 3:\n"
+        "        import resource\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+        "    old(self, step, *rest)\n"
+        "V.Run.save = save\n"
     )
     status, err = train("--save_every", 1, code=full)
     assert status == 1 and M.newest(tmp_path / "out").name == "step_00000002"
@@ -211,12 +232,8 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_last_checkpoint_resumes(
 def test_a_disk_that_is_really_full(train, tmp_path):
     """The same on a file system of 60 MB."""
     (small := tmp_path / "small").mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(small)], capture_output=True
-        ).returncode
-    ):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(small)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root and its rights")
     try:
         status, err = train("--save_every", 1, "--keep", 9, out=small / "out")
@@ -320,7 +337,13 @@ def children(pid):
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-SLOW = "old = V.VJEPA.after_step\ndef after_step(self, step):\n    old(self, step)\n    time.sleep(0.3)\nV.VJEPA.after_step = after_step\n"
+SLOW = (
+    "old = V.VJEPA.after_step\n"
+    "def after_step(self, step):\n"
+    "    old(self, step)\n"
+    "    time.sleep(0.3)\n"
+    "V.VJEPA.after_step = after_step\n"
+)
 
 
 def has_lines(out, n=2):
@@ -375,7 +398,13 @@ def test_a_killed_loader_process_ends_the_run_with_one_line(start, tmp_path):
 
 def test_a_hanging_loader_process_ends_the_run_after_timeout(train):
     """Promise: a loader process that is silent for --timeout seconds ends the run. Injected: it sleeps at clip 24."""
-    hang = "old = D.Clips.batch\ndef batch(self, numbers):\n    if 24 in numbers: time.sleep(600)\n    return old(self, numbers)\nD.Clips.batch = batch\n"
+    hang = (
+        "old = D.Clips.batch\n"
+        "def batch(self, numbers):\n"
+        "    if 24 in numbers: time.sleep(600)\n"
+        "    return old(self, numbers)\n"
+        "D.Clips.batch = batch\n"
+    )
     begin = time.time()
     status, err = train("--workers", 1, "--timeout", 3, code=hang, timeout=60)
     assert status == 1 and time.time() - begin < 40

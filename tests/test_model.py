@@ -596,11 +596,10 @@ def meta_file(path, version, change=lambda parts: None):
     1's stored position tables."""
     encoder, predictor = meta_pair(version)
     parts = {"target_encoder": dict(encoder.state_dict()), "predictor": dict(predictor.state_dict())}
-    # 2: stale
-    parts["target_encoder"]["pos_embed"] = (
-        M.sincos_table(56, encoder.grid)[None].clone() if version == 1 else torch.zeros(1, 2048, 56)
-    )
+    # V-JEPA 2's files carry a stale table
+    parts["target_encoder"]["pos_embed"] = torch.zeros(1, 2048, 56)
     if version == 1:
+        parts["target_encoder"]["pos_embed"] = M.sincos_table(56, encoder.grid)[None].clone()
         parts["predictor"]["predictor_pos_embed"] = M.sincos_table(40, encoder.grid)[None].clone()
     change(parts)
     file = {part: {f"module.backbone.{k}": v for k, v in state.items()} for part, state in parts.items()}
@@ -719,14 +718,13 @@ def test_videomae_features_equal_transformers(videomae, kind, pooled):
     with torch.no_grad():
         base = getattr(oracle, "videomae", oracle)
         full = base(x.transpose(1, 2)).last_hidden_state
-        part = base(
-            x.transpose(1, 2), bool_masked_pos=torch.ones(2, 64, dtype=torch.bool).scatter(1, keep, False)
-        ).last_hidden_state
+        hidden = torch.ones(2, 64, dtype=torch.bool).scatter(1, keep, False)
+        part = base(x.transpose(1, 2), bool_masked_pos=hidden).last_hidden_state
         z = encoder(x)
         differences = gap(z, full), gap(encoder(x, keep.sort(1)[0]), part)
     print(
-        f"max difference to {kind}, pooled {pooled}: all tokens %.1e, kept ones %.1e, of features up to {z.abs().max():.1f}"
-        % differences
+        f"max difference to {kind}, pooled {pooled}: "
+        f"all tokens %.1e, kept ones %.1e, of features up to {z.abs().max():.1f}" % differences
     )
     assert max(differences) < 1e-5
     state = load_file(folder / "model.safetensors")
@@ -820,11 +818,7 @@ def test_videomae_checkpoints(videomae, part, tmp_path):
         ("gamma", bias, "unexpected gamma"),
         ("patch_embed.proj.weight", None, "missing patch_embed"),
         ("pos_embed", bias, "unexpected pos_e"),
-        (
-            "norm.weight",
-            None if part == "model" else bias,
-            f"{'missing' if part == 'model' else 'unexpected'} norm.weight",
-        ),
+        ("norm.weight", *((None, "missing norm.weight") if part == "model" else (bias, "unexpected norm.weight"))),
     ):
         videomae_file(path, oracle.state_dict(), part, **{before + name: value})
         with pytest.raises(ValueError, match=message):
@@ -929,9 +923,8 @@ def fourds_forward(arrays, x, prefix, encoder):
     z = (z + w[f"{encoder}posenc/embeddings"]).reshape(B, -1, D)
 
     def norm(z, name):
-        return (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6) * w[f"{name}/scale"] + w[
-            f"{name}/bias"
-        ]
+        unit = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
+        return unit * w[f"{name}/scale"] + w[f"{name}/bias"]
 
     for i in range(sum(k.endswith("mlp_norm/scale") for k in w)):
         at = f"processor/layers_{i}/"

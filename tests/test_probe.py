@@ -318,9 +318,8 @@ def test_tokens_of_temporal_clips_are_joined_and_views_kept_apart(world):
         for v in range(3):
             for s in range(2):
                 video = torch.full((1, 3, 4, 16, 16), (row * 10 + s * 3 + v) / 255)
-                video = (video - torch.tensor(M.IMAGENET["mean"]).view(3, 1, 1, 1)) / torch.tensor(
-                    M.IMAGENET["std"]
-                ).view(3, 1, 1, 1)
+                mean, std = (torch.tensor(M.IMAGENET[k]).view(3, 1, 1, 1) for k in ("mean", "std"))
+                video = (video - mean) / std
                 assert torch.allclose(z[b, v, 8 * s : 8 * s + 8], encoder(video)[0], atol=1e-5)
     pooled = features(
         D.Clip(frames=4, size=16, train=False, segments=2, views=3), arguments(encoder="-", head="linear"), encoder
@@ -463,12 +462,8 @@ def test_the_script_on_the_world(tmp_path, capsys):
         encoder="random:vit_n", data="world", frames=8, size=32, train_clips=64, val_clips=40, epochs=2, workers=0,
         out_dir=str(tmp_path),
     )
-    command = [
-        sys.executable,
-        "probe.py",
-        "classify",
-        *(str(part) for k, v in flags.items() for part in (f"--{k}", v)),
-    ]
+    command = [sys.executable, "probe.py", "classify"]
+    command += [str(part) for k, v in flags.items() for part in (f"--{k}", v)]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

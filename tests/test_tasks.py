@@ -138,20 +138,17 @@ def test_iou_by_hand():
 
 def test_depth_flow_and_stereo_by_hand():
     y = {"y": torch.tensor([[2.0, math.nan, 4.0]])}
-    assert probe.DENSE["depth"]["final"](probe.depth_sums(torch.tensor([[1.0, 5, 5]]), y)) == {
-        "absrel": pytest.approx((0.5 + 0.25) / 2)
-    }
+    sums = probe.depth_sums(torch.tensor([[1.0, 5, 5]]), y)
+    assert probe.DENSE["depth"]["final"](sums) == {"absrel": pytest.approx((0.5 + 0.25) / 2)}
     kept = probe.DENSE["depth"]["y"]({"depth": torch.tensor([0.0005, 5, 11, math.nan])}, None)["y"]
     assert kept.isnan().tolist() == [True, False, True, True]
     y = {"y": torch.tensor([[[0.0, 0], [math.nan, math.nan]], [[1, 1], [2, 2]]])}
-    assert probe.DENSE["flow"]["final"](probe.flow_sums(torch.tensor([[[3.0, 4], [9, 9]], [[1, 1], [2, 3]]]), y)) == {
-        "epe": pytest.approx(6 / 3)
-    }
+    sums = probe.flow_sums(torch.tensor([[[3.0, 4], [9, 9]], [[1, 1], [2, 3]]]), y)
+    assert probe.DENSE["flow"]["final"](sums) == {"epe": pytest.approx(6 / 3)}
     # errors 0.5, 1, 0.75, 5: bad is strictly more
     y, p = {"y": torch.tensor([1.0, 2, 3, 4, math.nan])}, torch.tensor([1.5, 3, 3.75, 9, 0])
-    assert probe.DENSE["stereo"]["final"](probe.stereo_sums(p, y)) == pytest.approx(
-        {"average": 7.25 / 4, "bad0.5": 3 / 4, "bad1": 1 / 4}
-    )
+    found = probe.DENSE["stereo"]["final"](probe.stereo_sums(p, y))
+    assert found == pytest.approx({"average": 7.25 / 4, "bad0.5": 3 / 4, "bad1": 1 / 4})
 
 
 def test_segmentation_counts_by_hand_and_as_torchmetrics():
@@ -167,12 +164,9 @@ def test_segmentation_counts_by_hand_and_as_torchmetrics():
     # the data set's confusion, not a mean over pictures
     parts = [probe.confusion(a, {"y": b}) for a, b in zip(p, y)]
     iou = torchmetrics.JaccardIndex(task="multiclass", num_classes=5, ignore_index=255)(p.argmax(-1), y)
-    accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=5, average="macro", ignore_index=255)(
-        p.argmax(-1), y
-    )
-    assert probe.mean_iou(torch.cat(parts).double()) == pytest.approx(
-        {"miou": float(iou), "macc": float(accuracy)}, abs=1e-6
-    )
+    accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=5, average="macro", ignore_index=255)
+    want = {"miou": float(iou), "macc": float(accuracy(p.argmax(-1), y))}
+    assert probe.mean_iou(torch.cat(parts).double()) == pytest.approx(want, abs=1e-6)
 
 
 def test_average_precision_by_hand_and_as_torchmetrics():
@@ -204,9 +198,8 @@ def test_actions_of_boxes_by_hand():
 
 def test_top1_and_top5():
     p = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [9, 8, 7, 6, 5, 4, 3], [9, 8, 7, 6, 5, 4, 3]])
-    assert probe.class_scores(p, {"y": torch.tensor([0, 4, 6])}).tolist() == [
-        [True, True], [False, True], [False, False],
-    ]
+    scores = probe.class_scores(p, {"y": torch.tensor([0, 4, 6])}).tolist()
+    assert scores == [[True, True], [False, True], [False, False]]
 
 
 def test_boxes_pool_what_they_cover():
@@ -540,9 +533,8 @@ def test_real_masks_through_the_segment_readout(video_data, folder, tmp_path):
     result, more = probe.space_time(args, CPU)
     # of the foreground, in the clips of val: the constant answer is "background"
     share = []
-    for batch in D.dense_batches(
-        D.parse_list(args.val), D.Clip(8, 2, size=32, train=False), ("masks",), batch_size=5
-    ):
+    clip = D.Clip(8, 2, size=32, train=False)
+    for batch in D.dense_batches(D.parse_list(args.val), clip, ("masks",), batch_size=5):
         share += [(batch["masks"] == 1).float().mean().item()]
     assert (result["n_train"], result["n_val"], more["bad_videos"]) == (15, 5, {})
     assert result["constant"] == pytest.approx((1 - np.mean(share)) / 2, abs=1e-4)

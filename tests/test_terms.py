@@ -196,13 +196,10 @@ def test_the_loss_is_the_base_plus_each_term_times_its_weight():
     base = sum(metrics[f"loss_{spec}"] for spec in o.args.masks) / 2
     # half-way down the cosine
     weights = {"ld": 0.7, "hw": 0.3, "kin_l1": 1.0}
-    assert loss.item() == pytest.approx(
-        base.item() + sum(weight * metrics[name].item() for name, weight in weights.items()), rel=1e-6
-    )
-    assert all(
-        metrics[f"{name}_weighted"].item() == pytest.approx(weight * metrics[name].item(), rel=1e-6)
-        for name, weight in weights.items()
-    )
+    weighted = {name: weight * metrics[name].item() for name, weight in weights.items()}
+    assert loss.item() == pytest.approx(base.item() + sum(weighted.values()), rel=1e-6)
+    for name, value in weighted.items():
+        assert metrics[f"{name}_weighted"].item() == pytest.approx(value, rel=1e-6)
     for o.step, want in ((0, {"kin_l1": 2.0, "ld": 0.7}), (100, {"kin_l1": 0.0, "ld": 0.7})):
         _, now = o(x, keep, pred)
         assert all(
@@ -377,16 +374,14 @@ def test_rows_are_those_of_tables_3_and_4():
     paper = V.Args(**V.PRESETS["fwm_paper"])
     # 14 rows each with the baseline; Kin-L1 stands there twice
     assert (len(V.ROWS_UCF), len(V.ROWS_PAPER)) == (13, 14)
-    assert (
-        paper.model, paper.pos, paper.pred_depth, paper.pred_width, paper.pred_heads, paper.frames, paper.stride,
-        paper.size,
-    ) == ("vit_b", "rope", 8, 256, 8, 16, 2, 224)
-    assert (paper.steps, paper.batch_size, paper.lr, paper.start_lr, paper.warmup, paper.distance) == (
-        100 * 300, 32, 6e-4, 1e-4, 300, True,
-    )
-    assert [
-        V.VJEPA.schedules(SimpleNamespace(args=paper), s)[k] for s in (0, 30_000) for k in ("weight_decay", "ema")
-    ] == [0.04, 0.99925] * 2
+    assert (paper.model, paper.pos) == ("vit_b", "rope")
+    assert (paper.pred_depth, paper.pred_width, paper.pred_heads) == (8, 256, 8)
+    assert (paper.frames, paper.stride, paper.size) == (16, 2, 224)
+    assert (paper.steps, paper.batch_size, paper.distance) == (100 * 300, 32, True)
+    assert (paper.lr, paper.start_lr, paper.warmup) == (6e-4, 1e-4, 300)
+    for step in (0, 30_000):
+        rates = V.VJEPA.schedules(SimpleNamespace(args=paper), step)
+        assert (rates["weight_decay"], rates["ema"]) == (0.04, 0.99925)
     row = V.Args(**V.PRESETS["fwm_hw_ld"])
     assert V.parse_terms(row.terms) == dict(hw=1.0, static=0.05, orth=0.01, ld=1.0)
     assert row.tau == 1
@@ -433,17 +428,8 @@ def test_two_ranks_and_accumulation_log_the_losses_of_one_process(train, run, tm
     under DDP and FSDP2."""
     names = [name for name in V.TERMS if name not in ("orth", "sigreg")]
     one = train(steps=3, distance=True, motion=2.0, temporal_keep=0.5, warmup=2, **{name: 0.3 for name in names})
-    flags = [
-        "--terms",
-        *(f"{name}:0.3" for name in names),
-        "--motion",
-        2,
-        "--temporal_keep",
-        0.5,
-        "--distance",
-        "--pred_depth",
-        1,
-    ]
+    flags = ["--terms", *(f"{name}:0.3" for name in names)]
+    flags += ["--motion", 2, "--temporal_keep", 0.5, "--distance", "--pred_depth", 1]
     small = (
         "--preset", "laptop", "--steps", 3, "--batch_size", 4, "--log_every", 1, "--sample_every", 0, "--probe_data",
         "--warmup", 2, "--workers", 0,
@@ -451,11 +437,8 @@ def test_two_ranks_and_accumulation_log_the_losses_of_one_process(train, run, tm
     for name, extra in (("ddp", ("--micro_batch", 1)), ("fsdp", ("--fsdp",))):
         status, last, err = run("train_vjepa.py", *small, *flags, "--out_dir", tmp_path / name, *extra, ranks=2)
         assert status == 0, err[-2000:]
-        for a, b in zip(
-            one,
-            [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()][1:],
-            strict=True,
-        ):
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for a, b in zip(one, log[1:], strict=True):
             assert all(a[k] == pytest.approx(b[k], abs=5e-5) for k in ("loss", *names)), (name, a, b)
 
 
@@ -549,26 +532,14 @@ def test_future_prediction_keeps_the_first_slices_and_predicts_all_the_rest(spec
 def test_compare_prints_deltas_to_the_baseline(tmp_path, capsys, monkeypatch):
     for name, online, probed in (("base", 0.5, 0.25), ("ld", 0.625, None), ("hw", None, 0.5)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "log.jsonl").write_text(
-            "".join(
-                json.dumps(line) + "\n"
-                for line in [
-                    {"config": {}},
-                    {"step": 1, "probe_acc": 0.1},
-                    *([{"step": 2, "probe_acc": online}] if online else []),
-                ][: 3 if online else 1]
-            )
-        )
+        log = [{"config": {}}]
+        if online:
+            log += [{"step": 1, "probe_acc": 0.1}, {"step": 2, "probe_acc": online}]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         if probed:
-            (tmp_path / name / "probe.jsonl").write_text(
-                json.dumps(
-                    {
-                        "task": "classify", "metric": "top1", "value": probed, "head": "linear",
-                        "args": {"data": "", "val": "x/ssv2.csv"},
-                    }
-                )
-                + "\n"
-            )
+            line = {"task": "classify", "metric": "top1", "value": probed, "head": "linear"}
+            line["args"] = {"data": "", "val": "x/ssv2.csv"}
+            (tmp_path / name / "probe.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "notes").mkdir()
     runs = tuple(str(tmp_path / name) for name in ("base", "hw", "ld", "notes"))
     P.main(P.Args("compare", runs=runs, out_dir=str(tmp_path / "out")))
