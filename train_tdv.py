@@ -219,7 +219,7 @@ class TDV(nn.Module):
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)
         self.register_buffer("centres", torch.zeros(2, args.prototypes))  # of CLS and of patches
-        self.logits = ([], [])  # their sums since the last step, which move the centres
+        self.logit_sums = ([], [])  # of the micro-batches of a step: what moves the centres
         if args.freeze:
             self.encoder.requires_grad_(False)
         if not args.w_cls and not args.w_patch:  # nothing reads it
@@ -302,7 +302,8 @@ class TDV(nn.Module):
             s.flatten(0, -2), student_prototypes, t.flatten(0, -2), teacher_prototypes,
             self.centres[kind], weight.flatten(), self.args.temp, self.args.ce_rows)
         rows = weight.numel()
-        self.logits[kind].append(torch.cat([mean * rows, mean.new_tensor([rows])]))  # (K+1,)
+        sums = torch.cat([mean * rows, mean.new_tensor([rows])])  # (K+1,)
+        self.logit_sums[kind].append(sums)
         return loss, entropy
 
     @torch.no_grad()
@@ -314,15 +315,15 @@ class TDV(nn.Module):
             ema_update(self.target_head.parameters(), self.head.parameters(), ema)
             if self.args.centre:
                 self.move_centres()
-        for sums in self.logits:
+        for sums in self.logit_sums:
             sums.clear()
 
     def move_centres(self):
         """By a tenth, towards the mean logits over all micro-batches and ranks."""
-        for centre, sums in zip(self.centres, self.logits):
+        for centre, sums in zip(self.centres, self.logit_sums):
             if not sums:
                 continue
-            total = sum(sums)  # (K+1,): logits, and of how many tokens
+            total = sum(sums)  # (K+1,): logits, and how many tokens' they are
             if dist.is_initialized():
                 dist.all_reduce(total)
             if total[-1] > 0:
@@ -444,9 +445,9 @@ class ProjectionHead(nn.Module):
 
 
 class ChunkedCE(torch.autograd.Function):
-    """sum over rows of weight * CE(p, q): p = softmax((t Wt' - centre) / its temperature) of the
-    teacher, q = softmax(s Ws' / its temperature) of the student; unit vectors s, t (R,d), prototypes
-    Ws, Wt (K,d), centre (K,), weight (R,), temp of student and teacher.
+    """sum over rows of weight * CE(p, q): of the teacher p = softmax((t Wt' - centre) / its
+    temperature), of the student q = softmax(s Ws' / its temperature); s, t (R,d) unit vectors,
+    Ws, Wt (K,d) prototypes, centre (K,), weight (R,), temp: both temperatures, student first.
 
     The (R,K) logits, 8 GB for 16 clips in the paper's setting, exist `rows` rows at a time: the
     gradients to s and Ws are found on the way forward, so nothing is kept or computed again. Also
@@ -589,8 +590,8 @@ VIEWS = 4
 BLOCKS = 5
 # the uniform numbers that decide a view; there is room for two more
 NUMBERS = (
-    "area", "aspect", "left", "top", "flip", "jitter", "brightness", "contrast", "saturation", "hue",
-    "grey", "blur", "radius", "solarise")
+    "area", "aspect", "left", "top", "flip", "jitter", "brightness", "contrast", "saturation",
+    "hue", "grey", "blur", "radius", "solarise")
 
 
 def view_numbers(seed, index, frames, views):
