@@ -29,6 +29,8 @@ from typing import Literal
 
 import tyro
 
+Condition = Literal["xattn", "film", "adaln", "adaln_zero", "gated_adaln"]
+
 
 @dataclasses.dataclass
 class Args:
@@ -56,14 +58,14 @@ class Args:
     init_std: float = 0.02              # of the random weights; narrow models want more
     init: str = ""                      # start from a run's folder, or an image encoder's weights
     freeze: bool = False                # the encoder of --init: the motion encoder alone learns
-    motion: bool = True                 # False: no motion encoder, zhat = z
+    motion: bool = True                 # --no-motion: zhat = z
     motion_depth: int = 0               # its blocks; 0: as many as the encoder
-    motion_input: Literal["difference", "frame"] = "difference"     # frame: the next one whole
-    motion_threshold: float = 0.0       # pairs of a smaller mean change, normalised, do not count
-    condition: Literal["xattn", "film", "adaln", "adaln_zero", "gated_adaln"] = "xattn"     # on z
+    motion_input: Literal["difference", "frame"] = "difference"     # or frame: the next, whole
+    motion_threshold: float = 0.0       # mean |change| of normalised pixels that a pair must exceed
+    condition: Condition = "xattn"      # on z: xattn, film, adaln, adaln_zero or gated_adaln
     cls_condition: bool = True          # the motion encoder attends to CLS too
-    prototypes: int = 32_768
-    head_hidden: int = 2048             # width of the projection head
+    prototypes: int = 32_768            # of the projection head
+    head_hidden: int = 2048             # its width
     head_bottleneck: int = 256          # of its unit vectors
     # --- loss
     w_mse: float = 1.5
@@ -79,7 +81,7 @@ class Args:
     global_scale: tuple[float, float] = (0.4, 1.0)  # area of the boxes
     local_scale: tuple[float, float] = (0.05, 0.4)
     local_size: int = 96                # pixels
-    mask_ratio: tuple[float, float] = (0.3, 0.2)    # iBOT hides this share of patches, +-
+    mask_ratio: tuple[float, float] = (0.3, 0.2)    # iBOT: share of hidden patches, +-
     # --- optimization
     steps: int = 200_000
     batch_size: int = 16                # clips of a step, over all ranks
@@ -283,7 +285,7 @@ class TDV(nn.Module):
         return then if self.args.motion_input == "frame" else then - now
 
     def counts(self, now, then):
-        """(F,): 1 for each pair, 0 where its picture changes too little."""
+        """(F,): 1 for each pair, 0 where --motion_threshold leaves it out."""
         if not self.args.motion_threshold:
             return torch.ones(len(now), device=now.device)
         change = (then - now).abs().mean((1, 2, 3, 4))
