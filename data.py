@@ -408,7 +408,7 @@ def dense_batches(source, clip, names, *, batch_size, workers=0, rank=0, ranks=1
 # --- the plan and the loader ------------------------------------------------------------------------------------------------------------
 
 DAMAGE = (RuntimeError, ValueError, IndexError, AssertionError, OSError, SafetensorError)  # what torchcodec, FFmpeg and safetensors raise on bad files
-ORDER, MIX, REPLACE, AUGMENT, VIEWS, BLOCKS = range(6)  # random streams: default_rng([seed, stream, ...]) never meets another's numbers
+ORDER, MIX, REPLACE, AUGMENT = range(4)  # random streams: default_rng([seed, stream, ...]) never meets another's numbers; train_tdv.py has 4 and 5
 BLOCK = 1024  # weighted sources are mixed in exact proportion (rounded to 1/1024) in every block of so many draws
 
 
@@ -590,63 +590,6 @@ def prepare(batch, device="cpu", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 
     return x.float().sub_(mean).div_(std)
 
 
-def view_numbers(seed, index, frames, views):
-    """(B, frames, views, 16) uniform numbers that decide the views of the clips whose sample numbers are `index`: a function of (seed, number)."""
-    return torch.from_numpy(np.stack([np.random.default_rng([seed, VIEWS, int(g)]).random((frames, views, 16), dtype=np.float32) for g in index]))
-
-
-def augment(x, u, size, scale, crop=True, colour=True, blur=0.5, solarise=0.0):
-    """DINO's view of each image: x (F,3,H,W) RGB in [0,1], u (F,16) uniform -> (F,3,size,size), the whole batch at once on its device.
-
-    crop: a random box of area `scale` and aspect 3/4 to 4/3, resized bicubically, half of them flipped; else the whole image. colour: jitter of
-    brightness and contrast by 0.4, saturation by 0.2 and hue by 0.1 of a turn (about the grey axis) for 80 %, grey for 20 %, blur of 0.1 to 2 pixels
-    and solarisation with the given probabilities.
-    """
-    u, one = u.to(x), torch.ones(len(x), device=x.device)
-    area, aspect = scale[0] + (scale[1] - scale[0]) * u[:, 0], (4 / 3) ** (2 * u[:, 1] - 1)
-    w, h = [(area * r).sqrt().clamp(max=1) if crop else one for r in (aspect, 1 / aspect)]
-    left, top, turn = (1 - w) * u[:, 2], (1 - h) * u[:, 3], torch.where((u[:, 4] < 0.5) & crop, -one, one)
-    theta = torch.stack([w * turn, 0 * one, 2 * left + w - 1, 0 * one, h, 2 * top + h - 1], 1).view(-1, 2, 3)
-    x = F.grid_sample(x, F.affine_grid(theta, (len(x), 3, size, size), align_corners=False), mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
-    if not colour:
-        return x
-    some = lambda i, p, new: torch.where((u[:, i] < p).view(-1, 1, 1, 1), new, x)
-    factor = lambda i, strength: (1 + strength * (2 * u[:, i] - 1)).view(-1, 1, 1, 1)
-    grey = lambda v: (v * v.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-    j = (x * factor(6, 0.4)).clamp(0, 1)
-    j = ((j - grey(j).mean((2, 3), keepdim=True)) * factor(7, 0.4) + grey(j).mean((2, 3), keepdim=True)).clamp(0, 1)
-    j = ((j - grey(j)) * factor(8, 0.2) + grey(j)).clamp(0, 1)
-    yiq = x.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    angle, spin = 0.2 * math.pi * (2 * u[:, 9] - 1), torch.eye(3, device=x.device).repeat(len(x), 1, 1)
-    spin[:, 1, 1], spin[:, 1, 2], spin[:, 2, 1], spin[:, 2, 2] = angle.cos(), -angle.sin(), angle.sin(), angle.cos()
-    x = some(5, 0.8, torch.einsum("fij,fjhw->fihw", yiq.inverse() @ spin @ yiq, j).clamp(0, 1))
-    x = some(10, 0.2, grey(x))
-    taps = torch.exp(-0.5 * (torch.arange(-6, 7, device=x.device) / (0.1 + 1.9 * u[:, 12:13])) ** 2)            # (F,13): three deviations
-    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)
-    soft = F.pad(x, (6, 6, 6, 6), mode="reflect").flatten(0, 1)[None]                                           # (1, F*3, H+12, W+12)
-    for kernel in (taps[:, None, None], taps[:, None, :, None]):
-        soft = F.conv2d(soft, kernel, groups=len(taps))
-    x = some(11, blur, soft.view_as(x))
-    return some(13, solarise, torch.where(x < 0.5, x, 1 - x))
-
-
-def block_masks(seed, index, frames, grid, ratio, spread, share):
-    """iBOT's masks: bool (B*frames, h*w) for the frames of the clips whose sample numbers are `index`; of a `share` of the frames about ratio +- spread
-    of the patches are hidden, by rectangles of aspect 0.3 to 3.3."""
-    h, w = grid
-    hidden = np.zeros((len(index), frames, h, w), dtype=bool)
-    for clip, g in zip(hidden, index):
-        rng = np.random.default_rng([seed, BLOCKS, int(g)])
-        for t in np.flatnonzero(rng.random(frames) < share):
-            count = min(max(1, int(h * w * rng.uniform(ratio - spread, ratio + spread))), h * w)
-            while (left := count - clip[t].sum()) > 0:
-                area, aspect = rng.uniform(min(4, left), left), math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
-                bh, bw = (min(max(round(math.sqrt(area * r)), 1), n) for r, n in ((aspect, h), (1 / aspect, w)))
-                top, side = rng.integers(h - bh + 1), rng.integers(w - bw + 1)
-                clip[t, top : top + bh, side : side + bw] = True
-    return torch.from_numpy(hidden).flatten(0, 1).flatten(1)
-
-
 def fingerprint(sources):
     """A hash of what the sources say and of each file's size and time, so that a changed list or a replaced video is noticed."""
     digest = hashlib.sha256()
@@ -782,50 +725,6 @@ def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", 
 def early_tokens(grid, temporal_keep):
     """How many tokens lie in the first share `temporal_keep` of the slices, of one slice at least."""
     return max(1, int(grid[0] * temporal_keep)) * grid[1] * grid[2]
-
-
-def motion_map(x, tubelet, patch):
-    """x (B,3,T,H,W) -> (B,t,h,w) in [0,1]: each token's mean |frame(t+1) - frame(t)|, as a share of the clip's largest; 0 in a still clip."""
-    change = x.diff(dim=2).abs().mean(1, keepdim=True)
-    change = F.avg_pool3d(torch.cat([change, change[:, :, -1:]], 2), (tubelet, patch, patch))[:, 0]  # the last frame has no next one
-    return change / change.amax((1, 2, 3), keepdim=True).clamp_min(1e-6)
-
-
-def motion_centres(rng, motion, count, strength, uniform):
-    """`count` token ids of a clip with this motion (t,h,w): P(id) ~ exp(strength * motion), or, with probability `uniform`, the same for all."""
-    p = np.exp(strength * (motion.ravel() - motion.max()))
-    return rng.choice(p.size, count, p=(1 - uniform) * p / p.sum() + uniform / p.size)
-
-
-def guide_masks(keep, pred, motion, specs, seed, step, first, strength, uniform=0.1, aspect=(0.75, 1.5), temporal_keep=1.0):
-    """The masks (keep, pred) that sample_masks gave some rows of a step, moved to where these clips move: as many tokens of each kind and blocks of the
-    same shape, but around centres from motion_centres, cut at the frame's edge by sliding inwards. motion (b,t,h,w); `first` is the global number of
-    the first row: a clip's masks depend on it and on the clip, not on rank or micro-batch. Blocks that leave too little to be the context are drawn again,
-    at most 50 times, then visible tokens come first. Where they hide too little, visible tokens are predicted too. The two are disjoint always."""
-    moves, out = motion.double().cpu().numpy(), ([], [])
-    grid = moves.shape[1:]
-    for i, spec in enumerate(specs):
-        function, arguments = parse_mask(spec)
-        if function is not multiblock:
-            raise DataError(f"mask {spec!r}: only blocks can be guided by motion")
-        blocks, K, M = arguments.pop("blocks"), keep[i].shape[1], pred[i].shape[1]
-        shape, orders = block_shape(np.random.default_rng([seed, step, i]), grid, **arguments, aspect=aspect), []
-        for row, clip in enumerate(moves, first):
-            rng = np.random.default_rng([seed, step, i, 2, row])
-            for _ in range(50):
-                rank = np.zeros(grid)
-                for centre in zip(*np.unravel_index(motion_centres(rng, clip, blocks, strength, uniform), grid)):
-                    start = [min(max(c - b // 2, 0), n - b) for c, b, n in zip(centre, shape, grid)]
-                    rank[tuple(slice(a, a + b) for a, b in zip(start, shape))] = 1
-                rank = rank.ravel()
-                rank[early_tokens(grid, temporal_keep) :] = 2  # visible, hidden, too late to be context: in this order, at random within each
-                if np.count_nonzero(rank == 0) >= K:
-                    break
-            orders.append(np.argsort(rank + rng.random(rank.size)))
-        order = np.stack(orders)
-        for side, ids in zip(out, (order[:, :K], order[:, -M:])):
-            side.append(torch.from_numpy(np.sort(ids, axis=1)).to(motion.device))
-    return out
 
 
 # --- dense data sets as downloaded -> clip.mp4 + clip.safetensors ------------------------------------------------------------------------

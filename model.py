@@ -572,22 +572,6 @@ class MotionEncoder(ViT):
         return flops
 
 
-class ProjectionHead(nn.Module):
-    """DINO's head: an MLP of three layers, a unit vector, and its cosines with unit prototypes, times a scale each that starts at 1 (and may stay)."""
-
-    def __init__(self, width, prototypes, hidden=2048, bottleneck=256, train_scale=True):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
-        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
-        self.scale = nn.Parameter(torch.ones(prototypes, 1), requires_grad=train_scale)
-        init_weights(self, [], 0.02)
-        nn.init.kaiming_uniform_(self.prototypes, a=math.sqrt(5))
-
-    def forward(self, x):
-        """x (..., D) -> (unit vectors (..., bottleneck), weights (prototypes, bottleneck)); their product is the logits, which a loss may not want at once."""
-        return F.normalize(self.mlp(x).float(), dim=-1), self.scale * F.normalize(self.prototypes, dim=1)
-
-
 class Predictor(nn.Module):
     """Narrow transformer that fills in features at predicted positions from context features at
     kept ones. ValueError: pos or heads that do not fit."""
@@ -1393,6 +1377,9 @@ def dry_run(run, objective, flops, activations, total=None, **more):
     frozen = count(objective) - trained
     shards = run.ranks if args.fsdp else 1
     if run.rank == 0:
+        print(f"{args.model}: {flops / args.batch_size / 1e12:.3g} TFLOP a clip; "
+              f"{days(total, run.ranks):.3g} days on {run.ranks} GPU(s) at 50 % of an H100's or "
+              f"H200's 989 bf16 TFLOP/s")
         print(json.dumps({
             "params": trained,
             "params_encoder": count(objective.encoder),

@@ -24,7 +24,6 @@ import inspect
 import math
 import os
 import sys
-from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -144,19 +143,21 @@ def parse_args(argv=None):
     """The paper's recipe, then --preset, then the flags."""
     argv = sys.argv[1:] if argv is None else argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--preset", choices=PRESETS)
+    peek.add_argument("--preset", default="")
     preset = peek.parse_known_args(argv)[0].preset
-    defaults = Args(preset=preset, **PRESETS[preset]) if preset else Args()
-    main_rank = os.environ.get("RANK", "0") == "0"
+    if preset and preset not in PRESETS:
+        peek.exit(2, f"error: --preset {preset}: choose from {', '.join(PRESETS)}\n")
+    defaults = Args(preset=preset, **PRESETS.get(preset, {}))
     if {"-h", "--help"} & set(argv):
         print(help_page(defaults))
         sys.exit()
-    return tyro.cli(Args, args=argv, default=defaults, console_outputs=main_rank)
+    rank = os.environ.get("RANK", "0")
+    return tyro.cli(Args, args=argv, default=defaults, console_outputs=rank == "0")
 
 
 def help_page(defaults):
     """The flags in the groups of Args: name, default, meaning."""
-    lines = [__doc__]
+    lines = [__doc__, "Switches: --flip or --no-flip. A wrong --preset lists the names."]
     for line in inspect.getsource(Args).splitlines()[3:]:
         field, _, comment = line.partition("# ")
         name = field.partition(":")[0].strip()
@@ -182,7 +183,7 @@ import data
 from model import IMAGENET, SIZES, Meter, MotionEncoder, Run, UserError, ViT
 from model import clip_gradients, colours, compile_blocks, construct, cosine, dry_run, ema_update
 from model import enlarge, init_weights, knn_probe, launch, linear_probe, load_start, param_groups
-from model import probe_lists, rankme, save_rows, set_rates, shard, sync_gradients, to_unit
+from model import health, probe_lists, save_rows, set_rates, shard, sync_gradients, to_unit
 from model import warmup_cosine
 
 # rows of the centres
@@ -397,7 +398,7 @@ class TDV(nn.Module):
         return 2 * tokens * weights
 
     def values(self):
-        """Values that autograd keeps of one clip: about 18 a token, block and channel."""
+        """Of one clip: tokens times channels, a number a block."""
         blocks = len(self.encoder.blocks)
         if self.motion is not None:
             blocks = 2 * blocks + len(self.motion.blocks)
@@ -406,7 +407,7 @@ class TDV(nn.Module):
     def kept_by(self, blocks):
         """Values of so many blocks, each on one frame's tokens."""
         tokens = 1 + math.prod(self.encoder.grid[1:])
-        return blocks * tokens * self.encoder.width * (1 if self.args.checkpoint else 18)
+        return blocks * tokens * self.encoder.width
 
 
 def images(x):
@@ -851,7 +852,7 @@ def main(args):
     objective = construct(build, args)
     if args.dry_run:
         logits = 16 * args.ce_rows * args.prototypes  # bytes
-        memory = run.activations(objective.values()) + logits
+        memory = run.activations(objective.values(), 18) + logits
         return dry_run(run, objective, objective.flops() * args.batch_size, memory)
     lists = probe_lists(args)
     clip = data.Clip(
@@ -859,9 +860,7 @@ def main(args):
         scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip, clips=args.clips_per_video,
         short=args.short)
     sources = [data.parse_list(spec) for spec in args.data]
-    from_run = args.init and Path(args.init).is_dir()
-    if from_run:
-        run.check_start(objective, args.init)
+    run.check_start(objective)
     run.open(__file__, data.fingerprint(sources))
 
     objective.to(run.device)
@@ -874,8 +873,7 @@ def main(args):
         net = DDP(objective, gradient_as_bucket_view=True)
     groups = param_groups(objective, args.weight_decay, {"motion.": args.motion_lr})
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
-    if from_run:
-        run.load_start(net, args.init)
+    run.load_start(net)
     state = run.load(net, optimizer) if args.resume else {}
     meter = Meter(run, {"random_knn": None} | state)
     first = done = meter.state.pop("step", 0)
@@ -917,9 +915,7 @@ def main(args):
 
         # 4. log, pictures, probes, checkpoint
         if run.due(args.log_every, done) and meter.state["window"]:
-            spread = tokens.float().std(0, correction=0).mean().item()
-            health = {"feature_std": spread, "rankme": rankme(tokens)}
-            line = meter.line(done, rates, grad_norm, health)
+            line = meter.line(done, rates, grad_norm, health(tokens, correction=0))
             if line.get("still"):  # the share of the change that motion explains
                 line["recovered"] = 1 - line["mse"] / line["still"]
             run.log(line)
@@ -939,9 +935,8 @@ def main(args):
     if found:
         run.log({"step": done} | found)
     net = None  # before its process group: the other way round a rank may wait for ever (seen)
-    run.finish({"steps": done, "loss": meter.state["loss"], "probe_acc": found.get("probe_acc"),
-                "random_acc": meter.state["random_acc"], "knn_acc": found.get("knn_acc"),
-                "random_knn": meter.state["random_knn"], "bad": meter.state["bad"]})
+    knn = {"knn_acc": found.get("knn_acc"), "random_knn": meter.state["random_knn"]}
+    run.finish(meter.summary(done, found.get("probe_acc")) | knn)
 
 
 if __name__ == "__main__":
