@@ -439,22 +439,6 @@ class ViT(nn.Module):
         return x, rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x), lengths
 
     @torch.no_grad()
-    def cls_attention(self, x):
-        """What CLS attends to in the last block (DINO's pictures): x (F,3,1,H,W) -> (F,heads,n)."""
-        seen = []
-
-        def record(attention, inputs, output):
-            z, rope, _ = inputs
-            qk = attention.qkv(z).unflatten(2, (3, self.heads, -1))[:, :, :2]
-            seen.append(qk if rope is None else rotate(qk, *rope))
-
-        # a hook, as FSDP gathers a block's weights in its own forward only
-        with self.blocks[-1].attn.register_forward_hook(record):
-            self(x)
-        q, k = seen[0].unbind(2)                                        # (F, n, heads, head_dim)
-        scores = torch.einsum("fhd,fnhd->fhn", q[:, 0].float(), k.float())
-        return (scores * q.shape[-1] ** -0.5).softmax(-1)[:, :, 1:]
-
     def positions(self, grid, device):
         """The table (N,D) that is added to the tokens of a grid. ValueError: not one for it."""
         if self.pos == "sincos":
@@ -1487,22 +1471,6 @@ def rankme(features):
     s = torch.linalg.svdvals(features.double())
     p = s / s.sum() + 1e-7
     return torch.exp(-(p * p.log()).sum()).item()
-
-
-@torch.no_grad()
-def knn_probe(x, y, xv, k=20, T=0.07):
-    """Class predictions (nv,) for xv (nv,D) by a vote of the k nearest of x (n,D) in cosine
-    similarity s, weighted exp(s/T)."""
-    x = F.normalize(x.float(), dim=1)
-    xv = F.normalize(xv.float(), dim=1)
-    classes = int(y.max()) + 1
-    out = []
-    for part in xv.split(4096):
-        s, nearest = (part @ x.T).topk(min(k, len(x)), 1)
-        votes = torch.zeros(len(part), classes, device=x.device)
-        votes.scatter_add_(1, y[nearest], (s / T).exp())
-        out.append(votes.argmax(1))
-    return torch.cat(out)
 
 
 @torch.no_grad()

@@ -182,9 +182,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import data
 from model import IMAGENET, SIZES, Meter, MotionEncoder, Run, UserError, ViT
 from model import clip_gradients, colours, compile_blocks, construct, cosine, dry_run, ema_update
-from model import enlarge, init_weights, knn_probe, launch, linear_probe, load_start, param_groups
+from model import enlarge, init_weights, launch, linear_probe, load_start, param_groups
 from model import health, probe_lists, save_rows, set_rates, shard, sync_gradients, to_unit
-from model import warmup_cosine
+from model import rotate, warmup_cosine
 
 # rows of the centres
 CLS = 0
@@ -345,7 +345,19 @@ class TDV(nn.Module):
 
     def attention(self, x):
         """What the teacher's CLS attends to in its last block: (B*T,heads,n)."""
-        return self.target.cls_attention(images(x))
+        seen = []
+
+        def record(attention, inputs, output):
+            z, rope, _ = inputs
+            qk = attention.qkv(z).unflatten(2, (3, attention.heads, -1))[:, :, :2]
+            seen.append(qk if rope is None else rotate(qk, *rope))
+
+        # a hook, as FSDP gathers a block's weights in its own forward only
+        with self.target.blocks[-1].attn.register_forward_hook(record):
+            self.target(images(x))
+        q, k = seen[0].unbind(2)  # (B*T,1+n,heads,head_dim)
+        scores = torch.einsum("fhd,fnhd->fhn", q[:, 0].float(), k.float())
+        return (scores * q.shape[-1] ** -0.5).softmax(-1)[:, :, 1:]
 
     def compose(self, x):
         """Video encoding by composition (section 5): the first frame's tokens, then each frame's
@@ -805,6 +817,22 @@ def accuracies(run, net, objective, lists, clip):
         "knn_student": on_columns(knn_probe, slice(width, 2 * width)),
     }
     return run.probe(features, lists, clip, heads)
+
+
+@torch.no_grad()
+def knn_probe(x, y, xv, k=20, T=0.07):
+    """Class predictions (nv,) for xv (nv,D) by a vote of the k nearest of x (n,D) in cosine
+    similarity s, weighted exp(s/T)."""
+    x = F.normalize(x.float(), dim=1)
+    xv = F.normalize(xv.float(), dim=1)
+    classes = int(y.max()) + 1
+    out = []
+    for part in xv.split(4096):
+        s, nearest = (part @ x.T).topk(min(k, len(x)), 1)
+        votes = torch.zeros(len(part), classes, device=x.device)
+        votes.scatter_add_(1, y[nearest], (s / T).exp())
+        out.append(votes.argmax(1))
+    return torch.cat(out)
 
 
 def on_columns(probe, columns):

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import data as D
 import model as M
+import train_tdv as T
 import probe
 
 torch.set_num_threads(1)
@@ -108,7 +109,7 @@ def test_neighbours_agree_with_the_online_probe():
     x, xv, y = torch.randn(200, 8), torch.randn(50, 8), torch.randint(0, 6, (200,))
     head = probe.Neighbours(x, y, 6)
     votes = head(xv[:, None]).exp()
-    assert torch.equal(votes.argmax(1), M.knn_probe(x, y, xv)) and torch.allclose(votes.sum(1), torch.ones(50).double())
+    assert torch.equal(votes.argmax(1), T.knn_probe(x, y, xv)) and torch.allclose(votes.sum(1), torch.ones(50).double())
 
 
 # --- the grid and the choice ---
