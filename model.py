@@ -68,7 +68,7 @@ IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh")}
 
 
-# --- 1. nets: positions, tables over a token grid that are indexed by token id ---------------------
+# --- 1. nets: positions, tables over a token grid that are indexed by token id --------------------
 
 def cached(build):
     """One table for each (width, grid, device). One that is first built during inference must
@@ -140,7 +140,7 @@ def rotate(x, table, sin=None):
     return torch.addcmul(x * table, pairs.flip(-1).flatten(-2), sin)
 
 
-# --- 1. nets: transformer --------------------------------------------------------------------------
+# --- 1. nets: transformer -------------------------------------------------------------------------
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(head_dim)) v for (B, heads, n, head_dim)."""
@@ -657,7 +657,7 @@ class LatentGridDecoder(nn.Module):
         return 2 * self.proj.weight.numel() * self.latents.shape[1]
 
 
-# --- 1. nets: optimizer groups, EMA, sharding, compilation -----------------------------------------
+# --- 1. nets: optimizer groups, EMA, sharding, compilation ----------------------------------------
 
 def param_groups(module, weight_decay, factors={}):
     """Optimizer groups over all trainable parameters: with weight decay, and without (biases, 1-D
@@ -982,7 +982,8 @@ class Run:
         if show:
             words = []
             for name, value in line.items():
-                words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+                value = f"{value:.4g}" if isinstance(value, float) else value
+                words.append(f"{name} {value}")
             tqdm.write("  ".join(words), file=sys.stderr)
             if self.args.wandb:
                 sys.modules["wandb"].log(line)
@@ -1585,9 +1586,9 @@ def broken(folder):
     return None
 
 
-# --- 3. weight files -------------------------------------------------------------------------------
-# Ours are safetensors with the config inside. One function for each foreign family gives the encoder's
-# state, the predictor's or None, and the config.
+# --- 3. weight files ------------------------------------------------------------------------------
+# Ours are safetensors with the config inside. One function for each foreign family gives the
+# encoder's state, the predictor's or None, and the config.
 
 # what ViT.config holds
 VIT_KEYS = (
