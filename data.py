@@ -24,8 +24,8 @@ import sys
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -408,7 +408,7 @@ def dense_batches(source, clip, names, *, batch_size, workers=0, rank=0, ranks=1
 # --- the plan and the loader ------------------------------------------------------------------------------------------------------------
 
 DAMAGE = (RuntimeError, ValueError, IndexError, AssertionError, OSError, SafetensorError)  # what torchcodec, FFmpeg and safetensors raise on bad files
-ORDER, MIX, REPLACE, AUGMENT, VIEWS, BLOCKS = range(6)  # random streams: default_rng([seed, stream, ...]) never meets another's numbers
+ORDER, MIX, REPLACE, AUGMENT = range(4)  # random streams: default_rng([seed, stream, ...]) never meets another's numbers; train_tdv.py has 4 and 5
 BLOCK = 1024  # weighted sources are mixed in exact proportion (rounded to 1/1024) in every block of so many draws
 
 
@@ -590,63 +590,6 @@ def prepare(batch, device="cpu", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 
     return x.float().sub_(mean).div_(std)
 
 
-def view_numbers(seed, index, frames, views):
-    """(B, frames, views, 16) uniform numbers that decide the views of the clips whose sample numbers are `index`: a function of (seed, number)."""
-    return torch.from_numpy(np.stack([np.random.default_rng([seed, VIEWS, int(g)]).random((frames, views, 16), dtype=np.float32) for g in index]))
-
-
-def augment(x, u, size, scale, crop=True, colour=True, blur=0.5, solarise=0.0):
-    """DINO's view of each image: x (F,3,H,W) RGB in [0,1], u (F,16) uniform -> (F,3,size,size), the whole batch at once on its device.
-
-    crop: a random box of area `scale` and aspect 3/4 to 4/3, resized bicubically, half of them flipped; else the whole image. colour: jitter of
-    brightness and contrast by 0.4, saturation by 0.2 and hue by 0.1 of a turn (about the grey axis) for 80 %, grey for 20 %, blur of 0.1 to 2 pixels
-    and solarisation with the given probabilities.
-    """
-    u, one = u.to(x), torch.ones(len(x), device=x.device)
-    area, aspect = scale[0] + (scale[1] - scale[0]) * u[:, 0], (4 / 3) ** (2 * u[:, 1] - 1)
-    w, h = [(area * r).sqrt().clamp(max=1) if crop else one for r in (aspect, 1 / aspect)]
-    left, top, turn = (1 - w) * u[:, 2], (1 - h) * u[:, 3], torch.where((u[:, 4] < 0.5) & crop, -one, one)
-    theta = torch.stack([w * turn, 0 * one, 2 * left + w - 1, 0 * one, h, 2 * top + h - 1], 1).view(-1, 2, 3)
-    x = F.grid_sample(x, F.affine_grid(theta, (len(x), 3, size, size), align_corners=False), mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
-    if not colour:
-        return x
-    some = lambda i, p, new: torch.where((u[:, i] < p).view(-1, 1, 1, 1), new, x)
-    factor = lambda i, strength: (1 + strength * (2 * u[:, i] - 1)).view(-1, 1, 1, 1)
-    grey = lambda v: (v * v.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-    j = (x * factor(6, 0.4)).clamp(0, 1)
-    j = ((j - grey(j).mean((2, 3), keepdim=True)) * factor(7, 0.4) + grey(j).mean((2, 3), keepdim=True)).clamp(0, 1)
-    j = ((j - grey(j)) * factor(8, 0.2) + grey(j)).clamp(0, 1)
-    yiq = x.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    angle, spin = 0.2 * math.pi * (2 * u[:, 9] - 1), torch.eye(3, device=x.device).repeat(len(x), 1, 1)
-    spin[:, 1, 1], spin[:, 1, 2], spin[:, 2, 1], spin[:, 2, 2] = angle.cos(), -angle.sin(), angle.sin(), angle.cos()
-    x = some(5, 0.8, torch.einsum("fij,fjhw->fihw", yiq.inverse() @ spin @ yiq, j).clamp(0, 1))
-    x = some(10, 0.2, grey(x))
-    taps = torch.exp(-0.5 * (torch.arange(-6, 7, device=x.device) / (0.1 + 1.9 * u[:, 12:13])) ** 2)            # (F,13): three deviations
-    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)
-    soft = F.pad(x, (6, 6, 6, 6), mode="reflect").flatten(0, 1)[None]                                           # (1, F*3, H+12, W+12)
-    for kernel in (taps[:, None, None], taps[:, None, :, None]):
-        soft = F.conv2d(soft, kernel, groups=len(taps))
-    x = some(11, blur, soft.view_as(x))
-    return some(13, solarise, torch.where(x < 0.5, x, 1 - x))
-
-
-def block_masks(seed, index, frames, grid, ratio, spread, share):
-    """iBOT's masks: bool (B*frames, h*w) for the frames of the clips whose sample numbers are `index`; of a `share` of the frames about ratio +- spread
-    of the patches are hidden, by rectangles of aspect 0.3 to 3.3."""
-    h, w = grid
-    hidden = np.zeros((len(index), frames, h, w), dtype=bool)
-    for clip, g in zip(hidden, index):
-        rng = np.random.default_rng([seed, BLOCKS, int(g)])
-        for t in np.flatnonzero(rng.random(frames) < share):
-            count = min(max(1, int(h * w * rng.uniform(ratio - spread, ratio + spread))), h * w)
-            while (left := count - clip[t].sum()) > 0:
-                area, aspect = rng.uniform(min(4, left), left), math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
-                bh, bw = (min(max(round(math.sqrt(area * r)), 1), n) for r, n in ((aspect, h), (1 / aspect, w)))
-                top, side = rng.integers(h - bh + 1), rng.integers(w - bw + 1)
-                clip[t, top : top + bh, side : side + bw] = True
-    return torch.from_numpy(hidden).flatten(0, 1).flatten(1)
-
-
 def fingerprint(sources):
     """A hash of what the sources say and of each file's size and time, so that a changed list or a replaced video is noticed."""
     digest = hashlib.sha256()
@@ -669,33 +612,57 @@ def save_png(path, image):
                            + chunk(b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b""))
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------------------------
-# Each returns hidden, bool (B,t,h,w): what the context does not see and the predictor predicts. Every clip keeps and hides at least one token.
+# --- masks ----------------------------------------------------------------------------------------
+# A mask is `hidden`, bool (B,t,h,w): what the context does not see and the predictor predicts.
+# Every clip keeps and hides at least one token.
+
 
 def block_shape(rng, grid, scale, time=1.0, aspect=(0.75, 1.5)):
-    """(bt, bh, bw) of a block of `scale` of the frame through a share `time` of the slices, of a random aspect ratio."""
+    """(slices, rows, columns) of a block: `scale` of the frame, a share `time` of the slices.
+
+    Its rows / columns are drawn from `aspect`.
+    """
     t, h, w = grid
-    bt = min(max(int(t * time), 1), t)
-    for _ in range(100):  # a large block of an unlucky shape may cover the frame
-        area, ratio = int(h * w * scale), rng.uniform(*aspect)
-        bh, bw = (min(max(round(math.sqrt(area * r)), 1), n) for r, n in ((ratio, h), (1 / ratio, w)))
-        if (bt, bh, bw) != (t, h, w):
-            return bt, bh, bw
+    depth = min(max(int(t * time), 1), t)
+    area = int(h * w * scale)
+    # a large block of an unlucky shape may cover the frame
+    for _ in range(100):
+        ratio = rng.uniform(*aspect)
+        height = min(max(round(math.sqrt(area * ratio)), 1), h)
+        width = min(max(round(math.sqrt(area * (1 / ratio))), 1), w)
+        if (depth, height, width) != (t, h, w):
+            return depth, height, width
     raise DataError(f"blocks of {scale} of a {h}x{w} grid leave no context")
 
 
+def interval(rng, clips, length, part):
+    """Bool (clips,length): for each clip `part` neighbours of `length` places, anywhere."""
+    start = rng.integers(length - part + 1, size=(clips, 1))
+    place = np.arange(length)
+    return (start <= place) & (place < start + part)
+
+
 def multiblock(rng, B, grid, blocks, scale, time=1.0, aspect=(0.75, 1.5)):
-    """V-JEPA's masks: the union of `blocks` rectangles of `scale` of the frame each, through a share `time` of the slices. The rectangle's shape is
-    drawn once for the whole batch (so that lengths vary little), its places for every clip; clips without any context are drawn again."""
+    """V-JEPA's masks: the union of `blocks` rectangles, each of the shape block_shape() draws.
+
+    The shape is drawn once for the whole batch (so that lengths vary little), its places for every
+    clip; clips without any context are drawn again.
+    """
     t, h, w = grid
-    bt, bh, bw = block_shape(rng, grid, scale, time, aspect)
-    slices, bt = (1, 1) if bt == t else (t, bt)  # through all of time: one slice stands for all of them
-    hidden, todo = np.empty((B, slices, h, w), dtype=bool), np.arange(B)
+    depth, height, width = block_shape(rng, grid, scale, time, aspect)
+    slices = t
+    # through all of time: one slice stands for all of them
+    if depth == t:
+        slices = depth = 1
+    hidden = np.empty((B, slices, h, w), dtype=bool)
+    todo = np.arange(B)
     while len(todo):
         new = np.zeros((len(todo), slices, h, w), dtype=bool)
         for _ in range(blocks):
-            inside = [(np.arange(n) - rng.integers(n - b + 1, size=(len(todo), 1))).view(np.uint64) < b for n, b in ((slices, bt), (h, bh), (w, bw))]
-            new |= inside[0][:, :, None, None] & (inside[1][:, :, None] & inside[2][:, None, :])[:, None]
+            when = interval(rng, len(todo), slices, depth)                  # (n,slices)
+            down = interval(rng, len(todo), h, height)                      # (n,h)
+            across = interval(rng, len(todo), w, width)                     # (n,w)
+            new |= when[:, :, None, None] & (down[:, :, None] & across[:, None])[:, None]
         hidden[todo] = new
         todo = todo[new.all((1, 2, 3))]
     return np.broadcast_to(hidden, (B, t, h, w)).copy()
@@ -708,124 +675,125 @@ def random_mask(rng, B, grid, ratio):
         raise DataError(f"a mask needs two places to tell apart, and the grid has {N}")
     keys = rng.random((B, N), dtype=np.float32)
     count = min(max(round(N * ratio), 1), N - 1)
-    return (keys <= np.partition(keys, count - 1, axis=1)[:, count - 1 : count]).reshape(B, *grid)
+    largest = np.partition(keys, count - 1)[:, count - 1, None]             # (B,1)
+    return (keys <= largest).reshape(B, *grid)
 
 
 def tube_mask(rng, B, grid, ratio):
     """Random places of the frame, the same in every slice."""
-    return np.broadcast_to(random_mask(rng, B, (1, *grid[1:]), ratio), (B, *grid)).copy()
+    return random_mask(rng, B, (1, *grid[1:]), ratio).repeat(grid[0], axis=1)
 
 
 def causal_mask(rng, B, grid, ratio):
     """The last slices: the context is the beginning of the clip."""
-    if grid[0] < 2:
+    t = grid[0]
+    if t < 2:
         raise DataError("a causal mask needs two slices of time")
     hidden = np.zeros((B, *grid), dtype=bool)
-    hidden[:, -min(max(round(grid[0] * ratio), 1), grid[0] - 1) :] = True
+    hidden[:, -min(max(round(t * ratio), 1), t - 1) :] = True
     return hidden
 
 
 MASKS = {"random": random_mask, "tube": tube_mask, "causal": causal_mask}
 
 
+def fraction(text):
+    """A number in (0, 1]."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError
+    return value
+
+
 def parse_mask(text):
-    """'8x0.15' (8 blocks of 0.15 of the frame), '2x0.7x0.5' (through half of the time), 'random:0.9', 'tube:0.9' or 'causal:0.9'
-    -> (function, arguments)."""
+    """A mask's name -> (function, arguments).
+
+    8x0.15      8 blocks of 0.15 of the frame
+    2x0.7x0.5   ... through half of the time
+    random:0.9, tube:0.9, causal:0.9
+    """
     try:
         if ":" in text:
             kind, ratio = text.split(":")
-            function, arguments = MASKS[kind], {"ratio": float(ratio)}
-        else:
-            blocks, scale, time = (text if text.count("x") == 2 else text + "x1").split("x")
-            function, arguments = multiblock, {"blocks": int(blocks), "scale": float(scale), "time": float(time)}
-        if not all(0 < v <= 1 for k, v in arguments.items() if k != "blocks") or arguments.get("blocks", 1) < 1:
+            return MASKS[kind], {"ratio": fraction(ratio)}
+        blocks, scale, time = (text if text.count("x") == 2 else text + "x1").split("x")
+        if int(blocks) < 1:
             raise ValueError
-        return function, arguments
+        shape = {"scale": fraction(scale), "time": fraction(time)}
+        return multiblock, {"blocks": int(blocks), **shape}
     except (ValueError, KeyError):
-        raise DataError(f"mask {text!r}: write BLOCKSxSCALE, BLOCKSxSCALExTIME, random:RATIO, tube:RATIO or causal:RATIO, "
-                        "with numbers in (0, 1]") from None
+        raise DataError(f"mask {text!r}: write BLOCKSxSCALE, BLOCKSxSCALExTIME, random:RATIO, "
+                        "tube:RATIO or causal:RATIO, with numbers in (0, 1]") from None
 
 
-def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", bucket=1, rows=None, temporal_keep=1.0):
-    """The masks of one step: (keep, pred), for each spec an int64 tensor (b,K) and (b,M) of sorted token ids, for the clips `rows` (a slice) of the
-    global batch of B. K and M are the smallest counts in the whole batch, rounded down to a multiple of `bucket`, so every rank sees the same shapes.
-    "Smallest" as in 24 clips, what V-JEPA has on a GPU: of B clips the B/24 with the fewest tokens take the masks of others, or one odd clip in
-    thousands would leave all of them next to no context.
-    trim: what is left out to get there is chosen at "random", or, "prefix", lies last in time (V-JEPA's code).
-    temporal_keep < 1: the context lies in this first share of the slices, and all that is not context is predicted (FWM-HW-LD's Future-Predictive)."""
+def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", bucket=1,
+                 rows=None, temporal_keep=1.0):
+    """The masks of one step: (keep, pred), for each spec an int64 tensor (b,K) and (b,M).
+
+    They hold sorted token ids, for the clips `rows` (a slice) of the global batch of B. K and M are
+    the fewest tokens in the whole batch, rounded down to a multiple of `bucket`, so every rank sees
+    the same shapes. What is left out to get there is chosen at "random", or, with `trim` "prefix",
+    lies last in time (V-JEPA's code).
+    temporal_keep < 1: the context lies in this first share of the slices, and all that is not
+    context is predicted (FWM-HW-LD's Future-Predictive).
+    """
     first, last, _ = (rows or slice(None)).indices(B)
-    keep, pred, N = [], [], math.prod(grid)
+    N = math.prod(grid)
+    keep = []
+    pred = []
     for i, spec in enumerate(specs):
         function, arguments = parse_mask(spec)
+        if function is multiblock:
+            arguments["aspect"] = aspect
         rng = np.random.default_rng([seed, step, i])
-        hidden = function(rng, B, grid, **arguments, **({"aspect": aspect} if function is multiblock else {})).reshape(B, N)
+        hidden = function(rng, B, grid, **arguments).reshape(B, N)
         hidden[:, early_tokens(grid, temporal_keep) :] = True
-        seen, unseen = N - np.count_nonzero(hidden, axis=1), np.count_nonzero(hidden, axis=1)
+        unseen = np.count_nonzero(hidden, axis=1)                           # (B,)
+        seen = N - unseen
         if not seen.any():
-            raise DataError(f"mask {spec!r}: no clip keeps a token in the first {temporal_keep} of its slices")
-        K, M = (np.sort(counts[counts > 0])[(np.count_nonzero(counts) - 1) // 24] for counts in (seen, unseen))
-        few = np.flatnonzero((seen < K) | (unseen < M))
-        hidden[few] = hidden[rng.choice(np.setdiff1d(np.arange(B), few), len(few))]
-        if trim == "random":  # its own stream, wound on to the first row: a rank draws only its own rows' numbers
-            keys = np.random.Generator(np.random.PCG64([seed, step, i, 1]).advance(first * N)).random((last - first, N))
-        else:
-            keys = np.broadcast_to(np.arange(N) / N, (last - first, N))
-        for ids, chosen, smallest in ((keep, ~hidden[first:last], K), (pred, hidden[first:last], M)):
-            if ids is pred and temporal_keep < 1:
-                chosen, smallest = np.ones_like(chosen), N - keep[-1].shape[1]
-                np.put_along_axis(chosen, keep[-1].numpy(), False, axis=1)
-            length = int(smallest) // bucket * bucket or int(smallest)
-            ids.append(torch.from_numpy(np.sort(np.argpartition(np.where(chosen, keys, 2.0), length - 1, axis=1)[:, :length], axis=1)))
+            raise DataError(f"mask {spec!r}: no clip keeps a token in the first {temporal_keep} "
+                            "of its slices")
+        K = fewest(seen)
+        M = fewest(unseen)
+        few = (seen < K) | (unseen < M)
+        hidden[few] = hidden[rng.choice(np.flatnonzero(~few), few.sum())]
+
+        keys = np.broadcast_to(np.arange(N) / N, (last - first, N))
+        if trim == "random":
+            # a stream of its own, wound on to the first row: a rank draws its own rows' numbers
+            bits = np.random.PCG64([seed, step, i, 1]).advance(first * N)
+            keys = np.random.Generator(bits).random(keys.shape)
+        hidden = hidden[first:last]
+        kept = lowest(~hidden, keys, K, bucket)
+        if temporal_keep < 1:
+            hidden = np.ones_like(hidden)
+            np.put_along_axis(hidden, kept, False, axis=1)
+            M = N - kept.shape[1]
+        keep.append(torch.from_numpy(kept))
+        pred.append(torch.from_numpy(lowest(hidden, keys, M, bucket)))
     return keep, pred
 
 
+def fewest(counts):
+    """The smallest of B counts, as in 24 clips, what V-JEPA has on a GPU.
+
+    Of B clips the B/24 with the fewest tokens do not count (they take the masks of others), or one
+    odd clip in thousands would leave all of them next to no context.
+    """
+    counts = np.sort(counts[counts > 0])
+    return int(counts[(len(counts) - 1) // 24])
+
+
+def lowest(chosen, keys, count, bucket):
+    """chosen, keys (b,N) -> sorted ids of the chosen with the lowest keys, `count` of each row."""
+    count = count // bucket * bucket or count
+    keys = np.where(chosen, keys, 2.0)
+    return np.sort(np.argpartition(keys, count - 1)[:, :count])
+
+
 def early_tokens(grid, temporal_keep):
-    """How many tokens lie in the first share `temporal_keep` of the slices, of one slice at least."""
+    """How many tokens lie in the first share `temporal_keep` of the slices, of one at least."""
     return max(1, int(grid[0] * temporal_keep)) * grid[1] * grid[2]
-
-
-def motion_map(x, tubelet, patch):
-    """x (B,3,T,H,W) -> (B,t,h,w) in [0,1]: each token's mean |frame(t+1) - frame(t)|, as a share of the clip's largest; 0 in a still clip."""
-    change = x.diff(dim=2).abs().mean(1, keepdim=True)
-    change = F.avg_pool3d(torch.cat([change, change[:, :, -1:]], 2), (tubelet, patch, patch))[:, 0]  # the last frame has no next one
-    return change / change.amax((1, 2, 3), keepdim=True).clamp_min(1e-6)
-
-
-def motion_centres(rng, motion, count, strength, uniform):
-    """`count` token ids of a clip with this motion (t,h,w): P(id) ~ exp(strength * motion), or, with probability `uniform`, the same for all."""
-    p = np.exp(strength * (motion.ravel() - motion.max()))
-    return rng.choice(p.size, count, p=(1 - uniform) * p / p.sum() + uniform / p.size)
-
-
-def guide_masks(keep, pred, motion, specs, seed, step, first, strength, uniform=0.1, aspect=(0.75, 1.5), temporal_keep=1.0):
-    """The masks (keep, pred) that sample_masks gave some rows of a step, moved to where these clips move: as many tokens of each kind and blocks of the
-    same shape, but around centres from motion_centres, cut at the frame's edge by sliding inwards. motion (b,t,h,w); `first` is the global number of
-    the first row: a clip's masks depend on it and on the clip, not on rank or micro-batch. Blocks that leave too little to be the context are drawn again,
-    at most 50 times, then visible tokens come first. Where they hide too little, visible tokens are predicted too. The two are disjoint always."""
-    moves, out = motion.double().cpu().numpy(), ([], [])
-    grid = moves.shape[1:]
-    for i, spec in enumerate(specs):
-        function, arguments = parse_mask(spec)
-        if function is not multiblock:
-            raise DataError(f"mask {spec!r}: only blocks can be guided by motion")
-        blocks, K, M = arguments.pop("blocks"), keep[i].shape[1], pred[i].shape[1]
-        shape, orders = block_shape(np.random.default_rng([seed, step, i]), grid, **arguments, aspect=aspect), []
-        for row, clip in enumerate(moves, first):
-            rng = np.random.default_rng([seed, step, i, 2, row])
-            for _ in range(50):
-                rank = np.zeros(grid)
-                for centre in zip(*np.unravel_index(motion_centres(rng, clip, blocks, strength, uniform), grid)):
-                    start = [min(max(c - b // 2, 0), n - b) for c, b, n in zip(centre, shape, grid)]
-                    rank[tuple(slice(a, a + b) for a, b in zip(start, shape))] = 1
-                rank = rank.ravel()
-                rank[early_tokens(grid, temporal_keep) :] = 2  # visible, hidden, too late to be context: in this order, at random within each
-                if np.count_nonzero(rank == 0) >= K:
-                    break
-            orders.append(np.argsort(rank + rng.random(rank.size)))
-        order = np.stack(orders)
-        for side, ids in zip(out, (order[:, :K], order[:, -M:])):
-            side.append(torch.from_numpy(np.sort(ids, axis=1)).to(motion.device))
-    return out
 
 
 # --- dense data sets as downloaded -> clip.mp4 + clip.safetensors ------------------------------------------------------------------------
@@ -1283,81 +1251,194 @@ def main():
     sys.exit(status)
 
 
-# --- the built-in world -----------------------------------------------------------------------------------------------------------------
-# the built-in world: random numbers -> Scene (poses, sizes, textures) -> cast() (which object each pixel sees, and where) -> shade() (brightness)
+# --- the built-in world ---------------------------------------------------------------------------
+# 1 draw    the random numbers of a clip, a function of (seed, split, clip) alone
+# 2 scene   they become poses, sizes and textures
+# 3 cast    which object each ray hits, and how far away
+# 4 shade   how bright it is there
+# 5 labels  all from 2 and 3: flow and tracks carry a hit's object coordinates to another frame,
+#           stereo to a second camera; whether it is seen there is told by casting a ray at it
 #
-# Axes are OpenCV's: x right, y down, z ahead. A pose is (R, p): world point = R @ local point + p. A pixel's ray is (x, y, 1) in camera
-# coordinates, so the ray parameter of a hit *is* its depth. All labels come from Scene and cast(): flow and tracks carry a hit's object coordinates
-# to another frame, stereo to a second camera beside the first, and whether it is seen there is told by casting a ray at it.
+# Axes are OpenCV's: x right, y down, z ahead. A pose is (R, p): world point = R @ local point + p.
+# A pixel's ray is (x, y, 1) in camera coordinates, so the ray parameter of a hit *is* its depth.
+# Lengths are in units, the wall is at about 1. O objects, n clips, T frames, S waves of a texture.
 
-MOTIONS = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")     # what the picture does; the camera does the opposite
-PLANES, SPHERES, BOXES, WAVES = 2, 2, 2, 16  # per scene, in this order along the object axis O; waves per texture
-SPLITS = {"train": 1 << 20, "probe": 2048, "val": 1024, "rooms": 2048, "rooms_val": 1024}         # clips, none is shared; `probe` is for online probes
-TONES = (0.0, -0.5, 1.0, 1.0, -1.0, -1.0)    # brightness of wall, floor, spheres, boxes in `rooms`: for tasks of space
-IMPOSSIBLE = ("vanish", "appear", "change", "teleport", "stop", "start")     # what a thing does; in opposite pairs, so that more or less motion tells nothing
+# what the picture does, in pairs of opposites; the camera does the opposite
+MOTIONS = (
+    "left", "right",
+    "up", "down",
+    "clockwise", "counterclockwise",
+    "grow", "shrink",
+)
+# clips of each, none is shared
+SPLITS = {
+    "train": 1 << 20,
+    # for online probes
+    "probe": 2048,
+    "val": 1024,
+    "rooms": 2048,
+    "rooms_val": 1024,
+}
+# objects of a scene, in this order along the axis O: wall and floor, then things
+PLANES = 2
+SPHERES = 2
+BOXES = 2
+THINGS = SPHERES + BOXES
+OBJECTS = PLANES + THINGS
+# brightness of the objects in `rooms`: for tasks of space
+TONES = (0.0, -0.5, 1.0, 1.0, -1.0, -1.0)
+WAVES = 16
+TAU = 2 * np.pi
+# half the picture's width at depth 1: it spans 62 degrees
+FIELD = 0.6
+# a ray sees from here to there
+NEAR = 0.02
+FAR = 50
+
+# What a thing does in the impossible video of a pair: until half-way, as it always does in the
+# possible one, and then. In opposite pairs, so that more or less motion tells nothing.
+LAWS = {
+    "vanish": ("move", "be away"),
+    "appear": ("be away", "move"),
+    # and a substitute appears
+    "change": ("move", "be away"),
+    "teleport": ("move", "jump"),
+    "stop": ("move", "rest"),
+    "start": ("rest", "move"),
+}
+IMPOSSIBLE = tuple(LAWS)
+# objects of a pair, after the planes
+BALL, STONE, BOX, PILLAR = range(PLANES, OBJECTS)
 
 
 @dataclass
 class Scene:
-    """n clips, T frames, O objects. Poses and textures are per object; lengths are in units of the wall's distance (about 1)."""
-    R: object        # (n,T,3,3) camera to world
-    p: object        # (n,T,3) camera position
-    Ro: object       # (n,T,O,3,3) object to world; a plane is its z = 0
-    po: object       # (n,T,O,3) object position
-    size: object     # (n,O,3) half edges of a box, radius of a sphere (three times), ignored for planes
-    wave: object     # (n,O,S,3) wave vectors of the texture in object coordinates, rad per unit
-    phase: object    # (n,O,S)
+    """Poses of camera and objects, sizes and textures; an axis of length 1 is for the times."""
+    R: np.ndarray       # (n,T,3,3) camera to world
+    p: np.ndarray       # (n,T,3)
+    Ro: np.ndarray      # (O,n,T,3,3) object to world; a plane is its z = 0
+    po: np.ndarray      # (O,n,T,3)
+    size: np.ndarray    # (O,n,1,3) a box's half edges; a sphere's radius, three times
+    wave: np.ndarray    # (O,n,1,S,3) wave vectors in object coordinates, rad per unit
+    phase: np.ndarray   # (O,n,1,S)
 
     def cut(self, clips=slice(None), times=slice(None)):
-        return Scene(**{f.name: getattr(self, f.name)[(clips, times) if f.name in ("R", "p", "Ro", "po") else clips] for f in fields(Scene)})
+        return Scene(
+            self.R[clips, times],
+            self.p[clips, times],
+            self.Ro[:, clips, times],
+            self.po[:, clips, times],
+            self.size[:, clips],
+            self.wave[:, clips],
+            self.phase[:, clips],
+        )
 
 
 def rotation(axis, angle):
     """axis (...,3), angle (...) in rad -> (...,3,3), right-handed (Rodrigues)."""
-    x, y, z = np.moveaxis(axis / np.linalg.norm(axis, axis=-1, keepdims=True), -1, 0)
-    c, s = np.cos(angle), np.sin(angle)
-    rows = [[c + x * x * (1 - c), x * y * (1 - c) - z * s, x * z * (1 - c) + y * s],
-            [y * x * (1 - c) + z * s, c + y * y * (1 - c), y * z * (1 - c) - x * s],
-            [z * x * (1 - c) - y * s, z * y * (1 - c) + x * s, c + z * z * (1 - c)]]
-    return np.stack([np.stack(np.broadcast_arrays(*r), -1) for r in rows], -2)
+    axis = axis / np.linalg.norm(axis, axis=-1, keepdims=True)
+    outer = axis[..., None] * axis[..., None, :]
+    cross = np.cross(np.eye(3), axis[..., None, :])
+    cos = np.cos(angle)[..., None, None]
+    sin = np.sin(angle)[..., None, None]
+    return cos * np.eye(3) + outer * (1 - cos) + cross * sin
 
 
 def product(a, b):
-    """Matrix product (...,i,j) @ (...,j,k) in a fixed order of additions: unlike matmul, one clip's result cannot depend on the batch around it."""
-    return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
+    """Matrix product (...,i,j) @ (...,j,k) in a fixed order of additions.
 
-
-def at_object(id, *tables):
-    """id (n,T,h,w), tables (n,T,O,...) -> each as (values,n,T,h,w): what belongs to the object a pixel sees. Values first is several times faster."""
-    n, T, O = tables[0].shape[:3]
-    widths = [math.prod(table.shape[3:]) for table in tables]
-    flat = torch.cat([table.reshape(n * T * O, width) for table, width in zip(tables, widths)], 1).T.contiguous()  # (values, n*T*O)
-    row = id + O * torch.arange(n * T, device=id.device).view(n, T, 1, 1)
-    return flat.index_select(1, row.flatten()).view(sum(widths), *id.shape).split(widths)
-
-
-class World:
-    """Clips of a textured room with spheres and boxes, filmed by a moving camera; eight classes of motion (FWM-HW-LD, Table 6).
-
-    Clip i is a function of (seed, split, i) and of nothing else. Its class is i mod 8, and all else is drawn without looking at the class; the camera
-    is at its drawn pose half-way through the clip, so that no single frame tells the class. noise: standard deviation of pixel noise, in [0,1].
-    shift, turn, zoom: range of the motion over a clip, in picture widths, degrees and as a factor; wobble: camera sway, picture widths.
-    points: tracks per clip; baseline: from the camera to the one on its right, units. contrast: share of an object's kind in its brightness.
-
-    All textures have the same statistics and no colour. That is deliberate: whatever is constant in a clip and differs between clips is what masked
-    prediction learns first, and with clips that differ in colour or pattern it learns colour and pattern, and in the minutes of a laptop no motion.
-    Nor can a thing be told from what surrounds it, unless it moves: in the splits `rooms` and `rooms_val` things are lighter or darker than walls, and there is
-    a third of the noise.
+    Unlike matmul: one clip's result cannot depend on the batch around it.
     """
+    return (a[..., None] * b[..., None, :, :]).sum(-2)
 
-    def __init__(self, split="train", seed=0, frames=8, size=32, noise=None, shift=(0.3, 0.6), turn=(50.0, 100.0), zoom=(1.6, 2.5), wobble=0.02,
-                 points=64, baseline=0.06, contrast=None, device="cpu"):
-        rooms = split.startswith("rooms")
-        self.split, self.seed, self.frames, self.size, self.device = split, seed, frames, size, device
-        self.noise, self.contrast = (0.1 if rooms else 0.3) if noise is None else noise, 0.5 * rooms if contrast is None else contrast
-        self.shift, self.turn, self.zoom, self.wobble = shift, turn, zoom, wobble      # over a clip: picture widths, degrees, factor; picture widths
-        self.points, self.baseline = points, baseline
-        self.field = 0.6                                                               # half the picture's width at depth 1: 62 degrees
+
+def dot(a, b):
+    """(3,...) -> (...), in a fixed order of additions."""
+    x, y, z = a * b
+    return x + y + z
+
+
+def at_object(ids, *tables):
+    """ids (n,T,h,w), tables (O,n,T,...) -> each (...,n,T,h,w): the row of the object seen there.
+
+    A length of 1 stands for T. Values come first: several times faster.
+    """
+    n, T = tables[0].shape[1:3]
+    rows = []
+    for table in tables:
+        table = table.expand(-1, n, T, *table.shape[3:])
+        rows.append(table.flatten(0, 2).flatten(1))                         # (O*n*T,values)
+    clip_and_time = torch.arange(n * T, device=ids.device).view(n, T, 1, 1)
+    row = ids * (n * T) + clip_and_time
+    values = torch.cat(rows, 1).T.contiguous()
+    values = values.index_select(1, row.flatten())
+    parts = values.split([table.shape[1] for table in rows])
+    return [part.view(*table.shape[3:], *row.shape) for part, table in zip(parts, tables)]
+
+
+class Draws:
+    """The random numbers of n clips, from one generator each, handed out in order."""
+
+    def __init__(self, generators):
+        self.uniforms = np.stack([g.random(256) for g in generators])
+        self.normals = np.stack([g.standard_normal(512) for g in generators])
+
+    def uniform(self, low, high, *shape):
+        """shape (count,...) -> (count,n,1,...): the 1 is for the times."""
+        drawn, self.uniforms = np.split(self.uniforms, [math.prod(shape)], 1)
+        return low + (high - low) * objects_first(drawn, *shape)
+
+    def normal(self, *shape):
+        drawn, self.normals = np.split(self.normals, [math.prod(shape)], 1)
+        return objects_first(drawn, *shape)
+
+    def between(self, low, high):
+        """Uniform, a number for each clip, (n,1)."""
+        return self.uniform(low, high, 1)[0]
+
+
+def objects_first(drawn, count, *shape):
+    """(n,...) -> (count,n,1,*shape)"""
+    return drawn.reshape(len(drawn), count, 1, *shape).swapaxes(0, 1)
+
+
+@dataclass
+class World:
+    """Clips of a textured room with spheres and boxes, filmed by a moving camera.
+
+    There are eight classes of motion (FWM-HW-LD, Table 6). Clip i is a function of (seed, split, i)
+    and of nothing else. Its class is i mod 8, and all else is drawn without looking at the class;
+    the camera is at its drawn pose half-way through the clip, so that no single frame tells it.
+
+    All textures have the same statistics and no colour. That is deliberate: whatever is constant in
+    a clip and differs between clips is what masked prediction learns first, and with clips that
+    differ in colour or pattern it learns colour and pattern, and in the minutes of a laptop no
+    motion. Nor can a thing be told from what surrounds it, unless it moves: in the splits `rooms`
+    and `rooms_val` things are lighter or darker than walls, and there is a third of the noise.
+    """
+    split: str = "train"
+    seed: int = 0
+    frames: int = 8
+    size: int = 32                  # pixels
+    noise: float | None = None      # standard deviation of pixel noise, in [0,1]
+    shift: tuple = (0.3, 0.6)       # range of the motion over a clip: picture widths,
+    turn: tuple = (50.0, 100.0)     # degrees,
+    zoom: tuple = (1.6, 2.5)        # a factor
+    wobble: float = 0.02            # camera sway, picture widths
+    points: int = 64                # tracks per clip
+    baseline: float = 0.06          # from the camera to the one on its right
+    contrast: float | None = None   # share of an object's tone in its brightness
+    device: str = "cpu"
+
+    def __post_init__(self):
+        rooms = self.split.startswith("rooms")
+        if self.noise is None:
+            self.noise = 0.1 if rooms else 0.3
+        if self.contrast is None:
+            self.contrast = 0.5 if rooms else 0.0
+        # from -1/2 to 1/2 through 0 half-way
+        last = self.frames - 1
+        self.times = (np.arange(self.frames) - last / 2) / max(1, last)
 
     def __len__(self):
         return SPLITS[self.split]
@@ -1366,286 +1447,511 @@ class World:
     def labels(self):
         return np.arange(len(self)) % len(MOTIONS)
 
-    def generators(self, indices, *stream):
-        """One per clip. What was drawn first has no stream number; labels that draw have their own, so that asking for them changes no video."""
-        return [np.random.default_rng((self.seed, list(SPLITS).index(self.split), int(i), *stream)) for i in indices]
+    # --- 1 draw
+
+    def generators(self, indices, *use):
+        """One for each clip.
+
+        `use` is 1 for tracks, 2 for the right camera's noise, 3 for pairs, and left out for plain
+        videos: so asking for labels changes no video.
+        """
+        split = list(SPLITS).index(self.split)
+        return [np.random.default_rng((self.seed, split, int(i), *use)) for i in indices]
 
     def grain(self, generators):
         """Pixel noise (n,T,H,W,3) uint8, or None."""
-        return np.stack([g.integers(0, 256, (self.frames, self.size, self.size, 3), np.uint8) for g in generators]) if self.noise else None
+        if not self.noise:
+            return None
+        shape = (self.frames, self.size, self.size, 3)
+        return np.stack([g.integers(0, 256, shape, np.uint8) for g in generators])
 
-    def draws(self, indices, *stream):
-        """-> take(source, *shape) and between(low, high, *shape), which draw (n, *shape), source 0 uniform in [0,1), 1 normal; and the noise."""
-        generators, used = self.generators(indices, *stream), [0, 0]
-        sources = np.stack([g.random(256) for g in generators]), np.stack([g.standard_normal(512) for g in generators])
+    # --- 2 scene: float64 and elementwise, so that no clip depends on the others of a batch
 
-        def take(source, *shape):
-            start = used[source]
-            used[source] = start + math.prod(shape)
-            assert used[source] <= sources[source].shape[1]
-            return sources[source][:, start:used[source]].reshape(len(indices), *shape)
+    def scene(self, draw, indices):
+        """-> Scene of the clips `indices` (n,)."""
+        # the pace may vary, but equally before and after the middle
+        bend = np.sin(TAU * self.times)
+        pace = self.times + draw.between(-0.5, 0.5) * bend / TAU            # (n,T)
+        wall = draw.between(0.8, 1.25)                                      # (n,1)
+        R, p = self.camera(draw, indices % len(MOTIONS), pace, wall)
+        Ro, po, size = self.objects(draw, wall)
+        return Scene(R, p, Ro, po, size, *self.textures(draw, wall))
 
-        return take, lambda low, high, *shape: low + (high - low) * take(0, *shape), self.grain(generators)
+    def camera(self, draw, motion, pace, wall):
+        """-> R (n,T,3,3), p (n,T,3): one of eight motions, and a sway that is the same for all."""
+        width = 2 * FIELD * wall
+        shift = draw.between(*self.shift) * width
+        turn = np.radians(draw.between(*self.turn))
+        zoom = np.log(draw.between(*self.zoom))
+        # 1 or -1 in one of four; for the picture to go left the camera goes right
+        sign = np.where(motion % 2 == 0, 1.0, -1.0)
+        which = np.eye(4)[:, motion // 2]                                   # (4,n)
+        right, down, roll, ahead = (which * sign)[..., None]                # each (n,1)
+        place = np.empty((*pace.shape, 3))
+        place[..., 0] = right * shift * pace
+        place[..., 1] = down * shift * pace
+        place[..., 2] = wall * (1 - np.exp(-ahead * zoom * pace))
 
-    def textures(self, take, between, width):
-        """wave and phase of a Scene: isotropic waves over five octaves, alike in all clips; only directions and phases are drawn (class World says why).
-        Their lengths reach beyond the picture and below a pixel, so that a texture looks alike at every scale and a frame does not tell that it was zoomed."""
-        O, S = PLANES + SPHERES + BOXES, WAVES
-        length = np.repeat([1.6, 1.2], [PLANES, O - PLANES]) * width[:, None]                                     # the longest wave, (n,O)
-        direction = take(1, O, S, 3)
-        step = 2.0 ** (5 / S * np.arange(S))
-        wave = 2 * np.pi * step[:, None] / length[..., None, None] * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
-        return wave, between(0, 2 * np.pi, O, S)
+        sway = draw.uniform(0, TAU, 1, 3)[0]                                # (n,1,3)
+        speed = draw.uniform(0.5, 1, 1, 3)[0]
+        sway = sway + TAU * speed * self.times[:, None]                     # (n,T,3)
+        swing = np.sin(sway) - np.sin(sway.mean(1, keepdims=True))
+        place = place + self.wobble * width[..., None] * swing
 
-    def scene(self, indices):
-        """indices (n,) -> Scene of float64 arrays, and noise (n,T,H,W,3) uint8 or None. One generator per clip; the rest is elementwise."""
-        n, T = len(indices), self.frames
-        take, between, noise = self.draws(indices)
+        # the floor may be anywhere
+        start = rotation([0, 0, 1], draw.between(0, TAU))                   # (n,1,3,3)
+        R = product(start, rotation([0, 0, -1], roll * turn * pace))
+        return R, product(start, place[..., None])[..., 0]
 
-        # time runs from -1/2 to 1/2 through 0 half-way; the pace may vary, but equally before and after
-        s = (np.arange(T) - (T - 1) / 2) / max(1, T - 1)
-        pace = s + between(-0.5, 0.5, 1) * np.sin(2 * np.pi * s) / (2 * np.pi)                                     # (n,T)
-        wall = between(0.8, 1.25)                                                                                  # distance, (n,)
-        width = 2 * self.field * wall                                                                              # of the picture, at the wall
+    def objects(self, draw, wall):
+        """-> Ro (O,n,T,3,3), po (O,n,T,3), size (O,n,1,3)."""
+        Ro, po, size = self.empty_room(wall)
+        # wall and floor (or ceiling, or side wall: the camera's start decides), a little tilted
+        axis = draw.normal(PLANES, 3) * [1, 1, 0.01]
+        tilt = rotation(axis, draw.uniform(0, 0.45, PLANES))                # (2,n,1,3,3)
+        Ro[:PLANES] = product(tilt, Ro[:PLANES])
+        po[1, ..., 1] = draw.between(0.4, 1.0) * wall
 
-        # camera: one of eight motions, and a slight sway that is the same for all
-        kind = np.asarray(indices) % len(MOTIONS)
-        sign = np.where(kind % 2 == 0, 1.0, -1.0)
-        shift, turn, zoom = between(*self.shift), np.radians(between(*self.turn)), np.log(between(*self.zoom))
-        move = np.stack([(kind // 2 == 0) * sign * shift * width, (kind // 2 == 1) * sign * shift * width], -1)    # picture to the left = camera to the right
-        ahead = wall[:, None] * (1 - np.exp(-((kind // 2 == 3) * sign * zoom)[:, None] * pace))
-        local = np.concatenate([move[:, None] * pace[..., None], ahead[..., None]], -1)                            # (n,T,3), in the camera's axes
-        sway = between(0, 2 * np.pi, 1, 3) + 2 * np.pi * between(0.5, 1, 1, 3) * s[:, None]
-        local = local + self.wobble * width[:, None, None] * (np.sin(sway) - np.sin(sway.mean(1, keepdims=True)))
-        start = rotation(np.array([0.0, 0.0, 1.0]), between(0, 2 * np.pi))                                         # (n,3,3): the floor may be anywhere
-        roll = rotation(np.array([0.0, 0.0, -1.0]), ((kind // 2 == 2) * sign * turn)[:, None] * pace)
-        R, p = product(start[:, None], roll), product(start[:, None], local[..., None])[..., 0]
+        # things between camera and wall, some outside the picture
+        depth = draw.uniform(0.45, 0.85, THINGS) * wall                     # (things,n,1)
+        across = draw.uniform(-1.4, 1.4, THINGS, 2) * FIELD * depth[..., None]
+        place = np.concatenate([across, depth[..., None]], -1)              # (things,n,1,3)
+        velocity = draw.normal(THINGS, 3) * 0.06 * wall[..., None]
+        po[PLANES:] = place + velocity * self.times[:, None]
+        axis = draw.normal(THINGS, 3)
+        angle = draw.uniform(0, TAU, THINGS)
+        angle = angle + draw.uniform(-1, 1, THINGS) * self.times            # (things,n,T)
+        Ro[PLANES:] = rotation(axis, angle)
+        radius = draw.uniform(0.12, 0.4, THINGS) * depth * FIELD
+        size[PLANES:] = radius[..., None]
+        size[-BOXES:] *= draw.uniform(0.5, 1.0, BOXES, 3)
+        return Ro, po, size
 
-        # wall and floor (or ceiling, or side wall: `start` decides), then objects between camera and wall, some outside the picture
-        tilt = rotation(take(1, 2, 3) * [1, 1, 0.01], between(0, 0.45, 2))
-        upright = rotation(np.array([1.0, 0, 0]), np.pi / 2)
-        tilt[:, 1] = product(tilt[:, 1], upright[None])
-        zero = np.zeros_like(wall)
-        points = np.stack([np.stack([zero, zero, wall], -1), np.stack([zero, between(0.4, 1.0) * wall, zero], -1)], 1)
-        M = SPHERES + BOXES
-        depth = between(0.45, 0.85, M) * wall[:, None]
-        place = np.concatenate([between(-1.4, 1.4, M, 2) * self.field * depth[..., None], depth[..., None]], -1)
-        velocity = take(1, M, 3) * 0.06 * wall[:, None, None]
-        spin = rotation(take(1, 1, M, 3), between(0, 2 * np.pi, M)[:, None] + between(-1, 1, M)[:, None] * s[:, None])        # (n,T,M,3,3)
-        po = np.concatenate([np.broadcast_to(points[:, None], (n, T, 2, 3)), place[:, None] + velocity[:, None] * s[:, None, None]], 2)
-        Ro = np.concatenate([np.broadcast_to(tilt[:, None], (n, T, 2, 3, 3)), spin], 2)
-        radius = between(0.12, 0.4, M)[..., None] * depth[..., None] * self.field
-        edges = radius * np.concatenate([np.ones((n, SPHERES, 3)), between(0.5, 1.0, BOXES, 3)], 1)
-        size = np.concatenate([np.ones((n, 2, 3)), edges], 1)
+    def empty_room(self, wall):
+        """-> Ro, po, size of the wall in its place and all else at the camera's."""
+        shape = (OBJECTS, len(wall), self.frames)
+        Ro = np.tile(np.eye(3), (*shape, 1, 1))
+        # upright
+        Ro[1] = rotation([1, 0, 0], np.pi / 2)
+        po = np.zeros((*shape, 3))
+        po[0, ..., 2] = wall
+        return Ro, po, np.ones((OBJECTS, len(wall), 1, 3))
 
-        return Scene(R, p, Ro, po, size, *self.textures(take, between, width)), noise
+    def textures(self, draw, wall):
+        """-> wave (O,n,1,S,3), phase (O,n,1,S): isotropic waves over five octaves.
 
-    def pair_scene(self, indices):
-        """indices (n,) -> two Scenes that differ from some frame on, and the noise of both. A resting camera sees a ball (or a box) roll or fly from side
-        to side, or rest. Half-way it breaks the law that IMPOSSIBLE[i mod 6] names: out of sight, behind a pillar, in every other six clips (not stop and
-        start), else in view."""
-        n, T, i = len(indices), self.frames, np.asarray(indices)
-        take, between, noise = self.draws(indices, 3)
-        kind = i % len(IMPOSSIBLE)
-        hidden = (i // len(IMPOSSIBLE) % 2 == 0) & (kind < 4)
-        s = (np.arange(T) - (T - 1) / 2) / max(1, T - 1)
-        wall, sign, swap = between(0.8, 1.25), np.sign(between(-1, 1)), between(0, 1)[:, None, None] < 0.5          # swap: the box moves, not the ball
-        width, radius = 2 * self.field * wall, between(0.07, 0.1) * wall
-        z, floor, reach = 0.6 * wall, between(0.26, 0.34) * wall, between(0.65, 0.8) * self.field * 0.6 * wall
-        height = (between(0, 1) < 0.7) * between(0.1, 0.45) * wall * (kind != 5)                                   # what rests, rests on the floor
-
-        path = np.stack(np.broadcast_arrays((sign * reach)[:, None] * 2 * s, (floor - radius)[:, None] - height[:, None] * (1 - 4 * s * s), z[:, None]), -1)
-        away, later = np.full((n, T, 3), -9.0), (np.arange(T) >= T // 2)[:, None]                                  # away: behind the camera
-        jump, rest = path + later * (sign * 0.5 * reach)[:, None, None] * [1.0, 0, 0], path[:, max(T // 2 - 1, 0), None]
-        gone, come, law = np.where(later, away, path), np.where(later, path, away), kind[:, None, None]
-        right = np.choose(law, [path, away, path, path, path, rest]), away                                         # the moving thing and its substitute
-        wrong = np.choose(law, [gone, come, gone, jump, np.where(later, rest, path), np.where(later, path, rest)]), np.where(law == 2, come, away)
-
-        ground = np.broadcast_to(np.eye(3), (n, T, 3, 3))
-        roll = lambda place: rotation(np.array([0.0, 0, 1]), place[..., 0] / radius[:, None])
-        upright = np.broadcast_to(rotation(np.array([1.0, 0, 0]), np.pi / 2), (n, T, 3, 3))
-        half = radius / z + reach / z / max(1, T - 1) + 0.03                                                       # pillar: hides the thing in two frames
-        pillar, stone = np.where(hidden, 0, 9 * wall), between(-0.6, 0.6) * wall                                   # the stone: a ball at rest
-        still = lambda *place: np.broadcast_to(np.stack(np.broadcast_arrays(*place), -1)[:, None], (n, T, 3))
-        size = np.stack([wall, wall, radius, 0.1 * wall, 0.6 * radius, wall], 1)[..., None].repeat(3, -1)
-        size[:, -1] = np.stack([half * 0.45 * wall, floor, 0.02 * wall], -1)                                       # as high as floor to ceiling
-        texture = self.textures(take, between, width)
-
-        def scene(mover, other):
-            ball, box = np.where(swap, other, mover), np.where(swap, mover, other)
-            po = [still(0, 0, wall), still(0, floor, 0 * wall), ball, still(stone, floor - 0.1 * wall, 0.85 * wall), box, still(pillar, 0, 0.45 * wall)]
-            return Scene(ground, np.zeros((n, T, 3)), np.stack([ground, upright, roll(ball), ground, roll(box), ground], 2), np.stack(po, 2), size, *texture)
-
-        return scene(*right), scene(*wrong), noise
-
-    def tables(self, scene):
-        """turn (n,T,O,3,3), eye (n,T,O,3): point c of camera coordinates is eye[o] + turn[o] @ c in the coordinates of object o."""
-        back = scene.Ro.swapaxes(-1, -2)
-        return (self.tensor(product(back, scene.R[:, :, None])),
-                self.tensor(product(back, (scene.p[:, :, None] - scene.po)[..., None])[..., 0]))
-
-    def cast(self, scene, at=None):
-        """Scene -> depth (n,T,H,W), object id (n,T,H,W), and the tables of the rays in object coordinates: turn (n,T,O,3,3), eye (n,T,O,3).
-
-        The hit of ray (x,y,1) on object o, in the object's own coordinates, is eye[o] + depth * turn[o] @ (x,y,1).
-        at: (x, y), each (n,T,h,w): these rays instead of the pixels'.
+        They are alike in all clips: only directions and phases are drawn (class World says why).
+        Lengths reach beyond the picture and below a pixel, so that a texture looks alike at every
+        scale and a frame does not tell that it was zoomed.
         """
-        turn, eye = self.tables(scene)
-        x, y = (self.pixels(), self.pixels()[:, None]) if at is None else at
-        fit = lambda v, m: v if at is None else v.reshape(*v.shape[:2], *[1] * (m.ndim - 3), *v.shape[2:])           # beside (n,T,...,3)
-        half = self.tensor(scene.size)
-        plane, sphere, box = slice(0, PLANES), slice(PLANES, PLANES + SPHERES), slice(PLANES + SPHERES, None)
-        ray = lambda m: (m[..., 0, None, None] * fit(x, m) + m[..., 2, None, None]) + m[..., 1, None, None] * fit(y, m)    # -> (...,H,W): m . (x,y,1)
-        grow = lambda v: v[..., None, None]
+        longest = np.repeat([1.6, 1.2], [PLANES, THINGS])
+        longest = longest[:, None, None] * (2 * FIELD * wall)               # (O,n,1)
+        octave = 5 / WAVES * np.arange(WAVES)
+        number = TAU * 2.0 ** octave / longest[..., None]                   # (O,n,1,S)
+        direction = draw.normal(OBJECTS, WAVES, 3)
+        norm = np.linalg.norm(direction, axis=-1, keepdims=True)
+        wave = number[..., None] * direction / norm
+        return wave, draw.uniform(0, TAU, OBJECTS, WAVES)
 
-        t_plane = -grow(eye[:, :, plane, 2]) / ray(turn[:, :, plane, 2])
+    def pair(self, draw, indices):
+        """-> two Scenes, a possible one and one that differs from some frame on.
 
-        e, r = eye[:, :, sphere], half[:, None, sphere, 0]
-        b = ray((turn[:, :, sphere] * e[..., None]).sum(-2))
-        a = fit(x * x + y * y + 1, e)
-        root = b * b - a * grow((e * e).sum(-1) - r * r)
-        t_sphere = torch.where(root > 0, -(b + root.clamp_min(0).sqrt()) / a, math.inf)
+        A resting camera sees a ball (or a box) roll or fly from side to side, or rest. Half-way it
+        breaks the law that IMPOSSIBLE[i mod 6] names: out of sight, behind a pillar, in every other
+        six clips (not stop and start), else in view.
+        """
+        law = np.array(IMPOSSIBLE)[indices % len(LAWS), None]               # (n,1)
+        in_view = indices[:, None] // len(LAWS) % 2 == 1
+        in_view = in_view | np.isin(law, ["stop", "start"])
+        wall = draw.between(0.8, 1.25)
+        side = np.sign(draw.between(-1, 1))
+        box_moves = draw.between(0, 1) < 0.5
+        radius = draw.between(0.07, 0.1) * wall
+        floor = draw.between(0.26, 0.34) * wall
+        reach = draw.between(0.65, 0.8) * FIELD * 0.6 * wall
+        flies = draw.between(0, 1) < 0.7
+        height = draw.between(0.1, 0.45) * wall
+        # what rests, rests on the floor
+        height = np.where(flies & (law != "start"), height, 0)
+        scene = self.stage(draw, wall, floor, radius, reach, in_view)
 
-        e, h = eye[:, :, box], half[:, None, box]
-        inverse = 1 / ray(turn[:, :, box])                                                                         # (n,T,boxes,3,H,W)
-        centre, reach = -grow(e) * inverse, grow(h) * inverse.abs()
-        near, far = (centre - reach).amax(3), (centre + reach).amin(3)
-        t_box = torch.where(near < far, near, math.inf)
+        # what the thing may do
+        path = np.empty((len(wall), self.frames, 3))
+        path[..., 0] = side * reach * 2 * self.times
+        path[..., 1] = floor - radius - height * (1 - 4 * self.times * self.times)
+        path[..., 2] = 0.6 * wall
+        half = self.frames // 2
+        jump = path.copy()
+        jump[..., 0] += side * 0.5 * reach
+        rest = path[:, [max(half - 1, 0)]].repeat(self.frames, 1)
+        behind_camera = np.full_like(path, -9.0)
+        courses = {"move": path, "jump": jump, "rest": rest, "be away": behind_camera}
 
-        t = torch.cat([t_plane, t_sphere, t_box], 2)
-        depth, id = torch.where(t > 0.02, t, math.inf).min(2)
-        return depth.clamp_max(50), id, turn, eye
+        possible = np.empty_like(path)
+        impossible = np.empty_like(path)
+        substitute = behind_camera.copy()
+        for clip, name in enumerate(law[:, 0]):
+            before, after = LAWS[name]
+            possible[clip] = courses[before][clip]
+            impossible[clip, :half] = courses[before][clip, :half]
+            impossible[clip, half:] = courses[after][clip, half:]
+            if name == "change":
+                substitute[clip, half:] = path[clip, half:]
 
-    def shade(self, scene, depth, id, turn, eye):
-        """What cast() returned -> brightness (n,T,H,W) in [0,1] before noise. A wave fades where its period spans four to two pixels."""
-        n, T = turn.shape[:2]
-        x, wave = self.pixels(), self.tensor(scene.wave)
-        # phase of wave k at the hit: k.(eye + depth*turn@(x,y,1)) + phase; its four coefficients are the same for all pixels of an object
-        along = (wave[:, None, :, :, :, None] * turn[:, :, :, None]).sum(-2)                                       # (n,T,O,S,3)
-        at_eye = (wave[:, None] * eye[:, :, :, None]).sum(-1) + self.tensor(scene.phase)[:, None]                  # (n,T,O,S)
-        still = lambda v: self.tensor(v)[:, None].expand(n, T, *v.shape[1:])
-        kx, ky, k1, k0, number, turn, eye, size = at_object(id, along[..., 0], along[..., 1], along[..., 2], at_eye,
-                                                            still(np.sqrt((scene.wave ** 2).sum(-1))), turn, eye, still(scene.size))
-        xt, yt = depth * x, depth * x[:, None]
-        hit = self.hit(depth, turn, eye)
-        side = [(h / s).abs() for h, s in zip(hit, size)]
-        top = torch.maximum(torch.maximum(side[0], side[1]), side[2])
-        flat, ball = id < PLANES, (id >= PLANES) & (id < PLANES + SPHERES)
-        normal = [torch.where(ball, h / s, (a == top) * h.sign()) for h, s, a in zip(hit, size, side)]
-        normal = [torch.where(flat, float(i == 2), v) for i, v in enumerate(normal)]
-        away = [turn[3 * i] * x + turn[3 * i + 1] * x[:, None] + turn[3 * i + 2] for i in range(3)]
-        dot = lambda a, b: a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
-        slant = dot(normal, away).abs() / dot(away, away).sqrt()
-        pixel = depth * (2 * self.field / self.size) / slant.clamp_min(0.02)                                       # what a pixel covers of the surface, units
-        fade = (2 - number * pixel * (2 / math.pi)).clamp(0, 1)
-        value = 0.65 * ((kx * xt + ky * yt + k1 * depth + k0).sin_() * fade).sum(0)
-        value = value / (1 + value.abs())                                                                          # soft threshold
-        return 0.5 + 0.45 * (value + self.contrast * (self.tensor(TONES)[id] - value)) if self.contrast else 0.5 + 0.45 * value
+        scenes = []
+        for thing, other in ((possible, behind_camera), (impossible, substitute)):
+            ball = np.where(box_moves[..., None], other, thing)
+            box = np.where(box_moves[..., None], thing, other)
+            scenes.append(self.put(scene, ball, box))
+        return scenes
 
-    def pixels(self):
-        """Camera coordinates at depth 1 of the pixel centres of a row (and of a column), (size,)."""
-        return self.tensor((np.arange(self.size) + 0.5) / self.size * 2 - 1) * self.field
+    def stage(self, draw, wall, floor, radius, reach, in_view):
+        """-> Scene of a pair before ball and box are put: a stone at rest, and the pillar."""
+        Ro, po, size = self.empty_room(wall)
+        po[1, ..., 1] = floor
+        po[STONE, ..., 0] = draw.between(-0.6, 0.6) * wall
+        po[STONE, ..., 1] = floor - 0.1 * wall
+        po[STONE, ..., 2] = 0.85 * wall
+        po[PILLAR, ..., 0] = np.where(in_view, 9 * wall, 0)
+        po[PILLAR, ..., 2] = 0.45 * wall
+        size[BALL] = radius[..., None]
+        size[STONE] = 0.1 * wall[..., None]
+        size[BOX] = 0.6 * radius[..., None]
+        # the pillar is as high as floor to ceiling, and hides the thing in two frames
+        depth = 0.6 * wall
+        half = radius / depth + reach / depth / max(1, self.frames - 1) + 0.03
+        size[PILLAR] = np.stack([half * 0.45 * wall, floor, 0.02 * wall], -1)
+        R = Ro[0]
+        p = np.zeros_like(po[0])
+        return Scene(R, p, Ro, po, size, *self.textures(draw, wall))
+
+    def put(self, scene, ball, box):
+        """A pair's scene with these two at places (n,T,3), rolling."""
+        po = scene.po.copy()
+        po[BALL] = ball
+        po[BOX] = box
+        Ro = scene.Ro.copy()
+        radius = scene.size[BALL, ..., 0]                                   # (n,1)
+        roll = po[[BALL, BOX], ..., 0] / radius                             # (2,n,T)
+        Ro[[BALL, BOX]] = rotation([0, 0, 1], roll)
+        return replace(scene, Ro=Ro, po=po)
+
+    # --- 3 cast
 
     def tensor(self, array):
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)
 
-    def hit(self, depth, turn, eye):
-        """depth (n,T,H,W), turn (9,...) and eye (3,...) of the object each pixel sees -> what it sees in that object's coordinates, 3 x (n,T,H,W)."""
-        x = self.pixels()
-        xt, yt = depth * x, depth * x[:, None]
-        return [eye[i] + turn[3 * i] * xt + turn[3 * i + 1] * yt + turn[3 * i + 2] * depth for i in range(3)]
+    def rays(self):
+        """x (W,), y (H,1) of the rays (x,y,1) through the centres of the pixels."""
+        centre = (np.arange(self.size) + 0.5) / self.size
+        x = self.tensor(centre * 2 - 1) * FIELD
+        return x, x[:, None]
 
-    def follow(self, scene, point, id):
-        """Where `scene`'s camera sees points (3 x (n,T,h,w)) given in the coordinates of objects `id` (n,T,h,w) -> x, y in pixels (n,T,h,w,2), and whether
-        each is seen, (n,T,h,w): inside the picture and nothing in front, which a ray at it tells."""
-        turn, eye = at_object(id, *self.tables(scene))
-        away = [p - e for p, e in zip(point, eye)]
-        x, y, depth = (turn[j] * away[0] + turn[3 + j] * away[1] + turn[6 + j] * away[2] for j in range(3))         # transposed: to the camera's
-        ray = x / depth.clamp_min(0.02), y / depth.clamp_min(0.02)
-        seen = (depth > 0.02) & (ray[0].abs() < self.field) & (ray[1].abs() < self.field) & (self.cast(scene, ray)[0] > depth.clamp_max(50) * 0.998)
-        return (torch.stack(ray, -1) / self.field + 1) * (self.size / 2), seen
+    def tables(self, scene):
+        """axes (O,n,T,3,3), eye (O,n,T,3): the camera as object o sees it.
 
-    def picture(self, scene, hits, noise):
-        """-> (n,T,H,W,3) uint8; noise as grain() draws it: uniform, of the right deviation."""
-        video = self.shade(scene, *hits).mul_(255)[..., None].repeat(1, 1, 1, 1, 3)
+        Point c of camera coordinates is eye[o] + axes[o] @ c in the coordinates of object o.
+        """
+        back = scene.Ro.swapaxes(-1, -2)
+        place = scene.p - scene.po
+        eye = product(back, place[..., None])[..., 0]
+        return self.tensor(product(back, scene.R)), self.tensor(eye)
+
+    def cast(self, scene, x=None, y=None):
+        """Rays (x,y,1), (n,T,h,w), else the pixels' -> depth (n,T,h,w), object ids (n,T,h,w).
+
+        And axes and eye of tables(): the hit on object o is eye[o] + depth * axes[o] @ (x,y,1) in
+        the object's own coordinates.
+        """
+        axes, eye = self.tables(scene)
+        size = self.tensor(scene.size)
+        if x is None:
+            x, y = self.rays()
+
+        def along(rows):
+            """(...,n,T,3) -> (...,n,T,h,w): row . (x,y,1)"""
+            a, b, c = rows[..., None, None].unbind(-3)
+            return a * x + c + b * y
+
+        height = eye[:PLANES, ..., 2, None, None]
+        t_plane = -height / along(axes[:PLANES, ..., 2, :])                 # (2,n,T,h,w)
+
+        # at t the distance from the centre is the radius: a t^2 + 2 b t + c = 0
+        sphere = slice(PLANES, -BOXES)
+        start = eye[sphere]
+        radius = size[sphere, ..., 0]
+        a = x * x + y * y + 1
+        b = along((axes[sphere] * start[..., None]).sum(-2))
+        c = (start * start).sum(-1) - radius * radius
+        root = b * b - a * c[..., None, None]
+        t_sphere = -(b + root.clamp_min(0).sqrt()) / a
+        t_sphere = torch.where(root > 0, t_sphere, math.inf)
+
+        # inside a box is where a ray is between the faces of all three pairs: (3,boxes,n,T,h,w)
+        inverse = 1 / along(axes[-BOXES:].movedim(-2, 0))
+        start = eye[-BOXES:].movedim(-1, 0)[..., None, None]
+        edge = size[-BOXES:].movedim(-1, 0)[..., None, None]
+        middle = -start * inverse
+        reach = edge * inverse.abs()
+        enter = (middle - reach).amax(0)
+        leave = (middle + reach).amin(0)
+        t_box = torch.where(enter < leave, enter, math.inf)
+
+        t = torch.cat([t_plane, t_sphere, t_box])                           # (O,n,T,h,w)
+        depth, ids = torch.where(t > NEAR, t, math.inf).min(0)
+        return depth.clamp_max(FAR), ids, axes, eye
+
+    def hit(self, depth, axes, eye):
+        """What pixels see, in the object's coordinates, (3,n,T,H,W).
+
+        depth (n,T,H,W); axes (3,3,n,T,H,W) and eye (3,n,T,H,W) are those of the object seen.
+        """
+        x, y = self.rays()
+        right, down, ahead = axes.unbind(1)
+        return eye + right * (depth * x) + down * (depth * y) + ahead * depth
+
+    def follow(self, scene, point, ids):
+        """point (3,n,T,h,w), in the coordinates of objects ids (n,T,h,w) -> how `scene` shows it.
+
+        That is its pixel x, y (n,T,h,w,2) and whether it is seen, bool (n,T,h,w): inside the
+        picture and nothing in front, which a ray at it tells.
+        """
+        axes, eye = at_object(ids, *self.tables(scene))
+        away = point - eye
+        # transposed: to the camera's coordinates
+        x, y, depth = dot(axes, away[:, None])
+        x = x / depth.clamp_min(NEAR)
+        y = y / depth.clamp_min(NEAR)
+        inside = (x.abs() < FIELD) & (y.abs() < FIELD) & (depth > NEAR)
+        nearest, *_ = self.cast(scene, x, y)
+        seen = inside & (nearest > depth.clamp_max(FAR) * 0.998)
+        pixel = torch.stack([x, y], -1) / FIELD + 1
+        return pixel * (self.size / 2), seen
+
+    # --- 4 shade
+
+    def shade(self, scene, depth, ids, axes, eye):
+        """What cast() returned -> brightness (n,T,H,W) in [0,1], before noise."""
+        # A wave's phase at a hit is wave . (eye + depth * axes @ (x,y,1)) + phase: linear in
+        # depth * (x,y,1), with the same coefficients for all pixels of an object.
+        wave = self.tensor(scene.wave)
+        offset = (wave * eye[..., None, :]).sum(-1) + self.tensor(scene.phase)  # (O,n,T,S)
+        slope = (wave[..., None] * axes[..., None, :, :]).sum(-2)           # (O,n,T,S,3)
+        number = np.linalg.norm(scene.wave, axis=-1)                        # (O,n,1,S)
+        # from here on of the object that a pixel sees: (...,n,T,H,W)
+        offset, slope, number, size, axes, eye = at_object(
+            ids, offset, slope.transpose(-1, -2), self.tensor(number),
+            self.tensor(scene.size), axes, eye,
+        )
+        x, y = self.rays()
+        phase = slope[0] * (depth * x)                                      # (S,n,T,H,W)
+        phase += slope[1] * (depth * y)
+        phase += slope[2] * depth
+        phase += offset
+
+        # the surface's normal
+        place = self.hit(depth, axes, eye) / size
+        side = place.abs()
+        normal = torch.where(side == side.amax(0), place.sign(), 0.0)
+        normal = torch.where(ids < PLANES + SPHERES, place, normal)
+        upright = self.tensor([0, 0, 1]).view(3, 1, 1, 1, 1)
+        normal = torch.where(ids < PLANES, upright, normal)
+
+        # a wave fades where its period spans four to two pixels
+        right, down, ahead = axes.unbind(1)
+        ray = right * x + down * y + ahead
+        slant = dot(normal, ray).abs() / dot(ray, ray).sqrt()
+        # what a pixel covers of the surface
+        pixel = depth * (2 * FIELD / self.size) / slant.clamp_min(0.02)
+        fade = 2 - number * pixel * (2 / math.pi)
+        waves = phase.sin_() * fade.clamp_(0, 1)                            # (S,n,T,H,W)
+
+        value = 0.65 * waves.sum(0)
+        # soft threshold
+        value = value / (1 + value.abs())
+        if self.contrast:
+            value = value + self.contrast * (self.tensor(TONES)[ids] - value)
+        return 0.5 + 0.45 * value
+
+    def picture(self, scene, hits, grain):
+        """-> (n,T,H,W,3) uint8; the noise is uniform: a width of 1 has the deviation 1/sqrt(12)."""
+        grey = self.shade(scene, *hits).mul_(255)
+        video = grey[..., None].repeat(1, 1, 1, 1, 3)
         if self.noise:
-            video += (self.tensor(noise) - 127.5) * (self.noise * math.sqrt(12))
+            video += (self.tensor(grain) - 127.5) * (self.noise * math.sqrt(12))
         return video.round_().clamp_(0, 255).to(torch.uint8)
+
+    # --- 5 labels
 
     @torch.no_grad()
     def render(self, indices, labels=()):
-        """indices (n,) -> {"video": (n,T,H,W,3) uint8, "label": (n,) int64, and what `labels` names}, the same for a clip whatever else is in the batch.
+        """indices (n,) -> {"video": (n,T,H,W,3) uint8, "label": (n,) int64, and `labels`}.
 
-        The names, shapes (with n in front) and units are those of dense_batches. Of the world's own: lengths in units (the wall is at 0.8 to 1.25);
-        masks holds 0 wall, 1 floor, 2, 3 spheres, 4, 5 boxes; boxes are of the moving objects 2 to 5; tracks start at pixels of frame 0; `right` is
-        `baseline` units to the right. impossible, kind or change give another scene (pair_scene), whose possible version is "video" and has the labels,
-        and no class: before frame `change` the two videos are the same, noise included, and kind is an index into IMPOSSIBLE.
+        The same for a clip whatever else is in the batch. Names, shapes (with n in front) and units
+        are those of dense_batches. Of the world's own: lengths in units (the wall is at 0.8 to
+        1.25); masks holds 0 wall, 1 floor, 2, 3 spheres, 4, 5 boxes; boxes are of the moving
+        objects 2 to 5; tracks start at pixels of frame 0; `right` is `baseline` to the right.
+        impossible, kind or change give another scene (pair), whose possible version is "video" and
+        has the labels, and no class: before frame `change` the two videos are the same, noise
+        included, and kind is an index into IMPOSSIBLE.
         """
+        made = {name: [] for name in ("video", *labels)}
+        unknown = made.keys() - {"video", *LABELS}
+        if unknown:
+            raise DataError(f"the built-in world has no label {min(unknown)!r}; "
+                            f"it has {', '.join(LABELS)}")
         indices = np.asarray(indices)
-        pairs = not {"impossible", "kind", "change"}.isdisjoint(labels)
-        scene, *other, noise = self.pair_scene(indices) if pairs else self.scene(indices)
-        at_once = 1 if self.device == "cpu" else 64                 # one clip fits the cache of a core, which is ten times faster than a batch
-        parts = []
+        if made.keys() & {"impossible", "kind", "change"}:
+            generators = self.generators(indices, 3)
+            scenes = self.pair(Draws(generators), indices)
+        else:
+            generators = self.generators(indices)
+            scenes = [self.scene(Draws(generators), indices)]
+        # one clip fits the cache of a core, which is ten times faster than a batch
+        at_once = 1 if self.device == "cpu" else 64
         for i in range(0, len(indices), at_once):
-            part, grain = scene.cut(slice(i, i + at_once)), noise[i:i + at_once] if self.noise else None
-            hits = self.cast(part)
-            out = {"video": self.picture(part, hits, grain)}
-            if pairs:
-                wrong = other[0].cut(slice(i, i + at_once))
-                out["impossible"] = self.picture(wrong, self.cast(wrong), grain)
-                out["kind"] = torch.from_numpy(indices[i:i + at_once] % len(IMPOSSIBLE))
-                out["change"] = (out["video"] != out["impossible"]).flatten(2).any(-1).int().argmax(1)
-            out |= self.annotate(part, hits, indices[i:i + at_once], [name for name in labels if name not in out]) if labels else {}
-            parts.append({name: out[name].cpu() for name in ("video", *labels)})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"label": torch.from_numpy(indices % len(MOTIONS))}
-
-    def annotate(self, scene, hits, indices, names):
-        """The labels `names` of render; what two of them need is made once."""
-        depth, id, turn, eye = hits
-        n, T, O, f = *turn.shape[:3], self.size / (2 * self.field)
-        centre = torch.arange(self.size, device=id.device) + 0.5
-        point = lru_cache(None)(lambda: torch.stack(self.hit(depth, *at_object(id, turn, eye))))                   # (3,n,T,H,W)
-
-        @lru_cache(None)
-        def flow():
-            to, seen = self.follow(scene.cut(times=slice(1, None)), point()[:, :, :-1], id[:, :-1])
-            return to - torch.stack(torch.meshgrid(centre, centre, indexing="xy"), -1), seen
-
-        @lru_cache(None)
-        def tracks():
-            start = np.stack([g.choice(self.size**2, self.points, replace=self.points > self.size**2) for g in self.generators(indices, 1)])
-            start = torch.as_tensor(start, device=id.device)                                                       # (n,P)
-            points = point()[:, :, 0].flatten(2).gather(2, start.expand(3, n, -1))[:, :, None, None].expand(-1, -1, T, -1, -1)
-            return [v[:, :, 0] for v in self.follow(scene, points, id[:, 0].flatten(1).gather(1, start)[:, None, None].expand(-1, T, -1, -1))]
-
-        @lru_cache(None)
-        def stereo():
-            right = replace(scene, p=scene.p + self.baseline * scene.R[..., 0])                                    # the camera's x axis
-            return self.picture(right, self.cast(right), self.grain(self.generators(indices, 2))), self.follow(right, point(), id)[1]
-
-        def boxes():
-            sides = []
-            for axis in (-2, -1):                                   # columns, then rows, that show the object
-                shows = torch.stack([(id == o).any(axis) for o in range(PLANES, O)], 2).int()                      # (n,T,objects,size)
-                none = torch.where(shows.any(-1), 0.0, math.nan)
-                sides.append(torch.stack([shows.argmax(-1) + none, self.size - shows.flip(-1).argmax(-1) + none], -1))
-            return torch.stack(sides, -1).flatten(-2)
-
-        def pose():
-            matrix = np.tile(np.eye(4), (n, T, 1, 1))
-            matrix[..., :3, :3], matrix[..., :3, 3] = scene.R, scene.p
-            return self.tensor(matrix)
-
-        made = {"depth": lambda: depth, "masks": lambda: id.to(torch.uint8), "boxes": boxes, "pose": pose,
-                "K": lambda: self.tensor([[f, 0, self.size / 2], [0, f, self.size / 2], [0, 0, 1]]).expand(n, 3, 3),
-                "flow": lambda: flow()[0], "flow_visible": lambda: flow()[1], "tracks": lambda: tracks()[0], "visible": lambda: tracks()[1],
-                "right": lambda: stereo()[0], "disparity": lambda: f * self.baseline / depth, "disparity_visible": lambda: stereo()[1]}
-        if unknown := set(names) - set(made):
-            raise DataError(f"the built-in world has no label {min(unknown)!r}; it has {', '.join(made)}, impossible, kind, change")
-        return {name: made[name]() for name in names}
+            part = slice(i, i + at_once)
+            grain = self.grain(generators[part])
+            cut = [scene.cut(part) for scene in scenes]
+            shot = Shot(self, cut, grain, indices[part])
+            for name, parts in made.items():
+                parts.append(getattr(shot, name).cpu())
+        video = {name: torch.cat(parts) for name, parts in made.items()}
+        return video | {"label": torch.from_numpy(indices % len(MOTIONS))}
 
 
-# --- end of the world --------------------------------------------------------------------------------------------------------------------
+LABELS = (
+    "depth", "masks", "boxes",
+    "pose", "K",
+    "flow", "flow_visible",
+    "tracks", "visible",
+    "right", "disparity", "disparity_visible",
+    "impossible", "kind", "change",
+)
+
+
+@dataclass
+class Shot:
+    """Filmed scenes. An attribute for each label, made when it is asked for."""
+    world: World
+    scenes: list
+    grain: np.ndarray
+    indices: np.ndarray
+
+    def __post_init__(self):
+        self.scene = self.scenes[0]
+        hits = self.world.cast(self.scene)
+        self.depth, self.ids, self.axes, self.eye = hits
+        self.video = self.world.picture(self.scene, hits, self.grain)
+        # pixels
+        self.focal = self.world.size / (2 * FIELD)
+
+    @property
+    def masks(self):
+        return self.ids.to(torch.uint8)
+
+    @property
+    def boxes(self):
+        size = self.world.size
+        things = torch.arange(PLANES, OBJECTS, device=self.ids.device).view(-1, 1, 1)
+        shown = self.ids[:, :, None] == things                              # (n,T,things,H,W)
+        sides = []
+        # columns, then rows, that show the thing
+        for axis in (-2, -1):
+            line = shown.any(axis).int()                                    # (n,T,things,size)
+            none = torch.where(line.any(-1), 0.0, math.nan)
+            last = size - line.flip(-1).argmax(-1)
+            sides.append(torch.stack([line.argmax(-1) + none, last + none], -1))
+        return torch.stack(sides, -1).flatten(-2)
+
+    @property
+    def pose(self):
+        scene = self.scene
+        pose = np.tile(np.eye(4), (*scene.p.shape[:2], 1, 1))
+        pose[..., :3, :3] = scene.R
+        pose[..., :3, 3] = scene.p
+        return self.world.tensor(pose)
+
+    @property
+    def K(self):
+        K = np.diag([self.focal, self.focal, 1])
+        K[:2, 2] = self.world.size / 2
+        return self.world.tensor(K).expand(len(self.depth), 3, 3)
+
+    @cached_property
+    def point(self):
+        """What pixels see, in the object's coordinates, (3,n,T,H,W)."""
+        return self.world.hit(self.depth, *at_object(self.ids, self.axes, self.eye))
+
+    @cached_property
+    def in_next_frame(self):
+        """Where pixels go, (n,T-1,H,W,2), and whether they are seen there."""
+        later = self.scene.cut(times=slice(1, None))
+        return self.world.follow(later, self.point[:, :, :-1], self.ids[:, :-1])
+
+    @property
+    def flow(self):
+        centre = torch.arange(self.world.size, device=self.ids.device) + 0.5
+        pixel = torch.meshgrid(centre, centre, indexing="xy")
+        return self.in_next_frame[0] - torch.stack(pixel, -1)
+
+    @property
+    def flow_visible(self):
+        return self.in_next_frame[1]
+
+    @cached_property
+    def tracked(self):
+        """Pixels of the first frame in all frames, (n,T,1,P,2), and whether they are seen."""
+        pixels = self.world.size ** 2
+        count = self.world.points
+        generators = self.world.generators(self.indices, 1)
+        start = [g.choice(pixels, count, replace=count > pixels) for g in generators]
+        start = torch.as_tensor(np.stack(start), device=self.ids.device)    # (n,P)
+        clip = torch.arange(len(start), device=start.device)[:, None]
+        ids = self.ids[:, 0].flatten(1)[clip, start]                        # (n,P)
+        point = self.point[:, :, 0].flatten(2)[:, clip, start]              # (3,n,P)
+        return self.world.follow(self.scene, point[:, :, None, None], ids[:, None, None])
+
+    @property
+    def tracks(self):
+        return self.tracked[0][:, :, 0]
+
+    @property
+    def visible(self):
+        return self.tracked[1][:, :, 0]
+
+    @cached_property
+    def right_scene(self):
+        # along the camera's x axis
+        aside = self.world.baseline * self.scene.R[..., 0]
+        return replace(self.scene, p=self.scene.p + aside)
+
+    @property
+    def right(self):
+        grain = self.world.grain(self.world.generators(self.indices, 2))
+        return self.world.picture(self.right_scene, self.world.cast(self.right_scene), grain)
+
+    @property
+    def disparity(self):
+        return self.focal * self.world.baseline / self.depth
+
+    @property
+    def disparity_visible(self):
+        return self.world.follow(self.right_scene, self.point, self.ids)[1]
+
+    @cached_property
+    def impossible(self):
+        scene = self.scenes[1]
+        return self.world.picture(scene, self.world.cast(scene), self.grain)
+
+    @property
+    def kind(self):
+        return torch.from_numpy(self.indices % len(IMPOSSIBLE))
+
+    @property
+    def change(self):
+        differs = (self.video != self.impossible).flatten(2).any(-1)        # (n,T)
+        return differs.int().argmax(1)
 
 
 if __name__ == "__main__":

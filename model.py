@@ -68,7 +68,7 @@ IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh")}
 
 
-# --- 1. nets: positions, tables over a token grid that are indexed by token id ---------------------
+# --- 1. nets: positions, tables over a token grid that are indexed by token id --------------------
 
 def cached(build):
     """One table for each (width, grid, device). One that is first built during inference must
@@ -140,7 +140,7 @@ def rotate(x, table, sin=None):
     return torch.addcmul(x * table, pairs.flip(-1).flatten(-2), sin)
 
 
-# --- 1. nets: transformer --------------------------------------------------------------------------
+# --- 1. nets: transformer -------------------------------------------------------------------------
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(head_dim)) v for (B, heads, n, head_dim)."""
@@ -439,22 +439,6 @@ class ViT(nn.Module):
         return x, rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x), lengths
 
     @torch.no_grad()
-    def cls_attention(self, x):
-        """What CLS attends to in the last block (DINO's pictures): x (F,3,1,H,W) -> (F,heads,n)."""
-        seen = []
-
-        def record(attention, inputs, output):
-            z, rope, _ = inputs
-            qk = attention.qkv(z).unflatten(2, (3, self.heads, -1))[:, :, :2]
-            seen.append(qk if rope is None else rotate(qk, *rope))
-
-        # a hook, as FSDP gathers a block's weights in its own forward only
-        with self.blocks[-1].attn.register_forward_hook(record):
-            self(x)
-        q, k = seen[0].unbind(2)                                        # (F, n, heads, head_dim)
-        scores = torch.einsum("fhd,fnhd->fhn", q[:, 0].float(), k.float())
-        return (scores * q.shape[-1] ** -0.5).softmax(-1)[:, :, 1:]
-
     def positions(self, grid, device):
         """The table (N,D) that is added to the tokens of a grid. ValueError: not one for it."""
         if self.pos == "sincos":
@@ -572,22 +556,6 @@ class MotionEncoder(ViT):
         return flops
 
 
-class ProjectionHead(nn.Module):
-    """DINO's head: an MLP of three layers, a unit vector, and its cosines with unit prototypes, times a scale each that starts at 1 (and may stay)."""
-
-    def __init__(self, width, prototypes, hidden=2048, bottleneck=256, train_scale=True):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
-        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
-        self.scale = nn.Parameter(torch.ones(prototypes, 1), requires_grad=train_scale)
-        init_weights(self, [], 0.02)
-        nn.init.kaiming_uniform_(self.prototypes, a=math.sqrt(5))
-
-    def forward(self, x):
-        """x (..., D) -> (unit vectors (..., bottleneck), weights (prototypes, bottleneck)); their product is the logits, which a loss may not want at once."""
-        return F.normalize(self.mlp(x).float(), dim=-1), self.scale * F.normalize(self.prototypes, dim=1)
-
-
 class Predictor(nn.Module):
     """Narrow transformer that fills in features at predicted positions from context features at
     kept ones. ValueError: pos or heads that do not fit."""
@@ -689,7 +657,7 @@ class LatentGridDecoder(nn.Module):
         return 2 * self.proj.weight.numel() * self.latents.shape[1]
 
 
-# --- 1. nets: optimizer groups, EMA, sharding, compilation -----------------------------------------
+# --- 1. nets: optimizer groups, EMA, sharding, compilation ----------------------------------------
 
 def param_groups(module, weight_decay, factors={}):
     """Optimizer groups over all trainable parameters: with weight decay, and without (biases, 1-D
@@ -1014,7 +982,8 @@ class Run:
         if show:
             words = []
             for name, value in line.items():
-                words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+                value = f"{value:.4g}" if isinstance(value, float) else value
+                words.append(f"{name} {value}")
             tqdm.write("  ".join(words), file=sys.stderr)
             if self.args.wandb:
                 sys.modules["wandb"].log(line)
@@ -1393,6 +1362,9 @@ def dry_run(run, objective, flops, activations, total=None, **more):
     frozen = count(objective) - trained
     shards = run.ranks if args.fsdp else 1
     if run.rank == 0:
+        print(f"{args.model}: {flops / args.batch_size / 1e12:.3g} TFLOP a clip; "
+              f"{days(total, run.ranks):.3g} days on {run.ranks} GPU(s) at 50 % of an H100's or "
+              f"H200's 989 bf16 TFLOP/s")
         print(json.dumps({
             "params": trained,
             "params_encoder": count(objective.encoder),
@@ -1500,22 +1472,6 @@ def rankme(features):
     s = torch.linalg.svdvals(features.double())
     p = s / s.sum() + 1e-7
     return torch.exp(-(p * p.log()).sum()).item()
-
-
-@torch.no_grad()
-def knn_probe(x, y, xv, k=20, T=0.07):
-    """Class predictions (nv,) for xv (nv,D) by a vote of the k nearest of x (n,D) in cosine
-    similarity s, weighted exp(s/T)."""
-    x = F.normalize(x.float(), dim=1)
-    xv = F.normalize(xv.float(), dim=1)
-    classes = int(y.max()) + 1
-    out = []
-    for part in xv.split(4096):
-        s, nearest = (part @ x.T).topk(min(k, len(x)), 1)
-        votes = torch.zeros(len(part), classes, device=x.device)
-        votes.scatter_add_(1, y[nearest], (s / T).exp())
-        out.append(votes.argmax(1))
-    return torch.cat(out)
 
 
 @torch.no_grad()
@@ -1630,9 +1586,9 @@ def broken(folder):
     return None
 
 
-# --- 3. weight files -------------------------------------------------------------------------------
-# Ours are safetensors with the config inside. One function for each foreign family gives the encoder's
-# state, the predictor's or None, and the config.
+# --- 3. weight files ------------------------------------------------------------------------------
+# Ours are safetensors with the config inside. One function for each foreign family gives the
+# encoder's state, the predictor's or None, and the config.
 
 # what ViT.config holds
 VIT_KEYS = (

@@ -149,7 +149,7 @@ from model import compile_blocks, construct, count, days, dry_run, enlarge, laun
 from model import param_groups, patches, probe_lists, health, save_rows, set_rates, shard
 from model import some_rows, split_time, sync_gradients, unpatch, warmup_cosine
 
-RGB = dict(mean=[0.0] * 3, std=[1.0] * 3)  # raw, in [0,1]
+RGB = dict(mean=[0.0] * 3, std=[1.0] * 3)  # of what is seen and decoded: raw, in [0,1]
 
 
 # --- 4DS ------------------------------------------------------------------------------------------
@@ -193,8 +193,8 @@ class MAE4D(nn.Module):
         return self.encoder
 
     def forward(self, x, keep=None, reconstruct=False):
-        """x (B,3,T,H,W) in [0,1]; keep: ids (B,K) -> loss, metrics; reconstruct: -> the clips as
-        they are decoded (B,3,T,H,W).
+        """x (B,3,T,H,W) in [0,1]; keep: ids (B,K) -> loss, metrics, or with `reconstruct` the
+        decoded clips (B,3,T,H,W).
 
         Without masks: the tokens (B,N,D) that a classification probe reads, no latents involved.
         (FSDP gathers the root's parameters only inside this forward, so everything enters here.)
@@ -213,9 +213,10 @@ class MAE4D(nn.Module):
     def masks(self, step, batch_size, rows=None):
         """Ids (b,K) that are kept at one step, of these rows (a slice) of the batch; a function of
         the seed and the step."""
-        specs = [self.args.mask]
-        grid = self.encoder.grid
-        return data.sample_masks(specs, self.args.seed, step, batch_size, grid, rows=rows)[0][0]
+        a = self.args
+        keep, _ = data.sample_masks(
+            [a.mask], a.seed, step, batch_size, self.encoder.grid, rows=rows)
+        return keep[0]
 
     def schedules(self, step):
         """Functions of the step alone."""

@@ -376,8 +376,7 @@ def hw(s):
 
 def static(s):
     """Appearance stays as it is from slice to slice."""
-    appearance, _ = s.z.chunk(2, -1)
-    return appearance.diff(dim=1).abs().mean()
+    return s.z.chunk(2, -1)[0].diff(dim=1).abs().mean()
 
 
 def orth(s):
@@ -414,8 +413,7 @@ def kin_accel(s):
 
 def kin_split(s):
     """The same on the first half of the channels."""
-    first, _ = s.z.chunk(2, -1)
-    return first.diff(n=2, dim=1).abs().mean()
+    return s.z.chunk(2, -1)[0].diff(n=2, dim=1).abs().mean()
 
 
 def velgate(s):
@@ -514,10 +512,10 @@ class FWM(VJEPA):
     def __init__(self, args):
         super().__init__(args)
         self.weights = parse_terms(args.terms)
-        self.check()
         self.step = 0  # set by place(): weights and directions may depend on it
         # all but hw read what the encoder makes of the full clip
         self.full_pass = bool(set(self.weights) - {"hw"})
+        self.check()
         self.factorised = bool({"static", "orth"} & set(self.weights))
         width = self.encoder.width
         seen = width // 2 if self.factorised else width
@@ -539,7 +537,7 @@ class FWM(VJEPA):
         if a.motion and a.trim == "prefix":
             raise ValueError("--motion trims at random, not by --trim prefix")
         slices = self.encoder.grid[0]
-        if set(self.weights) - {"hw"} and slices < 3:
+        if self.full_pass and slices < 3:
             raise ValueError(f"terms compare three slices of a clip: --frames {a.frames} makes "
                              f"{slices}")
 
@@ -581,8 +579,8 @@ class FWM(VJEPA):
         def places(ids):
             return torch.stack([ids // (h * w), ids // w % h, ids % w], -1).float()  # (B,n,3)
 
-        exact = "donot_use_mm_for_euclid_dist"
-        distance = torch.cdist(places(pred), places(keep), compute_mode=exact)  # (B,M,K)
+        distance = torch.cdist(
+            places(pred), places(keep), compute_mode="donot_use_mm_for_euclid_dist")  # (B,M,K)
         return distance.amin(-1).rsqrt()
 
     def dynamics(self, z):
@@ -592,8 +590,7 @@ class FWM(VJEPA):
     def masks(self, step, batch_size, rows=None):
         """V-JEPA's, or Future-Predictive: the context lies in the first share of the slices, and
         all that is not context is predicted."""
-        keep = self.args.temporal_keep
-        return super().masks(step, batch_size, rows, temporal_keep=keep)
+        return super().masks(step, batch_size, rows, temporal_keep=self.args.temporal_keep)
 
     def place(self, keep, pred, x, step, row):
         """Motion-guided: blocks lie where the clips move."""
@@ -646,13 +643,12 @@ def guide_masks(keep, pred, motion, args, step, first):
         rng = np.random.default_rng([args.seed, step, i])
         shape = data.block_shape(rng, clips.shape[1:], **arguments, aspect=args.aspect)
         K = keep[i].shape[1]
-        M = pred[i].shape[1]
         orders = []
         for row, clip in enumerate(clips, first):
             rng = np.random.default_rng([args.seed, step, i, 2, row])
             orders.append(hiding_order(rng, clip, blocks, shape, K, args))
         order = np.stack(orders)  # (b,N): context first, hidden last
-        for side, ids in zip(guided, (order[:, :K], order[:, -M:])):
+        for side, ids in zip(guided, (order[:, :K], order[:, -pred[i].shape[1] :])):
             side.append(torch.from_numpy(np.sort(ids, axis=1)).to(motion.device))
     return guided
 
@@ -692,8 +688,8 @@ def main(args):
     samples = [objective.masks(step, min(args.batch_size, 64)) for step in range(8)]
     if args.dry_run:
         flops = sum(objective.flops(*masks) for masks in samples) / len(samples)
-        values = max(objective.values(*masks) for masks in samples)
-        return dry_run(run, objective, flops * args.batch_size, run.activations(values, 16))
+        memory = run.activations(max(objective.values(*masks) for masks in samples), 16)
+        return dry_run(run, objective, flops * args.batch_size, memory)
     lists = probe_lists(args)
     clip = data.Clip(
         frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,

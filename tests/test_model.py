@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import model as M
+import train_tdv as T
 
 # grid (4, 4, 4), head_dim 32: 30 channels rotate
 TINY = dict(width=64, depth=2, heads=2, mlp=128, patch=8, frames=8, size=32)
@@ -397,11 +398,11 @@ def test_knn_probe_by_hand():
     y = torch.tensor([1, 0, 0, 0])
     for s, called in ((0.93, 0), (0.91, 1)):
         x = torch.tensor([at(1.0, 0.1), at(s, 1.0), at(s, 7.0), at(s, 1.0)])
-        assert M.knn_probe(x, y, v).tolist() == [called]
+        assert T.knn_probe(x, y, v).tolist() == [called]
     crowd = torch.tensor([at(1.0, 1.0)] + [at(0.75, 1.0)] * 36)  # e^3.57 = 35.6 weigh as much
     y = torch.tensor([1] + [0] * 36)
-    assert M.knn_probe(crowd, y, v).tolist() == [1]
-    assert M.knn_probe(crowd, y, v, k=37).tolist() == [0]
+    assert T.knn_probe(crowd, y, v).tolist() == [1]
+    assert T.knn_probe(crowd, y, v, k=37).tolist() == [0]
 
 
 def test_linear_probe_is_accurate_and_deterministic():

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import data as D
 import model as M
+import train_tdv as T
 import probe
 
 torch.set_num_threads(1)
@@ -114,7 +115,7 @@ def test_neighbours_agree_with_the_online_probe():
     x, xv, y = torch.randn(200, 8), torch.randn(50, 8), torch.randint(0, 6, (200,))
     head = probe.Neighbours(x, y, 6)
     votes = head(xv[:, None]).exp()
-    assert torch.equal(votes.argmax(1), M.knn_probe(x, y, xv))
+    assert torch.equal(votes.argmax(1), T.knn_probe(x, y, xv))
     assert torch.allclose(votes.sum(1), torch.ones(50).double())
 
 

@@ -19,9 +19,10 @@ LINE_TOKENS = 40
 MEAN_TOKENS = 11.5  # of the lines that have code
 FUNCTION_LINES = 60
 MAIN_LINES = 120  # its loop: FUNCTION_LINES
+MAINS = ("main", "train")  # SALT's train is the main of a stage
 SLACK = 1.05
 BUDGETS = {
-    "model.py": 13_000,
+    "model.py": 15_000,  # the run, said once: log, checkpoints, meter, probes, pictures, dry run
     "train_vjepa.py": 6_000,
     "train_salt.py": 4_000,
     "train_tdv.py": 8_000,
@@ -76,10 +77,10 @@ def long_functions(tree):
     for node in ast.walk(tree):
         if not isinstance(node, FUNCTIONS):
             continue
-        most = MAIN_LINES if node.name == "main" else FUNCTION_LINES
+        most = MAIN_LINES if node.name in MAINS else FUNCTION_LINES
         if lines_of(node) > most:
             yield node.lineno, f"{node.name} has {lines_of(node)} lines, at most {most} (rule 1)"
-        if node.name == "main":
+        if node.name in MAINS:
             for loop in descendants(node):
                 if isinstance(loop, LOOPS) and lines_of(loop) > FUNCTION_LINES:
                     yield loop.lineno, f"a loop of {lines_of(loop)} lines, at most {FUNCTION_LINES} (rule 1)"

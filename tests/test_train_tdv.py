@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import data as D
 import model as M
 import train_tdv as T
 from test_train_vjepa import counted, losses
@@ -217,7 +216,7 @@ def test_head_loss_and_centre_equal_lightlys(monkeypatch):
         ours, _ = objective.ce(1, tokens[mask], targets[mask], weight)
         want = patch(out(objective.target_head, targets)[mask], out(objective.head, tokens)[mask], mask.view(6, 3, 3))
         assert abs(ours.item() - want.item()) < 1e-5, step
-        objective.means[0][:] = [torch.cat([out(objective.target_head, torch.cat(h)).sum(0), torch.tensor([12.0])])]
+        objective.logit_sums[0][:] = [torch.cat([out(objective.target_head, torch.cat(h)).sum(0), torch.tensor([12.0])])]
         objective.after_step(0, True)
     assert (objective.centres[0] - cls.center.flatten()).abs().max() < 1e-5
 
@@ -244,14 +243,14 @@ def test_gradients_reach_the_encoder_by_both_paths_and_never_the_teacher():
 
 def test_nothing_moves_at_first_and_composition_adds_motion():
     args, objective, x = setting(spread=0)
-    z = objective(x, which="compose")
+    z = objective(x, read="compose")
     assert torch.equal(z, z[:, :1].expand_as(z)) and objective(x)[1]["moved"] == 0
     args, objective, x = setting()
-    z, n = objective(x, which="compose"), 17
+    z, n = objective(x, read="compose"), 17
     assert torch.allclose(z[:, 2], z[:, 1] + objective.motion(x[:, :, 2:3] - x[:, :, 1:2], z[:, 1]))
-    tokens = objective(x, which="teacher")
+    tokens = objective(x, read="target")
     assert tokens.shape == (2, 4 * n, 128) and torch.equal(tokens[:, 4 + 16 : 4 + 32], objective.target(x[:, :, 1:2])[:, 1:])
-    assert objective(x, which="motion").shape == (2, 3 * n, 128)
+    assert objective(x, read="motion_tokens").shape == (2, 3 * n, 128)
 
 
 def test_centres_and_teacher_move_once_a_step_and_not_on_a_skipped_one():
@@ -273,17 +272,17 @@ def test_centres_and_teacher_move_once_a_step_and_not_on_a_skipped_one():
 
 def test_views_are_functions_of_the_sample_number():
     """The same for a clip in any batch; without crop and colour the image itself; masks hide what they should in half of the frames."""
-    u = D.view_numbers(3, [5, 9], 2, 4)
-    assert torch.equal(u[1:], D.view_numbers(3, [9], 2, 4)) and not torch.equal(u[0], u[1])
+    u = T.view_numbers(3, [5, 9], 2, 4)
+    assert torch.equal(u[1:], T.view_numbers(3, [9], 2, 4)) and not torch.equal(u[0], u[1])
     x = torch.rand(4, 3, 32, 32)
-    assert (D.augment(x, u[:, :, 0].flatten(0, 1), 32, (0.4, 1), crop=False, colour=False) - x).abs().max() < 1e-5
-    views = D.augment(x, u[:, :, 0].flatten(0, 1), 16, (0.05, 0.4), solarise=1.0)
+    assert (T.augment(x, u[:, :, 0].flatten(0, 1), 32, (0.4, 1), crop=False, colour=False) - x).abs().max() < 1e-5
+    views = T.augment(x, u[:, :, 0].flatten(0, 1), 16, (0.05, 0.4), solarise=1.0)
     assert views.shape == (4, 3, 16, 16) and 0 <= views.min() and views.max() <= 1
-    one = D.augment(x[2:3], u[1:, :1, 0].flatten(0, 1), 16, (0.05, 0.4), solarise=1.0)
+    one = T.augment(x[2:3], u[1:, :1, 0].flatten(0, 1), 16, (0.05, 0.4), solarise=1.0)
     assert (views[2:3] - one).abs().max() < 1e-5
-    mask = D.block_masks(0, range(200), 4, (14, 14), 0.3, 0.2, 0.5)
+    mask = T.block_masks(0, range(200), 4, (14, 14), 0.3, 0.2, 0.5)
     some = mask.any(1)
-    assert torch.equal(mask[4:8], D.block_masks(0, [1], 4, (14, 14), 0.3, 0.2, 0.5))
+    assert torch.equal(mask[4:8], T.block_masks(0, [1], 4, (14, 14), 0.3, 0.2, 0.5))
     assert 0.45 < some.float().mean() < 0.55 and 0.27 < mask[some].float().mean() < 0.35 and mask[some].float().mean(1).max() < 0.6
 
 

@@ -34,7 +34,7 @@ def setting(seed=0, B=3, **changes):
     """Objective, clips and masks whose every number comes from numpy, so that they are the same on any torch."""
     args = tiny(**changes)
     torch.manual_seed(seed)
-    objective = V.build(args) if hasattr(V, "build") else V.VJEPA(args)
+    objective = V.build(args)
     rng = np.random.default_rng(seed)
     x = torch.from_numpy(rng.standard_normal((B, 3, args.frames, args.size, args.size), dtype=np.float32))
     return args, objective, x, *D.sample_masks(args.masks, seed, 0, B, objective.encoder.grid, args.aspect)
