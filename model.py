@@ -438,7 +438,6 @@ class ViT(nn.Module):
             return x, None, lengths
         return x, rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x), lengths
 
-    @torch.no_grad()
     def positions(self, grid, device):
         """The table (N,D) that is added to the tokens of a grid. ValueError: not one for it."""
         if self.pos == "sincos":
