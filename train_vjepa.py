@@ -7,6 +7,8 @@ Bardes et al. 2024, "Revisiting Feature Prediction for Learning Visual Represent
     L    = mean over masks of mean |zhat - h|
     Ebar <- m Ebar + (1 - m) E             after every optimizer step
 
+Ebar is what is exported and probed (encoder.safetensors); one class, VJEPA, has all of this.
+
     python train_vjepa.py --preset laptop                  two cores, five minutes, no download: a
                                                            linear probe near 60 %, random weights 15
     torchrun --nproc-per-node 8 train_vjepa.py --data k710.csv ssv2.csv      the paper's ViT-L/16
@@ -41,10 +43,10 @@ class Args:
     crop_scale: tuple[float, float] = (0.3, 1.0)    # area of the crop, one box for all frames
     crop_ratio: tuple[float, float] = (0.75, 1.35)  # its aspect ratio (the table rounds to 1.33)
     flip: bool = True                   # half of the clips
-    clips_per_video: int = 1            # > 1 where decoding is the bottleneck
+    clips_per_video: int = 1            # cut from each decoded video; 4 where decoding is slow
     workers: int = 8                    # loader processes of a rank
-    timeout: int = 600                  # seconds without a batch that end the run
-    max_bad_fraction: float = 0.1       # of the videos: more that cannot be read end the run
+    timeout: int = 600                  # so many seconds without a batch end the run
+    max_bad_fraction: float = 0.1       # share of unreadable videos; more end the run
     # --- architecture
     model: str = "vit_l"                # vit_n, t, s, b, l, h, g, G, e, j: a row of model.SIZES
     patch: int = 16                     # pixels
@@ -60,7 +62,7 @@ class Args:
     # --- masks
     masks: tuple[str, ...] = ("8x0.15", "2x0.7")    # BLOCKSxSCALE[xTIME], random:R tube:R causal:R
     aspect: tuple[float, float] = (0.75, 1.5)       # of a block
-    trim: Literal["random", "prefix"] = "random"    # ids to the batch minimum; prefix: official
+    trim: Literal["random", "prefix"] = "random"    # ids cut to the batch minimum; prefix: official
     bucket: int = 1                     # > 1: token counts are multiples of it, for fewer shapes
     # --- optimization
     steps: int = 90_000
@@ -77,7 +79,7 @@ class Args:
     stretch: float = 1.25               # schedules are made for stretch * steps, and cut
     betas: tuple[float, float] = (0.9, 0.999)
     clip_grad: float = 10.0             # global norm, 0: off (the official config's)
-    max_skips: int = 10                 # steps in a row that are not finite and end the run
+    max_skips: int = 10                 # so many non-finite steps in a row end the run
     # --- the run
     preset: str = ""                    # values that become the defaults: a name of PRESETS
     out_dir: str = "out/vjepa"
@@ -135,8 +137,8 @@ PRESETS = {
     "vjepa2_cooldown": COOLDOWN,
 }
 
-# FWM-HW-LD's rows: what each adds to its baseline. Table 1 is the recipe; Table 3 trains on UCF-101
-# alone, Table 4 on a mixture.
+# FWM-HW-LD's rows: what each adds to its baseline. The baselines are V-JEPA by the recipe of Table
+# 1: FWM_UCF on UCF-101 alone (Table 3), FWM_PAPER on a mixture (Table 4). "fwm_hw_ld" is a row.
 FWM_PAPER = dict(
     data=("ucf101.csv:0.2", "ssv2.csv:0.6", "imagenet100.csv:0.2"), model="vit_b", stride=2,
     pos="rope", pred_depth=8, pred_width=256, pred_heads=8, distance=True,
@@ -144,7 +146,8 @@ FWM_PAPER = dict(
     ema=0.99925, final_ema=0.99925, stretch=1.0, out_dir="out/fwm_paper",
 )
 FWM_UCF = FWM_PAPER | dict(data=("ucf101.csv",), out_dir="out/fwm_ucf")
-ROWS_UCF = {  # row: its terms
+# row: its terms; its masks, annealing and EMA, where they differ, are set below the tables
+ROWS_UCF = {
     "motion_guided": "",
     "kin_l1": "kin_l1:1.0",
     "kin_l1_weak": "kin_l1:0.1",
@@ -189,7 +192,6 @@ for name in ("motion_guided", "motion_future"):
     PRESETS[name] |= dict(motion=2.0)
 for name in ("amg", "combo"):
     PRESETS[name] |= dict(motion=5.0, motion_uniform=0.0)
-# --- end of FWM-HW-LD's rows
 
 
 def parse_args(argv=None):
@@ -211,6 +213,7 @@ def parse_args(argv=None):
 def help_page(defaults):
     """The flags in the groups of Args: name, default, meaning."""
     lines = [__doc__, "Switches: --flip or --no-flip. A wrong --preset or --terms lists the names."]
+    # 3: past the decorator, the class and its docstring
     for line in inspect.getsource(Args).splitlines()[3:]:
         field, _, comment = line.partition("# ")
         name = field.partition(":")[0].strip()
@@ -286,7 +289,7 @@ class VJEPA(nn.Module):
 
     @torch.no_grad()
     def targets(self, x):
-        """(B,N,D). No gradient: the argument of appendix D rests on it."""
+        """h (B,N,D), a constant: E must tell more of the clip, not make h easy (appendix D)."""
         h = self.target(x)
         return F.layer_norm(h.float(), h.shape[-1:])
 
@@ -301,13 +304,13 @@ class VJEPA(nn.Module):
         metrics = {f"loss_{mask}": loss.detach() for mask, loss in zip(self.args.masks, losses)}
         return sum(losses) / len(losses), metrics | {"tokens": some_rows(h)}
 
-    def masks(self, step, batch_size, rows=None, **more):
+    def masks(self, step, batch_size, rows=None, temporal_keep=1.0):
         """keep, pred of one step: an entry a mask, ids (b,K) and (b,M), of these rows (a slice) of
         the batch; a function of the seed and the step."""
         a = self.args
         return data.sample_masks(
             a.masks, a.seed, step, batch_size, self.encoder.grid, a.aspect, a.trim, a.bucket, rows,
-            **more)
+            temporal_keep)
 
     def place(self, keep, pred, x, step, row):
         """The masks of the clips x, whose first is `row` of the batch: here, as they were drawn."""
@@ -336,7 +339,8 @@ class VJEPA(nn.Module):
         return self.target.flops(math.prod(self.target.grid)) + 3 * trained
 
     def values(self, keep, pred):
-        """Of one clip: tokens times channels, a number a block."""
+        """What a block hands on, summed over the blocks: tokens x channels of one clip. What
+        autograd keeps is a multiple of it (--dry_run)."""
         kept = sum(ids.shape[1] for ids in keep)
         hidden = sum(ids.shape[1] for ids in pred)
         encoder = kept * self.encoder.width * len(self.encoder.blocks)
@@ -359,13 +363,14 @@ class Step:
     h: torch.Tensor  # (B,t,h*w,D), without gradient
     x: torch.Tensor  # (B,3,T,H,W)
     errors: list  # [(B,M)] of the base loss before --distance, an entry a mask
-    fwm: nn.Module  # its args, heads and step
+    fwm: nn.Module  # its args, weights, heads, dynamics() and step
 
 
 def hard(errors, tau):
     """(B,n) -> their mean, weighted within each clip by softmax(error / tau) * n, which passes no
     gradient (Eqs. 9 to 11)."""
-    weight = (errors.detach() / tau).clamp(-20, 20).softmax(1)  # clamped: appendix D
+    # clamped as in Adhikari's appendix D: without effect where errors / tau < 20
+    weight = (errors.detach() / tau).clamp(-20, 20).softmax(1)
     return (weight * errors.shape[1] * errors).mean()
 
 
@@ -380,7 +385,7 @@ def static(s):
 
 
 def orth(s):
-    """The covariance of appearance and dynamics over all tokens of the batch (Eq. 8)."""
+    """No covariance of appearance and dynamics over all n tokens of the forward pass (Eq. 8)."""
     appearance, dynamics = s.z.flatten(0, 2).chunk(2, -1)  # (n,D/2)
     appearance = appearance - appearance.mean(0)
     dynamics = dynamics - dynamics.mean(0)
@@ -402,17 +407,17 @@ def kin_l1(s):
 
 
 def kin_huber(s):
-    """The same by Huber's loss, quadratic up to 1."""
+    """kin_l1 by Huber's loss, quadratic up to 1."""
     return F.huber_loss(s.z[:, 1:], s.z[:, :-1])
 
 
 def kin_accel(s):
-    """The change of the change is small."""
+    """The change of the change, z[s+2] - 2 z[s+1] + z[s], is small."""
     return s.z.diff(n=2, dim=1).abs().mean()
 
 
 def kin_split(s):
-    """The same on the first half of the channels."""
+    """kin_accel on the first half of the channels."""
     return s.z.chunk(2, -1)[0].diff(n=2, dim=1).abs().mean()
 
 
@@ -453,12 +458,13 @@ def hamiltonian(s):
 
 
 def delta(s):
-    """The change equals the target's."""
+    """The change from slice to slice equals the target's."""
     return (s.z.diff(dim=1) - s.h.diff(dim=1)).abs().mean()
 
 
 def spectral(s):
-    """So does the spectrum over time, high frequencies weighted up."""
+    """The spectrum over time equals the target's: L1 of real and imaginary parts, frequency k
+    weighted by k + 1 (mean weight 1)."""
     apart = torch.fft.rfft(s.z - s.h, dim=1, norm="ortho")  # (B,t//2+1,h*w,D)
     apart = torch.view_as_real(apart).abs()
     weight = torch.arange(1, apart.shape[1] + 1, device=s.z.device)
@@ -502,7 +508,8 @@ def parse_terms(specs):
 
 
 def asks_for_fwm(args):
-    flags = ("terms", "tau", "anneal", "distance", "motion", "motion_uniform", "temporal_keep")
+    """Is any flag of the second paper on? --tau and --motion_uniform do nothing alone."""
+    flags = ("terms", "anneal", "distance", "motion", "temporal_keep")
     return any(getattr(args, name) != getattr(Args, name) for name in flags)
 
 
@@ -512,21 +519,23 @@ class FWM(VJEPA):
     def __init__(self, args):
         super().__init__(args)
         self.weights = parse_terms(args.terms)
-        self.step = 0  # set by place(): weights and directions may depend on it
+        # place() sets it, before each forward pass; --anneal and sigreg read it
+        self.step = 0
         # all but hw read what the encoder makes of the full clip
         self.full_pass = bool(set(self.weights) - {"hw"})
         self.check()
         self.factorised = bool({"static", "orth"} & set(self.weights))
         width = self.encoder.width
         seen = width // 2 if self.factorised else width
-        # last: no other weight is drawn differently where terms have heads
+        # made last, so that all other weights start as they do without heads
         self.heads = nn.ModuleDict()
         sizes = {"ld": (seen, width), "ac": (seen, 3), "hamiltonian": (width, 1)}
         for name, (inputs, outputs) in sizes.items():
             if name in self.weights:
+                # no bias of an energy: its gradient is always 0, and DDP waits for every parameter
                 self.heads[name] = nn.Sequential(
                     nn.Linear(inputs, 256), nn.GELU(),
-                    nn.Linear(256, outputs, bias=outputs > 1))  # an energy has no zero
+                    nn.Linear(256, outputs, bias=outputs > 1))
 
     def check(self):
         a = self.args
@@ -556,13 +565,13 @@ class FWM(VJEPA):
         if not self.weights:
             return loss, metrics
 
-        slices = (self.encoder.grid[0], -1)
+        grid = (self.encoder.grid[0], -1)  # t, h*w
         z = None
         if self.full_pass:  # one more pass, shared by all terms
             z = self.encoder(x).float()
-            z = F.layer_norm(z, z.shape[-1:]).unflatten(1, slices)
-        errors = [error.mean(-1) for error in errors]
-        s = Step(z, h.unflatten(1, slices), x, errors, self)
+            z = F.layer_norm(z, z.shape[-1:]).unflatten(1, grid)
+        errors = [error.mean(-1) for error in errors]  # [(B,M)]
+        s = Step(z, h.unflatten(1, grid), x, errors, self)
         for name, weight in self.weights.items():
             if self.args.anneal and name.startswith("kin_"):
                 weight = weight * cosine(self.step, self.args.steps, 1.0, 0.0)
@@ -579,6 +588,7 @@ class FWM(VJEPA):
         def places(ids):
             return torch.stack([ids // (h * w), ids // w % h, ids % w], -1).float()  # (B,n,3)
 
+        # by differences: for more than 25 points torch's default is a matrix product, which rounds
         distance = torch.cdist(
             places(pred), places(keep), compute_mode="donot_use_mm_for_euclid_dist")  # (B,M,K)
         return distance.amin(-1).rsqrt()
@@ -590,10 +600,11 @@ class FWM(VJEPA):
     def masks(self, step, batch_size, rows=None):
         """V-JEPA's, or Future-Predictive: the context lies in the first share of the slices, and
         all that is not context is predicted."""
-        return super().masks(step, batch_size, rows, temporal_keep=self.args.temporal_keep)
+        return super().masks(step, batch_size, rows, self.args.temporal_keep)
 
     def place(self, keep, pred, x, step, row):
-        """Motion-guided: blocks lie where the clips move."""
+        """Motion-guided: blocks lie where the clips move. Also notes the step: forward() has no
+        other way to know it."""
         self.step = step
         if not self.args.motion:
             return keep, pred
@@ -640,11 +651,13 @@ def guide_masks(keep, pred, motion, args, step, first):
     for i, mask in enumerate(args.masks):
         _, arguments = data.parse_mask(mask)
         blocks = arguments.pop("blocks")
+        # sample_masks' own stream, whose first draw this is: the shape that its masks have too
         rng = np.random.default_rng([args.seed, step, i])
         shape = data.block_shape(rng, clips.shape[1:], **arguments, aspect=args.aspect)
         K = keep[i].shape[1]
         orders = []
         for row, clip in enumerate(clips, first):
+            # 2: a stream beside that of sample_masks' trimming, 1
             rng = np.random.default_rng([args.seed, step, i, 2, row])
             orders.append(hiding_order(rng, clip, blocks, shape, K, args))
         order = np.stack(orders)  # (b,N): context first, hidden last
@@ -654,23 +667,24 @@ def guide_masks(keep, pred, motion, args, step, first):
 
 
 def hiding_order(rng, motion, blocks, shape, least, args):
-    """The token ids of one clip: visible, then hidden, then too late to be context; at random
-    within each. Blocks that leave fewer than `least` visible are drawn again, at most 50 times."""
+    """The token ids (N,) of one clip (t,h,w): group 0 visible, 1 in a block, 2 in a slice that
+    --temporal_keep bars from the context; at random within each. Blocks that leave fewer than
+    `least` visible are drawn again; after 50 draws, hidden tokens fill up the context."""
     grid = motion.shape
     for _ in range(50):
-        rank = np.zeros(grid)
+        group = np.zeros(grid)
         ids = motion_centres(rng, motion, blocks, args.motion, args.motion_uniform)
         for centre in zip(*np.unravel_index(ids, grid)):
             block = []
             for middle, side, length in zip(centre, shape, grid):  # slides in at the frame's edge
                 start = min(max(middle - side // 2, 0), length - side)
                 block.append(slice(start, start + side))
-            rank[tuple(block)] = 1
-        rank = rank.ravel()
-        rank[data.early_tokens(grid, args.temporal_keep):] = 2
-        if np.count_nonzero(rank == 0) >= least:
+            group[tuple(block)] = 1
+        group = group.ravel()
+        group[data.early_tokens(grid, args.temporal_keep):] = 2
+        if np.count_nonzero(group == 0) >= least:
             break
-    return np.argsort(rank + rng.random(rank.size))
+    return np.argsort(group + rng.random(group.size))
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -685,6 +699,7 @@ def main(args):
     if args.preset == "vjepa2_cooldown" and not (args.init or args.dry_run):
         raise UserError("--preset vjepa2_cooldown goes on from a trained model: give --init RUN")
     objective = construct(build, args)
+    # for --dry_run; a mask that cannot be drawn ends every run here, before anything is written
     samples = [objective.masks(step, min(args.batch_size, 64)) for step in range(8)]
     if args.dry_run:
         flops = sum(objective.flops(*masks) for masks in samples) / len(samples)
@@ -699,7 +714,8 @@ def main(args):
     run.open(__file__, data.fingerprint(sources))
 
     objective.to(run.device)
-    net = objective  # called; the objective is saved
+    # net is called, trained and saved; objective is the module inside: its methods, its export
+    net = objective
     if args.compile:
         compile_blocks(objective)
     if args.fsdp and run.ranks > 1:
@@ -708,6 +724,7 @@ def main(args):
         net = DDP(objective, gradient_as_bucket_view=True)
     groups = param_groups(objective, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
+    # --init RUN: the predictor and the target too; VJEPA's load_start took the encoder alone
     run.load_start(net)
     meter = Meter(run, run.load(net, optimizer) if args.resume else {})
     first = done = meter.state.pop("step", 0)
@@ -735,7 +752,7 @@ def main(args):
             with run.autocast():
                 loss, metrics = net(x, context, hidden)
             (loss * (run.micro / run.per_rank)).backward()
-            tokens = metrics.pop("tokens")
+            tokens = metrics.pop("tokens")  # (n,D) of the targets, for health()
             meter.add(loss, metrics, batch, flops=objective.flops(context, hidden))
 
         # 3. the step; where a loss or gradient is not finite, all ranks skip it alike
@@ -750,6 +767,7 @@ def main(args):
         meter.after_step(done)
 
         # 4. log, pictures, probe, checkpoint
+        # the window is empty where every step since the last line was skipped
         if run.due(args.log_every, done) and meter.state["window"]:
             run.log(meter.line(done, rates, grad_norm, health(tokens)))
         if run.due(args.sample_every, done):

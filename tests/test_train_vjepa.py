@@ -204,6 +204,41 @@ def test_a_run_is_neither_overwritten_nor_mixed(run, tmp_path):
     assert status == 2 and "lr (0.001 -> 0.5)" in err
 
 
+def test_runs_of_the_first_release_go_on_or_say_what_changed(run, tmp_path):
+    """Their config.json has a flag for each term and no script. Without terms they are resumed, with terms the flags
+    that are gone are named; probe.py and --init open both."""
+    out = tmp_path / "old"
+    assert run("train_vjepa.py", *TINY, "--steps", 2, "--stop_at", 1, "--out_dir", out)[0] == 0
+    file = out / "config.json"
+    head = json.loads(file.read_text())
+    del head["script"], head["config"]["terms"]
+    head["config"] |= {"hw": 0.0, "ld": 0.0}
+    file.write_text(json.dumps(head))
+    status, last, err = run("train_vjepa.py", *TINY, "--steps", 2, "--out_dir", out, "--resume")
+    assert status == 0 and last["steps"] == 2, err
+
+    head["config"]["ld"] = 0.5
+    file.write_text(json.dumps(head))
+    status, _, err = run("train_vjepa.py", *TINY, "--steps", 2, "--out_dir", out, "--resume", "--terms", "ld:0.5")
+    words = err.strip().splitlines()
+    assert status == 2 and len(words) == 1 and "ld (0.5 -> no such flag any more)" in words[0] and "terms" in words[0], err
+
+    head["config"]["ld"] = 0.0
+    file.write_text(json.dumps(head))
+    probing = ("--data", "world", "--val_clips", 12, "--frames", 8, "--workers", 0, "--out_dir", tmp_path / "probe")
+    status, last, err = run("probe.py", "physics", "--encoder", out, *probing)
+    assert status == 0 and last["task"] == "physics", err
+    status, _, err = run("train_vjepa.py", *TINY, "--steps", 1, "--terms", "ld:1", "--init", out, "--out_dir", tmp_path / "new")
+    assert status == 0, err
+
+
+def test_modules_import_where_unix_files_do_not_exist():
+    """As on Windows."""
+    code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import data, model, train_vjepa, probe"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_dry_run_of_the_papers_model_touches_no_data(run):
     status, last, err = run("train_vjepa.py", "--dry_run")
     assert status == 0, err
