@@ -4,7 +4,6 @@ Laptop commands of the README are run, shortened. Its large recipes are planned 
 Commands on the pages are parsed, and their values looked at.
 """
 import ast
-import dataclasses
 import functools
 import importlib
 import inspect

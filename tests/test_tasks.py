@@ -68,7 +68,7 @@ def test_pose_error_by_hand_and_the_nearest_rotation():
     for m in torch.randn(20, 12, generator=g):
         R = probe.rigid(m[None]).view(3, 4)[:, :3].double()
         assert torch.allclose(R @ R.T, torch.eye(3).double(), atol=1e-5) and torch.linalg.det(R) > 0.99
-        given, best = m.view(3, 4)[:, :3].double(), None
+        given = m.view(3, 4)[:, :3].double()
         for _ in range(20):  # no rotation near it is nearer to m
             turn = torch.linalg.matrix_exp(0.1 * (a := torch.randn(3, 3, generator=g).double()) - 0.1 * a.T)
             assert (R - given).norm() <= (turn @ R - given).norm() + 1e-9
