@@ -1,13 +1,21 @@
 """Speed and memory, never a test: ratios measured in one run, the contestants alternating, medians with their spread.
 
-    python tests/bench.py step   [--method mae4d --model vit_b --batch 2 --dtype bf16 --compile]    where a training step's time goes, beside HF's modules
-    python tests/bench.py gpu    [--method mae4d --model vit_l --batch 24]    the same on CUDA, eager and compiled, with MFU and memory
-    python tests/bench.py reader VIDEO [VIDEO ...]                   clips/s from files, beside decord and PyAV (pip install -r tests/requirements.txt)
-    python tests/bench.py world  [--device cuda]                      clips/s of the built-in world, alone and with its labels
-    python tests/bench.py soak   [--steps 2000]                      a laptop run killed every 200 steps against an undisturbed one: equal weights?
-    python tests/bench.py terms  [--steps 2000 --seeds 0 1 2 --rows ld hw --data LIST]    every row of FWM-HW-LD at laptop size: motion task, speed, memory
+    python tests/bench.py step     where a training step's time goes, beside Hugging Face's modules
+                                   [--method mae4d --model vit_b --batch 2 --dtype bf16 --compile]
+    python tests/bench.py gpu      the same on CUDA, eager and compiled, with MFU and memory
+                                   [--method mae4d --model vit_l --batch 24]
+    python tests/bench.py reader   clips/s from files, beside decord and PyAV (pip install -r tests/requirements.txt)
+                                   VIDEO [VIDEO ...]
+    python tests/bench.py world    clips/s of the built-in world, alone and with its labels
+                                   [--device cuda]
+    python tests/bench.py soak     a laptop run killed every 200 steps against an undisturbed one: equal weights?
+                                   [--steps 2000]
+    python tests/bench.py terms    every row of FWM-HW-LD at laptop size: motion task, speed, memory
+                                   [--steps 2000 --seeds 0 1 2 --rows ld hw --data LIST]
+
 The last line on stdout is one JSON object.
 """
+
 import argparse
 import copy
 import json
@@ -35,11 +43,14 @@ import train_salt as S
 import train_tdv as T
 import train_vjepa as V
 
+ROOT = Path(V.__file__).parent
+H100_FLOPS = 989e12  # a second, dense bfloat16
 IMAGENET = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
 
 
 def alternate(jobs, rounds, clock):
-    """{name: function} -> {name: [seconds of each round]}, the jobs in turn, so that a slow moment of the machine hits all of them."""
+    """{name: function} -> {name: [seconds of each round]}, the jobs in turn, so that a slow moment of the machine
+    hits all of them."""
     for job in jobs.values():
         job()
     times = {name: [] for name in jobs}
@@ -52,7 +63,8 @@ def alternate(jobs, rounds, clock):
 
 
 def ratios(times, base):
-    """Each job's time against `base`, round by round -> {name: {"median", "min", "max"}}; above 1 is faster than base."""
+    """Each job's time against `base`, round by round -> {name: {"median", "min", "max"}}; above 1 is faster than
+    base."""
     out = {}
     for name, t in times.items():
         r = sorted(b / a for a, b in zip(t, times[base]))
@@ -60,220 +72,250 @@ def ratios(times, base):
     return out
 
 
-# --- the training step ------------------------------------------------------------------------------------------------------------------
+def now(device):
+    """Seconds, when all that was given to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# --- the training step ----------------------------------------------------------------------------
+
+
+def vjepa(args, shared):
+    return V.build(V.Args(**shared, pos=args.pos, pred_heads=12))
+
+
+def salt(args, shared):
+    """The second stage, under a frozen teacher of --teacher_model."""
+    size = M.SIZES[args.teacher_model or args.model]
+    teacher = M.ViT(**size, frames=args.frames, size=args.size, pos="rope")
+    return S.Student(S.Args(**shared, pred_heads=12), teacher, M.IMAGENET)
+
+
+def tdv(args, shared):
+    return T.build(T.Args(**shared))
+
+
+def mae4d(args, shared):
+    return E.build(E.Args(**shared))
+
 
 class Step:
-    """One V-JEPA training step of train_vjepa.py on random clips, in parts that can be timed."""
+    """One training step of our scripts on random clips; `parts` has the seconds of each of its modules."""
 
-    def __init__(self, args, device):
-        self.args, self.device = args, device
+    def __init__(self, build, args, device):
+        self.args = args
+        self.device = device
+        shared = dict(
+            model=args.model, frames=args.frames, size=args.size, dtype=args.dtype, checkpoint=args.checkpoint
+        )
         torch.manual_seed(0)
-        self.config = V.Args(model=args.model, pos=args.pos, frames=args.frames, size=args.size, dtype=args.dtype, pred_heads=12, checkpoint=args.checkpoint)
-        self.objective = V.VJEPA(self.config).to(device)
+        self.objective = build(args, shared).to(device)
         if args.compile:
             M.compile_blocks(self.objective)
-        self.optimizer = torch.optim.AdamW(M.param_groups(self.objective, 0.04), lr=1e-4, fused=True)
-        self.x = torch.randn(args.batch, 3, args.frames, args.size, args.size, device=device)
-        keep, pred = D.sample_masks(self.config.masks, 0, 0, args.batch, self.objective.encoder.grid)
-        self.keep, self.pred = [k.to(device) for k in keep], [p.to(device) for p in pred]
-        self.parts = {}
-
-    def timed(self, name, function):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        out = function()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.parts.setdefault(name, []).append(time.perf_counter() - begin)
-        return out
-
-    def __call__(self):
-        o = self.objective
-        if self.device.type == "cpu":
-            M.tune_cpu()                                            # as the scripts do
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
-            with torch.no_grad():
-                h = self.timed("target", lambda: F.layer_norm(o.target(self.x), (o.target.width,)))
-            z = self.timed("context", lambda: o.encoder(self.x, self.keep))
-            zhat = self.timed("predictor", lambda: o.predictor(z, self.keep, self.pred))
-            loss = sum((p - h.gather(1, i[..., None].expand(-1, -1, h.shape[-1]))).abs().mean() for p, i in zip(zhat, self.pred)) / len(zhat)
-        self.timed("backward", loss.backward)
-        self.timed("optimizer", lambda: (self.optimizer.step(), self.optimizer.zero_grad(), o.after_step(0)))
-
-    def flops(self):
-        return self.objective.flops(self.keep, self.pred)
-
-
-class MAEStep(Step):
-    """One training step of train_mae4d.py."""
-
-    def __init__(self, args, device):
-        self.args, self.device, self.parts = args, device, {}
-        torch.manual_seed(0)
-        self.config = E.Args(model=args.model, frames=args.frames, size=args.size, dtype=args.dtype, checkpoint=args.checkpoint)
-        self.objective = E.MAE4D(self.config).to(device)
-        if args.compile:
-            M.compile_blocks(self.objective)
-        self.optimizer = torch.optim.AdamW(M.param_groups(self.objective, 0.05), lr=1e-4, fused=True)
+        groups = M.param_groups(self.objective, 0.04)
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
         self.x = torch.rand(args.batch, 3, args.frames, args.size, args.size, device=device)
-        self.keep = D.sample_masks([self.config.mask], 0, 0, args.batch, self.objective.encoder.grid)[0][0].to(device)
+        self.masks = self.draw_masks()
+        self.parts = {}
+        for name, module in self.objective.named_children():
+            module.register_forward_pre_hook(lambda module, x, name=name: self.begin(name))
+            module.register_forward_hook(lambda module, x, y, name=name: self.end(name))
+
+    def draw_masks(self):
+        """Of the first step, as arguments of the objective: keep and pred, keep alone, or none."""
+        if isinstance(self.objective, T.TDV):
+            return ()
+        masks = self.objective.masks(0, self.args.batch)
+        masks = (masks,) if torch.is_tensor(masks) else masks
+        return torch.utils._pytree.tree_map(lambda ids: ids.to(self.device), tuple(masks))
+
+    def begin(self, name):
+        """What a module takes is summed over its calls of a step."""
+        self.parts.setdefault(name, [0.0])[-1] -= now(self.device)
+
+    def end(self, name):
+        self.parts[name][-1] += now(self.device)
 
     def __call__(self):
         if self.device.type == "cpu":
-            M.tune_cpu()
+            M.tune_cpu()  # as the scripts do
+        for seconds in self.parts.values():
+            seconds.append(0.0)
+        self.begin("forward")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
-            loss = self.timed("forward", lambda: self.objective(self.x, self.keep)[0])
-        self.timed("backward", loss.backward)
-        self.timed("optimizer", lambda: (self.optimizer.step(), self.optimizer.zero_grad()))
+            loss = self.objective(self.x, *self.masks)[0]
+        self.end("forward")
+        self.begin("backward")
+        loss.backward()
+        self.end("backward")
+        self.begin("optimizer")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if hasattr(self.objective, "after_step"):  # a teacher follows
+            self.objective.after_step(0)
+        self.end("optimizer")
+
+    def split(self):
+        """{part: median seconds of a step}, without the first, which warms up."""
+        return {name: round(statistics.median(seconds[1:]), 4) for name, seconds in self.parts.items()}
 
     def flops(self):
-        return self.objective.flops(self.keep.shape[1])
+        """Of one clip."""
+        if isinstance(self.objective, E.MAE4D):
+            return self.objective.flops(self.masks[0].shape[1])
+        return self.objective.flops(*self.masks)
 
 
-class HFMAEStep:
-    """The same with transformers' VideoMAEForPreTraining: the same encoder and kept tokens, its separate decoder of 4 blocks of 384 channels."""
+class Peer:
+    """One training step of a module of transformers: the subclass has `model` and `loss`."""
 
     def __init__(self, args, device):
-        from transformers import VideoMAEConfig, VideoMAEForPreTraining
-        s = M.SIZES[args.model]
+        self.args = args
+        self.device = device
+        size = M.SIZES[args.model]
         torch.manual_seed(0)
-        config = VideoMAEConfig(image_size=args.size, num_frames=args.frames, hidden_size=s["width"], num_hidden_layers=s["depth"], num_attention_heads=s["heads"],
-                                intermediate_size=s["mlp"], norm_pix_loss=False, attn_implementation="sdpa")
-        self.model, self.args, self.device = VideoMAEForPreTraining(config).to(device), args, device
+        self.model = self.build(
+            args, num_hidden_layers=size["depth"], num_attention_heads=size["heads"], hidden_size=size["width"],
+            mlp=size["mlp"], attn_implementation="sdpa",
+        ).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.x = torch.rand(args.batch, args.frames, 3, args.size, args.size, device=device)
-        grid = (args.frames // 2, args.size // 16, args.size // 16)
-        keep = D.sample_masks(["random:0.95"], 0, 0, args.batch, grid)[0][0].to(device)
-        self.hidden = torch.ones(args.batch, grid[0] * grid[1] * grid[2], dtype=torch.bool, device=device).scatter(1, keep, False)
+        self.grid = (args.frames // 2, args.size // 16, args.size // 16)
+        self.prepare()
 
     def __call__(self):
         if self.device.type == "cpu":
-            torch.set_float32_matmul_precision("highest")
+            torch.set_float32_matmul_precision("highest")  # torch's default, which the peer runs with
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
-            loss = self.model(self.x, bool_masked_pos=self.hidden).loss
+            loss = self.loss()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.after_step()
+        now(self.device)
+
+    def after_step(self):
+        pass
 
 
-class HFStep:
-    """The same step with transformers' VJEPA2Model: its encoder takes no context mask, so it encodes full clips and its predictor does the rest."""
+class HFVideoMAE(Peer):
+    """VideoMAEForPreTraining: the same encoder and kept tokens, its separate decoder of 4 blocks of 384 channels."""
 
-    def __init__(self, args, device):
+    def build(self, args, mlp, **size):
+        from transformers import VideoMAEConfig, VideoMAEForPreTraining
+
+        return VideoMAEForPreTraining(
+            VideoMAEConfig(
+                image_size=args.size, num_frames=args.frames, intermediate_size=mlp, norm_pix_loss=False, **size
+            )
+        )
+
+    def prepare(self):
+        keep = D.sample_masks(["random:0.95"], 0, 0, self.args.batch, self.grid)[0][0]
+        hidden = torch.ones(self.args.batch, int(np.prod(self.grid)), dtype=torch.bool)
+        self.hidden = hidden.scatter(1, keep, False).to(self.device)
+
+    def loss(self):
+        return self.model(self.x, bool_masked_pos=self.hidden).loss
+
+
+class HFVJEPA(Peer):
+    """VJEPA2Model: its encoder takes no context mask, so it encodes full clips and its predictor does the rest."""
+
+    def build(self, args, mlp, **size):
         from transformers import VJEPA2Config, VJEPA2Model
-        s = M.SIZES[args.model]
-        torch.manual_seed(0)
-        config = VJEPA2Config(patch_size=16, crop_size=args.size, frames_per_clip=args.frames, tubelet_size=2, hidden_size=s["width"],
-                              num_hidden_layers=s["depth"], num_attention_heads=s["heads"], mlp_ratio=s["mlp"] / s["width"], attn_implementation="sdpa")
-        self.model, self.args, self.device = VJEPA2Model(config).to(device), args, device
+
+        return VJEPA2Model(
+            VJEPA2Config(
+                patch_size=16, crop_size=args.size, frames_per_clip=args.frames, tubelet_size=2,
+                mlp_ratio=mlp / size["hidden_size"], **size,
+            )
+        )
+
+    def prepare(self):
         self.target = copy.deepcopy(self.model.encoder).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.x = torch.randn(args.batch, args.frames, 3, args.size, args.size, device=device)
-        grid = (args.frames // 2, args.size // 16, args.size // 16)
-        self.keep, self.pred = ([i.to(device) for i in ids] for ids in D.sample_masks(("8x0.15", "2x0.7"), 0, 0, args.batch, grid))
+        masks = D.sample_masks(("8x0.15", "2x0.7"), 0, 0, self.args.batch, self.grid)
+        self.masks = [(keep.to(self.device), pred.to(self.device)) for keep, pred in zip(*masks)]
 
-    def __call__(self):
-        if self.device.type == "cpu":
-            torch.set_float32_matmul_precision("highest")           # torch's default, which the peer runs with
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
-            with torch.no_grad():
-                h = self.target(self.x).last_hidden_state
-                h = F.layer_norm(h, h.shape[-1:])
-            z, loss = self.model.encoder(self.x).last_hidden_state, 0
-            for keep, pred in zip(self.keep, self.pred):
-                zhat = self.model.predictor(z, [keep], [pred]).last_hidden_state
-                loss = loss + (zhat - h.gather(1, pred[..., None].expand(-1, -1, h.shape[-1]))).abs().mean() / 2
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def loss(self):
         with torch.no_grad():
-            M.ema_update(list(self.target.parameters()), list(self.model.encoder.parameters()), 0.998)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            h = self.target(self.x).last_hidden_state
+            h = F.layer_norm(h, h.shape[-1:])
+        z = self.model.encoder(self.x).last_hidden_state
+        losses = []
+        for keep, pred in self.masks:
+            zhat = self.model.predictor(z, [keep], [pred]).last_hidden_state
+            losses.append((zhat - M.gather(h, pred)).abs().mean())
+        return sum(losses) / len(losses)
+
+    def after_step(self):
+        M.ema_update(self.target.parameters(), self.model.encoder.parameters(), 0.998)
 
 
-class SALTStep(Step):
-    """One step of train_salt.py's second stage under a frozen teacher of --teacher_model, beside train_vjepa.py's step at the student's size."""
-
-    def __init__(self, args, device):
-        super().__init__(args, device)                              # its predictor and masks; target and EMA are replaced
-        teacher = M.ViT(**M.SIZES[args.teacher_model or args.model], frames=args.frames, size=args.size, pos="rope")
-        self.config = S.Args(model=args.model, frames=args.frames, size=args.size, dtype=args.dtype, pred_heads=12, checkpoint=args.checkpoint)
-        self.objective = S.Student(self.config, teacher, M.IMAGENET).to(device)
-        if args.compile:
-            M.compile_blocks(self.objective)
-        self.optimizer = torch.optim.AdamW(M.param_groups(self.objective, 0.04), lr=1e-4, fused=True)
-
-    def __call__(self):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
-            loss = self.timed("forward", lambda: self.objective(self.x, self.keep, self.pred)[0])
-        self.timed("backward", loss.backward)
-        self.timed("optimizer", lambda: (self.optimizer.step(), self.optimizer.zero_grad()))
+METHODS = {  # --method: our objective, and the peer's name and step
+    "vjepa": (vjepa, "hf", HFVJEPA),
+    "mae4d": (mae4d, "hf", HFVideoMAE),
+    # beside the step that it replaces, at the student's size
+    "salt": (salt, "vjepa", lambda args, device: Step(vjepa, args, device)),
+    "tdv": (tdv, "", None),
+}
 
 
-class TDVStep(Step):
-    """One training step of train_tdv.py."""
-
-    def __init__(self, args, device):
-        self.args, self.device, self.parts = args, device, {}
-        torch.manual_seed(0)
-        self.config = T.Args(model=args.model, frames=args.frames, size=args.size, dtype=args.dtype, checkpoint=args.checkpoint)
-        self.objective = T.TDV(self.config).to(device)
-        if args.compile:
-            M.compile_blocks(self.objective)
-        self.optimizer = torch.optim.AdamW(M.param_groups(self.objective, 0.01), lr=1e-4, fused=True)
-        self.x = torch.randn(args.batch, 3, args.frames, args.size, args.size, device=device)
-
-    def __call__(self):
-        if self.device.type == "cpu":
-            M.tune_cpu()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
-            loss = self.timed("forward", lambda: self.objective(self.x)[0])
-        self.timed("backward", loss.backward)
-        self.timed("optimizer", lambda: (self.optimizer.step(), self.optimizer.zero_grad(), self.objective.after_step(0, True)))
-
-    def flops(self):
-        return self.objective.flops()
-
-
-METHODS = {"vjepa": {"ours": Step, "hf": HFStep}, "mae4d": {"ours": MAEStep, "hf": HFMAEStep}, "salt": {"ours": SALTStep, "vjepa": Step}, "tdv": {"ours": TDVStep}}
+def peak_gb(device):
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
 def step(args):
     device = torch.device(args.device)
-    cuda = device.type == "cuda"
-    peak = lambda: round((torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30, 2)
-    jobs = {name: method(args, device) for name, method in METHODS[args.method].items() if args.only in ("", name if name == "ours" else "peer")}
+    build, peer, peer_step = METHODS[args.method]
+    jobs = {}
+    if args.only != "peer":
+        jobs["ours"] = Step(build, args, device)
+    if peer and args.only != "ours":
+        jobs[peer] = peer_step(args, device)
     times = alternate(jobs, args.rounds, time.perf_counter)
     if args.only == "peer":
-        return {"model": args.model, "peer": [*jobs][0], "seconds": round(statistics.median([*times.values()][0]), 4), "peak_gb": peak()}
-    ours, seconds = jobs["ours"], statistics.median(times["ours"])
-    flops = ours.flops() * args.batch
-    result = {"model": args.model, "batch": args.batch, "dtype": args.dtype, "compiled": args.compile, "seconds": round(seconds, 4),
-              "clips_per_s": round(args.batch / seconds, 2), "tflops": round(flops / seconds / 1e12, 3), "mfu": round(flops / seconds / 989e12, 3) if cuda else None,
-              "split": {k: round(statistics.median(v[1:]), 4) for k, v in ours.parts.items()},
-              "peak_gb": peak()}
-    for peer in set(jobs) - {"ours"}:
+        seconds = round(statistics.median(times[peer]), 4)
+        return {"model": args.model, "peer": peer, "seconds": seconds, "peak_gb": peak_gb(device)}
+    seconds = statistics.median(times["ours"])
+    flops = jobs["ours"].flops() * args.batch / seconds
+    result = {
+        "model": args.model,
+        "batch": args.batch,
+        "dtype": args.dtype,
+        "compiled": args.compile,
+        "seconds": round(seconds, 4),
+        "clips_per_s": round(args.batch / seconds, 2),
+        "tflops": round(flops / 1e12, 3),
+        "mfu": round(flops / H100_FLOPS, 3) if device.type == "cuda" else None,
+        "split": jobs["ours"].split(),
+        "peak_gb": peak_gb(device),
+    }
+    if peer in jobs:
         result[f"faster_than_{peer}"] = ratios(times, peer)["ours"]
     return result
 
 
 def gpu(args):
     """Eager and compiled, each in its own process, so that neither has the other's memory."""
+    flags = ["--device", "cuda", "--only", "ours"]
+    for name in ("method", "model", "batch", "dtype", "pos"):
+        flags += [f"--{name}", str(getattr(args, name))]
     rows = []
-    for compiled in ((), ("--compile",)):
-        flags = ["--device", "cuda", "--method", args.method, "--model", args.model, "--batch", str(args.batch), "--dtype", args.dtype, "--pos", args.pos,
-                 "--only", "ours", *compiled]
-        done = subprocess.run([sys.executable, __file__, "step", *flags], capture_output=True, text=True, check=True)
+    for compiled in ([], ["--compile"]):
+        command = [sys.executable, __file__, "step", *flags, *compiled]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(rows[-1], flush=True)
     return {"rows": rows, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
+
 
 def peer_transform(frames, box, flip, size=224):
     """Float, crop, resize, flip, normalise, as the peers' training code does it on whole frames."""
@@ -287,6 +329,7 @@ def peer_transform(frames, box, flip, size=224):
 def decord_frames(path, ids):
     """As V-JEPA 2's data set opens and asks: num_threads=-1, seek(0), get_batch."""
     import decord
+
     reader = decord.VideoReader(path, num_threads=-1, ctx=decord.cpu(0))
     reader.seek(0)
     return reader.get_batch(ids).asnumpy()
@@ -295,10 +338,14 @@ def decord_frames(path, ids):
 def pyav_frames(path, ids):
     """Seek to the key frame before the first frame, then decode on one thread until the last."""
     import av
+
     with av.open(path) as container:
         stream = container.streams.video[0]
-        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-        rate, base, got = stream.average_rate, stream.time_base, {}
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        rate = stream.average_rate
+        base = stream.time_base
+        got = {}
         container.seek(int(round(ids[0] / rate / base)), stream=stream)
         for frame in container.decode(stream):
             i = round(float(frame.pts * base * rate))
@@ -310,18 +357,27 @@ def pyav_frames(path, ids):
 
 
 def reader(args):
-    """16 frames at stride 4, random start and crop to 224 px: one core, one process, CPU time. Packed files are read at the same times."""
+    """16 frames at stride 4, random start and crop to 224 px: one core, one process, CPU time. Packed files are
+    read at the same times."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
     torch.set_num_threads(1)
-    clip, seeds, samples = D.Clip(), range(8), {}
+    clip = D.Clip()
+    seeds = range(8)
+    samples = []  # path, frame numbers, crop, flip
     for path in args.videos:
         video = D.open_video(path)
-        for i in seeds:
-            rng = np.random.default_rng(i)
+        for seed in seeds:
+            rng = np.random.default_rng(seed)
             ids = D.frame_positions(len(video), clip, rng.random()).astype(int)
-            samples[path, i] = ids, D.random_box(rng, video.metadata.height, video.metadata.width, clip.scale, clip.ratio), i % 2 == 0
-    ids = next(iter(samples.values()))[0]
-    difference = np.abs(D.open_video(args.videos[0]).get_frames_at(ids.tolist()).data.numpy().astype(int) - decord_frames(args.videos[0], ids)).mean()
+            box = D.random_box(rng, video.metadata.height, video.metadata.width, clip.scale, clip.ratio)
+            samples.append((path, ids, box, seed % 2 == 0))
+    path, ids, _, _ = samples[0]
+    frames = D.open_video(path).get_frames_at(ids.tolist()).data.numpy().astype(int)
+    difference = np.abs(frames - decord_frames(path, ids)).mean()
+
+    def theirs(read):
+        for path, ids, box, flip in samples:
+            peer_transform(read(path, ids), box, flip)
 
     def ours(paths, clip, per=1):
         for path in paths:
@@ -330,169 +386,287 @@ def reader(args):
                 D.prepare({"video": video, "flip": torch.arange(len(video)) % 2 == 0})
 
     with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "list.txt"
-        rows.write_text("".join(f"{os.path.abspath(p)}\n" for p in args.videos))
-        fps = D.open_video(args.videos[0]).metadata.average_fps
-        packed = {}
-        for name, flags in (("packed", ()), ("packed, fast decode", ("--fast_decode",))):
-            command = ["pack", str(rows), f"{folder}/{name[7:9]}", "--short_side", "256", "--fps", str(fps / clip.stride), "--gop", "8", "--workers", "1", *flags]
-            done = subprocess.run([sys.executable, D.__file__, *command], check=True, capture_output=True, text=True)
-            packed[name] = D.parse_list(json.loads(done.stdout.splitlines()[-1])["list"]).paths
-        jobs = {"decord": lambda: [peer_transform(decord_frames(p, ids), box, flip) for (p, _), (ids, box, flip) in samples.items()],
-                "pyav": lambda: [peer_transform(pyav_frames(p, ids), box, flip) for (p, _), (ids, box, flip) in samples.items()],
-                "ours": lambda: ours(args.videos, clip), "ours, 4 clips a video": lambda: ours(args.videos, D.Clip(clips=4), 4),
-                **{name: lambda paths=paths: ours(paths, D.Clip(stride=1)) for name, paths in packed.items()}}
+        packed = pack(args.videos, folder, "packed", clip.stride)
+        fast = pack(args.videos, folder, "fast", clip.stride, "--fast_decode")
+        jobs = {
+            "decord": lambda: theirs(decord_frames),
+            "pyav": lambda: theirs(pyav_frames),
+            "ours": lambda: ours(args.videos, clip),
+            "ours, 4 clips a video": lambda: ours(args.videos, D.Clip(clips=4), 4),
+            "packed": lambda: ours(packed, D.Clip(stride=1)),
+            "packed, fast decode": lambda: ours(fast, D.Clip(stride=1)),
+        }
         times = alternate(jobs, args.rounds, time.process_time)
     speed = {name: round(len(samples) / statistics.median(t), 2) for name, t in times.items()}
-    return {"clips_per_s": speed, "against_decord": ratios(times, "decord"), "mean_pixel_difference": round(float(difference), 3)}
+    return {
+        "clips_per_s": speed,
+        "against_decord": ratios(times, "decord"),
+        "mean_pixel_difference": round(float(difference), 3),
+    }
+
+
+def pack(videos, folder, name, stride, *flags):
+    """The paths of these videos, packed so that a frame in `stride` is left."""
+    rows = Path(folder, f"{name}.txt")
+    rows.write_text("".join(f"{os.path.abspath(path)}\n" for path in videos))
+    fps = D.open_video(videos[0]).metadata.average_fps / stride
+    command = [sys.executable, D.__file__, "pack", str(rows), f"{folder}/{name}", "--short_side", "256"]
+    command += ["--fps", str(fps), "--gop", "8", "--workers", "1", *flags]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return D.parse_list(json.loads(done.stdout.splitlines()[-1])["list"]).paths
 
 
 def world(args):
     torch.set_num_threads(1)
+    clips = list(range(32 if args.device == "cpu" else 1024))
+    flow = ("flow", "flow_visible")
+    tracks = ("tracks", "visible")
+    stereo = ("right", "disparity", "disparity_visible")
+    labels = {
+        "video": (),
+        "with depth and pose": ("depth", "pose"),
+        "with flow": flow,
+        "with tracks": tracks,
+        "with all but pairs": ("depth", "pose", "masks", "boxes", *flow, *tracks, *stereo),
+        "pairs": ("impossible",),
+    }
     out = {}
     for frames, size in ((8, 32), (16, 64)):
-        w, n = D.World("train", frames=frames, size=size, device=args.device), 32 if args.device == "cpu" else 1024
-        jobs = {"video": (), "with depth and pose": ("depth", "pose"), "with flow": ("flow", "flow_visible"), "with tracks": ("tracks", "visible"),
-                "with all but pairs": ("depth", "pose", "masks", "boxes", "flow", "flow_visible", "tracks", "visible", "right", "disparity", "disparity_visible"),
-                "pairs": ("impossible",)}
-        times = alternate({name: lambda labels=labels: w.render(list(range(n)), labels) for name, labels in jobs.items()}, args.rounds, time.perf_counter)
-        out[f"{frames}x{size}px"] = {name: round(n / statistics.median(t), 1) for name, t in times.items()}
+        source = D.World("train", frames=frames, size=size, device=args.device)
+        jobs = {name: lambda names=names: source.render(clips, names) for name, names in labels.items()}
+        times = alternate(jobs, args.rounds, time.perf_counter)
+        speed = {name: round(len(clips) / statistics.median(t), 1) for name, t in times.items()}
+        out[f"{frames}x{size}px"] = speed
     return {"clips_per_s": out, "device": args.device}
 
 
-# --- auxiliary objectives -----------------------------------------------------------------------------------------------------------------
+# --- auxiliary objectives -------------------------------------------------------------------------
+
+
+def all_rows():
+    """{row of FWM-HW-LD: what it changes in the baseline}."""
+    rows = {}
+    for name in V.ROWS_UCF | V.ROWS_PAPER:
+        row = {k: v for k, v in V.PRESETS[name].items() if V.FWM_PAPER.get(k) != v and k not in ("data", "out_dir")}
+        if not row["terms"]:
+            del row["terms"]
+        rows[name] = row
+    return rows
+
 
 def row_job(row):
     """Two laptop steps of a row of FWM-HW-LD, without its loader."""
     torch.manual_seed(0)
     args = V.Args(**V.PRESETS["laptop"] | {"distance": True} | row)
-    objective, x = V.VJEPA(args), torch.randn(16, 3, 8, 32, 32)
+    objective = V.build(args)
+    x = torch.randn(16, 3, 8, 32, 32)
     optimizer = torch.optim.AdamW(M.param_groups(objective, 0.04), lr=args.lr, fused=True)
 
     def job():
-        for step in range(2):
-            masks = D.sample_masks(args.masks, 0, step, 16, objective.encoder.grid, args.aspect, temporal_keep=args.temporal_keep)
-            if args.motion:
-                masks = D.guide_masks(*masks, D.motion_map(x, args.tubelet, args.patch), args.masks, 0, step, 0, args.motion, args.motion_uniform, args.aspect,
-                                      args.temporal_keep)
-            objective(x, *masks)[0].backward()
+        for number in range(2):
+            keep, pred = objective.masks(number, len(x))
+            keep, pred = objective.place(keep, pred, x, number, 0)
+            objective(x, keep, pred)[0].backward()
             optimizer.step()
             optimizer.zero_grad()
-            objective.after_step(step)
+            objective.after_step(number)
+
     return job
 
 
-def terms(args):
-    """Trains `--preset laptop --distance` (files: --stride 5, crops of 0.3 to 0.5) with the flags of each row, one run after the other, and prints a Markdown
-    table: a linear probe on eight motions of the world and on each of --tasks; steps/s (of processor time, the rows in turn) and peak memory against the baseline; RankMe.
-    With --out the runs stay, and what is there is not done again."""
-    table = {name: row for rows in V.ROWS.values() for name, row in rows.items()}
-    if unknown := set(args.rows) - set(table):
-        sys.exit(f"--rows {min(unknown)}: choose from {', '.join(table)}")
-    rows, found, start, clips = {"baseline": {}} | {name: row for name, row in table.items() if name in (args.rows or table)}, {}, [], {}
-    lists = {"motion": ("world", "world")} | {name: pair.split(",") for name, _, pair in (task.partition("=") for task in args.tasks)}
-    clip = D.Clip(frames=8, size=32, stride=5, train=False)
+def train_row(args, row, seed, out):
+    """`--preset laptop --distance` with the flags of a row -> the last logged figures; nothing where out has them
+    already."""
+    saved = json.loads((out / "terms.json").read_text()) if (out / "terms.json").exists() else {}
+    if saved.get("steps") == args.steps:
+        return saved
+    command = [sys.executable, "train_vjepa.py", "--preset", "laptop", "--distance", "--resume", "--probe_data"]
+    command += ["--steps", str(args.steps), "--seed", str(seed), "--out_dir", str(out)]
+    command += ["--sample_every", "0", "--log_every", str(max(1, args.steps // 10))]
+    command += ["--stride", "5", "--crop_scale", "0.3", "0.5", "--crop_ratio", "0.75", "1.35"]
+    if args.data:
+        command += ["--data", *args.data]
+    for name, value in row.items():
+        values = value if isinstance(value, tuple) else (value,)
+        command += [f"--{name}", *(str(v) for v in values if v is not True)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{out.name}: {done.stderr[-2000:]}")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "loss" in line][-1]
+    return {"steps": args.steps} | {key: last[key] for key in ("peak_gb", "rankme", "feature_std")}
+
+
+class MotionProbes:
+    """Linear probes on eight motions of the world and on each of --tasks; clips are read once for all runs."""
+
+    def __init__(self, tasks):
+        self.lists = {"motion": ("world", "world")}
+        for task in tasks:
+            name, _, pair = task.partition("=")
+            self.lists[name] = pair.split(",")
+        clip = D.Clip(frames=8, size=32, stride=5, train=False)
+        self.clips = {}
+        for name, pair in self.lists.items():
+            sources = [D.parse_list(path, split=s, labelled=True) for path, s in zip(pair, ("probe", "val"))]
+            self.clips[name] = [list(D.eval_batches(source, clip, batch_size=64)) for source in sources]
 
     @torch.no_grad()
-    def probes(run, **seed):
+    def __call__(self, run, **seed):
         encoder, _ = M.load_encoder(run, **seed)
-        out = {}
-        for name, pair in lists.items():
-            if name not in clips:                                   # read once for all runs
-                sources = [D.parse_list(path, split=split, labelled=True) for path, split in zip(pair, ("probe", "val"))]
-                clips[name] = [list(D.eval_batches(source, clip, batch_size=64)) for source in sources]
-            (x, y, ok), (xv, yv, okv) = ([torch.cat(v) for v in zip(*((encoder(D.prepare(b)).mean(1), b["label"], b["ok"]) for b in half))] for half in clips[name])
-            out[name] = ((M.linear_probe(x[ok], y[ok], xv) == yv) & okv).double().mean().item()
-        return out
+        return {name: self.accuracy(encoder, *halves) for name, halves in self.clips.items()}
 
+    def accuracy(self, encoder, train, val):
+        x, y, ok = self.features(encoder, train)
+        x_val, y_val, ok_val = self.features(encoder, val)
+        right = M.linear_probe(x[ok], y[ok], x_val) == y_val
+        return (right & ok_val).double().mean().item()
+
+    def features(self, encoder, batches):
+        """(n,D), labels (n,) and which could be read (n,)."""
+        rows = [(encoder(D.prepare(batch)).mean(1), batch["label"], batch["ok"]) for batch in batches]
+        return [torch.cat(column) for column in zip(*rows)]
+
+
+def terms(args):
+    """Trains `--preset laptop --distance` (files: --stride 5, crops of 0.3 to 0.5) with the flags of each row, one
+    run after the other, and prints a Markdown table: a linear probe on eight motions of the world and on each of
+    --tasks; steps/s (of processor time, the rows in turn) and peak memory against the baseline; RankMe. With --out
+    the runs stay, and what is there is not done again."""
+    table = all_rows()
+    if unknown := set(args.rows) - set(table):
+        sys.exit(f"--rows {min(unknown)}: choose from {', '.join(table)}")
+    rows = {"baseline": {}} | {name: table[name] for name in table if name in (args.rows or table)}
     M.tune_cpu()
-    speed = ratios(alternate({name: row_job(row) for name, row in rows.items()}, args.rounds, time.process_time), "baseline")
+    jobs = {name: row_job(row) for name, row in rows.items()}
+    speed = ratios(alternate(jobs, args.rounds, time.process_time), "baseline")
+    probes = MotionProbes(args.tasks)
+    found = {name: [] for name in rows}
+    start = []
     with tempfile.TemporaryDirectory() as root:
-        for seed in args.seeds:                                     # seeds outermost: a slow hour of the machine hits all rows
+        for seed in args.seeds:  # seeds outermost: a slow hour of the machine hits all rows
             for name, row in rows.items():
                 out = Path(args.out or root, f"{name}_{seed}").resolve()
-                flags = [f for key, value in row.items() for f in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
-                command = [sys.executable, "train_vjepa.py", "--preset", "laptop", "--distance", "--steps", str(args.steps), "--seed", str(seed), "--resume",
-                           "--sample_every", "0", "--log_every", str(max(1, args.steps // 10)), "--stride", "5", "--crop_scale", "0.3", "0.5", "--crop_ratio",
-                           "0.75", "1.35", "--out_dir", str(out), "--probe_data", *(["--data", *args.data] if args.data else []), *flags]
-                saved = json.loads((out / "terms.json").read_text()) if (out / "terms.json").exists() else {}
-                if saved.get("steps") != args.steps:
-                    done = subprocess.run(command, cwd=Path(V.__file__).parent, capture_output=True, text=True)
-                    if done.returncode:
-                        sys.exit(f"{name}: {done.stderr[-2000:]}")
-                    lines = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
-                    saved = {"steps": args.steps} | {key: lines[-1][key] for key in ("peak_gb", "rankme", "feature_std")}
-                if set(lists) - set(saved):
+                saved = train_row(args, row, seed, out)
+                if set(probes.lists) - set(saved):
                     saved |= probes(out)
                     M.write(out / "terms.json", json.dumps(saved))
-                found.setdefault(name, []).append(saved)
+                found[name].append(saved)
                 print(f"seed {seed} {name}: {saved}", file=sys.stderr, flush=True)
-            start.append(probes(f"random:{out}", seed=seed))        # the same encoder before any step
-    titles = ("row", *(part for name in lists for part in (f"{name}, %", "Δ")), "steps/s", "memory", "RankMe")
-    print("| " + " | ".join(titles) + " |\n|" + "---|" * len(titles))
-    for name, runs in ({"random weights": start} | found).items():
-        cells = []
-        for task in lists:
-            top1, base = ([100 * run[task] for run in some] for some in (runs, found["baseline"]))
-            spread = f" +- {statistics.stdev(top1):.1f}" if len(runs) > 1 else ""
-            cells += [f"{statistics.mean(top1):.1f}{spread}", f"{statistics.mean(top1) - statistics.mean(base):+.1f}"]
-        if runs is start:
-            cells += ["-"] * 3
-        else:
-            memory = statistics.median(run["peak_gb"] / base["peak_gb"] for run, base in zip(runs, found["baseline"]))
-            cells += [f"{speed[name]['median']:.2f}", f"{memory:.2f}", f"{statistics.median(run['rankme'] for run in runs):.0f}"]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+            start.append(probes(f"random:{out}", seed=seed))  # the same encoder before any step
+    print_rows({"random weights": start} | found, speed, probes.lists)
     return {"steps": args.steps, "seeds": args.seeds, "random": start, "rows": found, "speed": speed}
 
 
-# --- endurance --------------------------------------------------------------------------------------------------------------------------
+def print_rows(found, speed, tasks):
+    """{row: a dict for each seed} as a Markdown table."""
+    titles = ["row"]
+    for task in tasks:
+        titles += [f"{task}, %", "Δ"]
+    titles += ["steps/s", "memory", "RankMe"]
+    print("| " + " | ".join(titles) + " |\n|" + "---|" * len(titles))
+    baseline = found["baseline"]
+    for name, runs in found.items():
+        cells = [name]
+        for task in tasks:
+            top1 = [100 * run[task] for run in runs]
+            mean = statistics.mean(top1)
+            spread = f" +- {statistics.stdev(top1):.1f}" if len(runs) > 1 else ""
+            delta = mean - statistics.mean(100 * run[task] for run in baseline)
+            cells += [f"{mean:.1f}{spread}", f"{delta:+.1f}"]
+        if name in speed:
+            memory = statistics.median(run["peak_gb"] / base["peak_gb"] for run, base in zip(runs, baseline))
+            rank = statistics.median(run["rankme"] for run in runs)
+            cells += [f"{speed[name]['median']:.2f}", f"{memory:.2f}", f"{rank:.0f}"]
+        else:
+            cells += ["-"] * 3
+        print("| " + " | ".join(cells) + " |")
 
-def soak(args):
-    """Laptop training with a checkpoint every 50 steps, undisturbed and with a SIGKILL after every 200; memory and open files of the first."""
+
+# --- endurance ------------------------------------------------------------------------------------
+
+
+def start_run(steps, out):
+    """A laptop run with a checkpoint every 50 steps."""
+    flags = "--preset laptop --probe_data --sample_every 0 --log_every 10 --save_every 50 --resume"
+    command = [sys.executable, "train_vjepa.py", *flags.split(), "--steps", str(steps), "--out_dir", str(out)]
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **silent)
+
+
+def step_of(out):
+    """The last logged step."""
+    log = out / "log.jsonl"
+    last = log.read_text().splitlines()[-1:] if log.exists() else []
+    if not last or not last[0].endswith("}"):
+        return 0
+    return json.loads(last[0]).get("step", 0)
+
+
+def watch(steps, out):
+    """An undisturbed run: its memory and open files every 200 steps."""
+    held = []
+    process = start_run(steps, out)
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        if step_of(out) >= 200 * len(held):
+            rss = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+            files = len(os.listdir(f"/proc/{process.pid}/fd"))
+            held.append({"step": step_of(out), "rss_mb": int(rss.split()[1]) // 1024, "files": files})
+        time.sleep(0.2)
+    return held
+
+
+def disturb(steps, out):
+    """A run with a SIGKILL after every 200 steps -> how many."""
+    kills = 0
+    process = start_run(steps, out)
+    while process.poll() is None:
+        at = 200 * (kills + 1)
+        if at < steps and step_of(out) >= at:
+            time.sleep(random.random())  # anywhere in a step or a save
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process = start_run(steps, out)
+            kills += 1
+        time.sleep(0.05)
+    return kills
+
+
+def leaves(steps, out):
+    """All that the last checkpoint of a run holds."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+    dcp_to_torch_save(str(out / f"step_{steps:08d}"), f"{out}.pt")
+    return torch.utils._pytree.tree_leaves(torch.load(f"{out}.pt", weights_only=True))
+
+
+def same(a, b):
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def soak(args):
+    """Laptop training undisturbed, and killed again and again."""
     with tempfile.TemporaryDirectory() as root:
-        def begin(out):
-            flags = f"--preset laptop --probe_data --sample_every 0 --log_every 10 --save_every 50 --resume --steps {args.steps} --out_dir {out}"
-            return subprocess.Popen([sys.executable, "train_vjepa.py", *flags.split()], cwd=Path(V.__file__).parent, start_new_session=True,
-                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-        def step(out):
-            log = Path(out, "log.jsonl")
-            found = [json.loads(x).get("step", 0) for x in log.read_text().splitlines()[-1:] if x.endswith("}")] if log.exists() else []
-            return found[0] if found else 0
-
-        held, kills, states = [], 0, []
-        process, at = begin(f"{root}/a"), 0
-        while process.poll() is None:
-            if step(f"{root}/a") >= at:
-                at += 200
-                pid = process.pid
-                rss = int(next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS")).split()[1])
-                held.append({"step": step(f"{root}/a"), "rss_mb": rss // 1024, "files": len(os.listdir(f"/proc/{pid}/fd"))})
-            time.sleep(0.2)
-        process, at = begin(f"{root}/b"), 200
-        while process.poll() is None:
-            if at < args.steps and step(f"{root}/b") >= at:
-                time.sleep(random.random())                     # anywhere in a step or a save
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                process, at, kills = begin(f"{root}/b"), at + 200, kills + 1
-            time.sleep(0.05)
-        for name in "ab":
-            dcp_to_torch_save(f"{root}/{name}/step_{args.steps:08d}", f"{root}/{name}.pt")
-            states.append(torch.load(f"{root}/{name}.pt", weights_only=True))
-        leaves = [torch.utils._pytree.tree_leaves(s) for s in states]
-        equal = len(leaves[0]) == len(leaves[1]) and all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(*leaves))
-        return {"steps": args.steps, "kills": kills, "tensors": len(leaves[0]), "equal": equal, "held": held}
+        whole = Path(root, "whole")
+        killed = Path(root, "killed")
+        held = watch(args.steps, whole)
+        kills = disturb(args.steps, killed)
+        want = leaves(args.steps, whole)
+        got = leaves(args.steps, killed)
+    equal = len(want) == len(got) and all(map(same, want, got))
+    return {"steps": args.steps, "kills": kills, "tensors": len(want), "equal": equal, "held": held}
 
 
-if __name__ == "__main__":
+COMMANDS = {"step": step, "gpu": gpu, "reader": reader, "world": world, "terms": terms, "soak": soak}
+
+
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "gpu", "reader", "world", "terms", "soak"])
+    parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("videos", nargs="*")
     parser.add_argument("--model", default="vit_b")
-    parser.add_argument("--teacher_model", default="", help="salt: size of the frozen teacher, as large as the student if it is not said")
+    parser.add_argument("--teacher_model", default="", help="salt: size of the frozen teacher; the student's")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
@@ -509,6 +683,10 @@ if __name__ == "__main__":
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint", action="store_true")
     parser.add_argument("--method", choices=METHODS, default="vjepa")
-    parser.add_argument("--only", choices=["", "ours", "peer"], default="", help="time one side alone: its own peak memory")
-    arguments = parser.parse_args()
-    print(json.dumps({"step": step, "gpu": gpu, "reader": reader, "world": world, "terms": terms, "soak": soak}[arguments.what](arguments)))
+    parser.add_argument("--only", choices=["", "ours", "peer"], default="", help="one side alone: its own peak memory")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    print(json.dumps(COMMANDS[arguments.what](arguments)))

@@ -1,4 +1,5 @@
 """Shared by the tests: import the project from its root, find real video, run scripts as a user would."""
+
 import json
 import os
 import signal
@@ -26,12 +27,24 @@ def video_data():
 @pytest.fixture
 def run():
     """run("train_vjepa.py", "--preset", ..., ranks=2) -> (exit status, last JSON line or None, stderr)."""
+
     def call(*command, ranks=1, threads=1, timeout=300, env=()):
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0", "--standalone"] if ranks > 1 else []
-        done = subprocess.run([sys.executable, *launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                              env={**os.environ, "OMP_NUM_THREADS": str(threads), **dict(env)})
+        launcher = (
+            ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0", "--standalone"]
+            if ranks > 1
+            else []
+        )
+        done = subprocess.run(
+            [sys.executable, *launcher, *map(str, command)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), **dict(env)},
+        )
         last = (done.stdout.strip().splitlines() or [""])[-1]
         return done.returncode, json.loads(last) if last.startswith("{") else None, done.stderr
+
     return call
 
 
@@ -40,6 +53,7 @@ def call(capsys):
     """call(train_vjepa, "--preset", ...) -> the last JSON line of the script, run in this process.
 
     A process of its own takes three seconds to start."""
+
     def run_here(script, *flags):
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         try:
@@ -48,6 +62,7 @@ def call(capsys):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
     return run_here
 
 
@@ -81,4 +96,5 @@ def probed(monkeypatch):
 
         monkeypatch.setattr(data, "labelled_features", spy)
         return seen
+
     return watch

@@ -1,7 +1,8 @@
-"""What the README promises under "What happens when", one test a promise, each by injecting the fault into a run of the real script."""
+"""What the README promises under "What happens when", one test a promise, each by injecting the fault into a run of
+the real script."""
+
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,25 +20,54 @@ import model as M
 import train_vjepa as V
 
 ROOT = Path(D.__file__).parent
-TINY = ("--preset", "laptop", "--steps", "6", "--batch_size", "8", "--log_every", "1", "--sample_every", "0", "--probe_data", "--warmup", "2")
-DRIVER = "import os, signal, sys, time\nimport torch\nimport data as D, model as M, train_vjepa as V\n{}\nV.launch(V.main, V.parse_args())\n"
-AT_STEP = "old, place = V.VJEPA.forward, V.VJEPA.place\n" \
-          "def note(self, keep, pred, x, step, row):\n    self.step = step\n    return place(self, keep, pred, x, step, row)\nV.VJEPA.place = note\n" \
-          "def forward(self, x, keep=None, pred=None):\n    out = old(self, x, keep, pred)\n    if keep is None: return out\n" \
-          "    step = self.step\n    rank = os.environ.get('RANK', '0')\n{}\n    return out\nV.VJEPA.forward = forward\n"
+TINY = (
+    "--preset", "laptop", "--steps", "6", "--batch_size", "8", "--log_every", "1", "--sample_every", "0",
+    "--probe_data", "--warmup", "2",
+)
+DRIVER = (
+    "import os, signal, sys, time\nimport torch\nimport data as D, model as M, train_vjepa as V\n"
+    "{}\n"
+    "V.launch(V.main, V.parse_args())\n"
+)
+AT_STEP = (
+    "old, place = V.VJEPA.forward, V.VJEPA.place\n"
+    "def note(self, keep, pred, x, step, row):\n"
+    "    self.step = step\n"
+    "    return place(self, keep, pred, x, step, row)\n"
+    "V.VJEPA.place = note\n"
+    "def forward(self, x, keep=None, pred=None):\n"
+    "    out = old(self, x, keep, pred)\n"
+    "    if keep is None: return out\n"
+    "    step = self.step\n"
+    "    rank = os.environ.get('RANK', '0')\n"
+    "{}\n"
+    "    return out\n"
+    "V.VJEPA.forward = forward\n"
+)
 
 
 @pytest.fixture
 def start(tmp_path):
-    """start(*flags, code=, ranks=) -> a running process: train_vjepa.py, with `code` run before it starts. None of them outlives the test."""
+    """start(*flags, code=, ranks=) -> a running process: train_vjepa.py, with `code` run before it starts. None of
+    them outlives the test."""
     begun = []
 
     def begin(*flags, code="", ranks=1, out=tmp_path / "out", env=()):
         (driver := tmp_path / f"driver{len(begun)}.py").write_text(DRIVER.format(code))
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks > 1 else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks > 1 else []
+        )
         command = [sys.executable, *launcher, str(driver), *map(str, (*TINY, "--out_dir", out, *flags))]
-        begun.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                                      env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **dict(env)}))
+        begun.append(
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **dict(env)},
+            )
+        )
         return begun[-1]
 
     yield begin
@@ -50,10 +80,12 @@ def start(tmp_path):
 @pytest.fixture
 def train(start):
     """The same, waited for -> (exit status, stderr)."""
+
     def call(*flags, timeout=120, **keywords):
         process = start(*flags, **keywords)
         err = process.communicate(timeout=timeout)[1]
         return process.returncode, err
+
     return call
 
 
@@ -70,8 +102,11 @@ def checkpoint(out, step=6):
     """All of a checkpoint: weights, EMA, optimizer, and what stands beside them."""
     dcp_to_torch_save(Path(out) / f"step_{step:08d}", temp := Path(out) / "all.pt")
     found = {}
-    flat = lambda value, name: [flat(v, f"{name}.{k}") for k, v in (value.items() if isinstance(value, dict) else enumerate(value))] \
-        if isinstance(value, (dict, list, tuple)) else found.update({name: value})
+    flat = lambda value, name: (
+        [flat(v, f"{name}.{k}") for k, v in (value.items() if isinstance(value, dict) else enumerate(value))]
+        if isinstance(value, (dict, list, tuple))
+        else found.update({name: value})
+    )
     flat(torch.load(temp, weights_only=True), "")
     return found | {"extra": (Path(out) / f"step_{step:08d}" / "extra.json").read_text()}
 
@@ -97,8 +132,13 @@ def one_line(err, *words):
 def whole(tmp_path_factory):
     """An undisturbed run of 6 steps, a checkpoint each."""
     out = tmp_path_factory.mktemp("whole")
-    subprocess.run([sys.executable, "train_vjepa.py", *TINY, "--out_dir", str(out), "--save_every", "1", "--keep", "9"], cwd=ROOT, check=True,
-                   capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [sys.executable, "train_vjepa.py", *TINY, "--out_dir", str(out), "--save_every", "1", "--keep", "9"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     return out
 
 
@@ -113,10 +153,12 @@ def copy_of(whole, tmp_path, steps=5):
     return out
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
+
 
 def test_killed_at_any_moment_of_saving_a_run_goes_on_from_a_whole_checkpoint(whole, tmp_path):
-    """Promise: SIGKILL at any moment leaves the last good checkpoint. 50 kills in one run; in the end it equals the undisturbed one bit for bit."""
+    """Promise: SIGKILL at any moment leaves the last good checkpoint. 50 kills in one run; in the end it equals the
+    undisturbed one bit for bit."""
     out = tmp_path / "out"
     driver = tmp_path / "kills.py"
     driver.write_text(f"""
@@ -130,9 +172,12 @@ flags = {[*TINY]!r} + ["--out_dir", str(out), "--save_every", "1", "--resume", "
 span, seen = 0.3, {{}}
 for kill in range(51):
     stop = kill % 6 + 1 if kill < 50 else 6
-    if kill < 50 and out.exists():                  # from some checkpoint on, so that there is always one to be written
+    # from some checkpoint on, so that there is always one to be written
+    if kill < 50 and out.exists():
         names = sorted(p.name for p in out.glob("step_*"))
-        if names: (out / "latest").write_text(names[0] if kill % 5 == 0 else names[-1] if names[-1] != "step_00000006" else names[0])
+        if names:
+            again = kill % 5 == 0 or names[-1] == "step_00000006"
+            (out / "latest").write_text(names[0] if again else names[-1])
     before = M.newest(out) if out.exists() else None
     pid = os.fork()
     if not pid:
@@ -152,8 +197,13 @@ for kill in range(51):
     assert found is None or before is None or found.name >= before.name or kill % 5 == 0, (found, before)
 print(seen)
 """)
-    done = subprocess.run([sys.executable, str(driver)], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, str(driver)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
     assert_same(checkpoint(out), checkpoint(whole))
@@ -162,8 +212,15 @@ print(seen)
 
 def test_a_full_disk_ends_the_run_with_one_line_and_the_last_checkpoint_resumes(train, whole, tmp_path):
     """Promise: disk full leaves the last good checkpoint. Injected: the third save may not write more than 100 kB."""
-    full = "old = V.Run.save\ndef save(self, step, *rest):\n    if step == 3:\n        import resource\n" \
-           "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n    old(self, step, *rest)\nV.Run.save = save\n"
+    full = (
+        "old = V.Run.save\n"
+        "def save(self, step, *rest):\n"
+        "    if step == 3:\n"
+        "        import resource\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+        "    old(self, step, *rest)\n"
+        "V.Run.save = save\n"
+    )
     status, err = train("--save_every", 1, code=full)
     assert status == 1 and M.newest(tmp_path / "out").name == "step_00000002"
     one_line(err, "File too large", "what was saved before stays valid")
@@ -175,7 +232,8 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_last_checkpoint_resumes(
 def test_a_disk_that_is_really_full(train, tmp_path):
     """The same on a file system of 60 MB."""
     (small := tmp_path / "small").mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(small)], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(small)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root and its rights")
     try:
         status, err = train("--save_every", 1, "--keep", 9, out=small / "out")
@@ -236,16 +294,19 @@ def test_a_run_killed_after_its_last_checkpoint_still_exports(train, whole, tmp_
     assert train("--resume")[0] == 0 and (out / "encoder.safetensors").exists()
 
 
-# --- exact resume -------------------------------------------------------------------------------------------------------------------------
+# --- exact resume ---------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", ["accumulated", "epochs"])
 def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(train, pictures, tmp_path, kind):
-    """Promise: n steps equal k + resume + n - k: weights, EMA, optimizer, losses, log; within an epoch (step 2) and at its end (step 3); with
-    gradient accumulation; with other --workers and --log_every that does not divide."""
+    """Promise: n steps equal k + resume + n - k: weights, EMA, optimizer, losses, log; within an epoch (step 2) and
+    at its end (step 3); with gradient accumulation; with other --workers and --log_every that does not divide."""
     flags = {"accumulated": ("--micro_batch", 2), "epochs": ("--data", pictures)}[kind]
     for name, stops in (("whole", (0,)), ("parts", (2, 3, 0))):
         for i, stop in enumerate(stops):
-            status, err = train(*flags, "--log_every", 4, "--resume", "--stop_at", stop, "--workers", i % 3, out=tmp_path / name)
+            status, err = train(
+                *flags, "--log_every", 4, "--resume", "--stop_at", stop, "--workers", i % 3, out=tmp_path / name
+            )
             assert status == 0, err
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
@@ -269,13 +330,20 @@ def test_the_newest_checkpoints_stay(call, tmp_path):
     assert (tmp_path / "out" / "latest").read_text() == kept[-1]
 
 
-# --- signals and processes ----------------------------------------------------------------------------------------------------------------
+# --- signals and processes ------------------------------------------------------------------------
+
 
 def children(pid):
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-SLOW = "old = V.VJEPA.after_step\ndef after_step(self, step):\n    old(self, step)\n    time.sleep(0.3)\nV.VJEPA.after_step = after_step\n"
+SLOW = (
+    "old = V.VJEPA.after_step\n"
+    "def after_step(self, step):\n"
+    "    old(self, step)\n"
+    "    time.sleep(0.3)\n"
+    "V.VJEPA.after_step = after_step\n"
+)
 
 
 def has_lines(out, n=2):
@@ -330,38 +398,57 @@ def test_a_killed_loader_process_ends_the_run_with_one_line(start, tmp_path):
 
 def test_a_hanging_loader_process_ends_the_run_after_timeout(train):
     """Promise: a loader process that is silent for --timeout seconds ends the run. Injected: it sleeps at clip 24."""
-    hang = "old = D.Clips.batch\ndef batch(self, numbers):\n    if 24 in numbers: time.sleep(600)\n    return old(self, numbers)\nD.Clips.batch = batch\n"
+    hang = (
+        "old = D.Clips.batch\n"
+        "def batch(self, numbers):\n"
+        "    if 24 in numbers: time.sleep(600)\n"
+        "    return old(self, numbers)\n"
+        "D.Clips.batch = batch\n"
+    )
     begin = time.time()
     status, err = train("--workers", 1, "--timeout", 3, code=hang, timeout=60)
     assert status == 1 and time.time() - begin < 40
     one_line(err, "timed out after 3 seconds")
 
 
-# --- numbers that are not finite ----------------------------------------------------------------------------------------------------------
+# --- numbers that are not finite ------------------------------------------------------------------
 
-@pytest.mark.parametrize("fault", ["    if step == 2 and rank == '1': out = (out[0] * float('nan'), out[1])",
-                                   "    if step == 2 and rank == '1': out[0].register_hook(lambda g: g * float('inf'))"], ids=["loss", "gradient"])
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "    if step == 2 and rank == '1': out = (out[0] * float('nan'), out[1])",
+        "    if step == 2 and rank == '1': out[0].register_hook(lambda g: g * float('inf'))",
+    ],
+    ids=["loss", "gradient"],
+)
 def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(train, tmp_path, fault):
     """Promise: every rank skips alike, weights and EMA stay, the run goes on, the log names the files."""
     status, err = train("--save_every", 1, "--keep", 9, "--stop_at", 5, code=AT_STEP.format(fault), ranks=2)
     out = tmp_path / "out"
     assert status == 0, err[-3000:]
     skipped, before, after, later = lines(out, "skipped"), *(checkpoint(out, s) for s in (2, 3, 5))
-    assert [s["step"] for s in skipped] == [2] and len(skipped[0]["files"]) in (4, 8) and all(f.startswith("world/train/") for f in skipped[0]["files"])
+    assert [s["step"] for s in skipped] == [2]
+    assert len(skipped[0]["files"]) in (4, 8)
+    assert all(f.startswith("world/train/") for f in skipped[0]["files"])
     tensors = [k for k in before if torch.is_tensor(before[k])]
-    assert all(torch.equal(before[k], after[k]) for k in tensors) and not all(torch.equal(after[k], later[k]) for k in tensors)
+    assert all(torch.equal(before[k], after[k]) for k in tensors)
+    assert not all(torch.equal(after[k], later[k]) for k in tensors)
     assert sorted(losses(out)) == [1, 2, 4, 5]
 
 
 def test_many_skips_in_a_row_end_the_run(train, tmp_path):
     """Promise: --max_skips skipped steps in a row stop the run, naming step and files."""
-    status, err = train("--max_skips", 3, "--save_every", 1, code=AT_STEP.format("    if step >= 2: out = (out[0] / 0, out[1])"))
+    status, err = train(
+        "--max_skips", 3, "--save_every", 1, code=AT_STEP.format("    if step >= 2: out = (out[0] / 0, out[1])")
+    )
     assert status == 1 and len(lines(tmp_path / "out", "skipped")) == 3
     one_line(err, "step 4: 3 steps in a row", "world/train/")
     assert isinstance(M.newest(tmp_path / "out"), Path)
 
 
-# --- data ---------------------------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
+
 
 def test_a_video_that_cannot_be_read_is_replaced_counted_and_named_once(train, pictures, tmp_path):
     """Promise: replaced deterministically: other workers, other ranks, the same losses."""
@@ -384,10 +471,18 @@ def test_bad_videos_are_counted_over_all_micro_batches(call, pictures, tmp_path)
         (folder / f"torn{i}.png").write_bytes(b"not a picture")
     rows = "".join(f"torn{i}.png 0\n" for i in range(3))
     (folder / "with_torn.txt").write_text(pictures.read_text() + rows)
-    last = call(V, *TINY, "--data", folder / "with_torn.txt", "--micro_batch", 2, "--workers", 0,
-                "--max_bad_fraction", 0.5, "--out_dir", tmp_path / "out")
-    loader = D.make_loader([D.parse_list(folder / "with_torn.txt")], D.Clip(frames=8, size=32),
-                           seed=0, batch_size=8, micro_batch=8, steps=6)
+    last = call(
+        V, *TINY, "--data", folder / "with_torn.txt", "--micro_batch", 2, "--workers", 0, "--max_bad_fraction", 0.5,
+        "--out_dir", tmp_path / "out",
+    )
+    loader = D.make_loader(
+        [D.parse_list(folder / "with_torn.txt")],
+        D.Clip(frames=8, size=32),
+        seed=0,
+        batch_size=8,
+        micro_batch=8,
+        steps=6,
+    )
     met = np.cumsum([len(batch["bad"]) for batch in loader])
     assert met[-1] > met[0] and last["bad"] == met[-1]
     assert [line["bad"] for line in lines(tmp_path / "out")] == met.tolist()
@@ -414,25 +509,40 @@ def test_more_bad_videos_than_allowed_stop_the_run(train, pictures, tmp_path):
 
 
 def test_every_awkward_file_has_an_outcome_in_training_and_in_evaluation(video_data, train, tmp_path):
-    """Promise: a list of the awkward files trains (bad ones replaced) and evaluates (bad ones count as wrong, never swapped)."""
+    """Promise: a list of the awkward files trains (bad ones replaced) and evaluates (bad ones count as wrong, never
+    swapped)."""
     files = sorted(p for p in (video_data / "odd").iterdir() if p.suffix != ".md")
     (tmp_path / "odd.txt").write_text("".join(f"{p} {i % 2}\n" for i, p in enumerate(files)))
     status, err = train("--data", tmp_path / "odd.txt", "--max_bad_fraction", 0.5, "--stride", 1, "--steps", 12)
     bad = lines(tmp_path / "out")[-1]["bad"]
     assert status == 0 and bad > 0 and np.isfinite(list(losses(tmp_path / "out").values())).all(), err[-3000:]
-    batches = list(D.eval_batches(D.parse_list(tmp_path / "odd.txt"), D.Clip(frames=8, stride=1, size=32, train=False), batch_size=4))
+    batches = list(
+        D.eval_batches(
+            D.parse_list(tmp_path / "odd.txt"), D.Clip(frames=8, stride=1, size=32, train=False), batch_size=4
+        )
+    )
     ok, index = torch.cat([b["ok"] for b in batches]), torch.cat([b["index"] for b in batches])
     assert index.tolist() == list(range(len(files))) and 3 <= (~ok).sum() <= 8
     for b in batches:
         assert all(not b["video"][i].any() for i in range(len(b["ok"])) if not b["ok"][i])
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "the list is empty"), ("a.png 1\nmissing.mp4 2\n", "list.txt:2: no file"), ("http://x.org/a.mp4 1\n", "list.txt:1: 'http://x.org/a.mp4' is a URL"),
-    ("sub 1\n", "is a directory"), ("a.png -1\n", "label -1 is out of range"), ("a.png 7\n", "label 7 is out of range (labels run from 0 to 4)"),
-    ("../a.png 1\n", "leads out of the list's folder"), ("path,label\na.png,x\n", "list.txt:2: label 'x' is not an integer")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "the list is empty"),
+        ("a.png 1\nmissing.mp4 2\n", "list.txt:2: no file"),
+        ("http://x.org/a.mp4 1\n", "list.txt:1: 'http://x.org/a.mp4' is a URL"),
+        ("sub 1\n", "is a directory"),
+        ("a.png -1\n", "label -1 is out of range"),
+        ("a.png 7\n", "label 7 is out of range (labels run from 0 to 4)"),
+        ("../a.png 1\n", "leads out of the list's folder"),
+        ("path,label\na.png,x\n", "list.txt:2: label 'x' is not an integer"),
+    ],
+)
 def test_a_bad_row_is_told_with_its_line(tmp_path, text, message):
-    """Promise: empty list, malformed row, unknown label, missing file, URL, directory: one line each, before the model is built."""
+    """Promise: empty list, malformed row, unknown label, missing file, URL, directory: one line each, before the
+    model is built."""
     D.save_png(tmp_path / "a.png", np.zeros((16, 16, 3), np.uint8))
     (tmp_path / "sub").mkdir()
     (tmp_path / "list.txt").write_text(text)
@@ -445,7 +555,9 @@ def test_names_with_blanks_commas_umlauts_and_windows_line_ends_are_fine(tmp_pat
     names = ["a b.png", "a, b.png", "ü 日本.png", "3 4.png"]
     for name in names:
         D.save_png(tmp_path / name, np.zeros((16, 16, 3), np.uint8))
-    (tmp_path / "list.txt").write_bytes("\ufeff".encode() + "".join(f"{n} {i}\r\n" for i, n in enumerate(names)).encode())
+    (tmp_path / "list.txt").write_bytes(
+        "\ufeff".encode() + "".join(f"{n} {i}\r\n" for i, n in enumerate(names)).encode()
+    )
     source = D.parse_list(tmp_path / "list.txt")
     assert [Path(p).name for p in source.paths] == names and source.labels.tolist() == [0, 1, 2, 3]
 
@@ -458,11 +570,18 @@ def test_a_video_shorter_than_the_clip_repeats_its_last_frame(tmp_path):
         D.frame_positions(5, D.Clip(frames=8, stride=1, short="error"))
 
 
-# --- settings -----------------------------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, words", [
-    (("--resume", "--model", "vit_t"), ("model (vit_n -> vit_t)",)), (("--resume", "--data", "PICTURES"), ("data (", "data_hash (")),
-    (("--resume", "--preset", "vjepa2", "--data", "world"), ("preset (laptop -> vjepa2)", "frames (8 -> 16)")), ((), ("holds a run", "--resume"))])
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--resume", "--model", "vit_t"), ("model (vit_n -> vit_t)",)),
+        (("--resume", "--data", "PICTURES"), ("data (", "data_hash (")),
+        (("--resume", "--preset", "vjepa2", "--data", "world"), ("preset (laptop -> vjepa2)", "frames (8 -> 16)")),
+        ((), ("holds a run", "--resume")),
+    ],
+)
 def test_a_resumed_run_keeps_its_settings(train, whole, pictures, tmp_path, flags, words):
     """Promise: a resume with another model, list or preset is refused, naming the fields; a run is not overwritten."""
     copy_of(whole, tmp_path)
@@ -471,11 +590,22 @@ def test_a_resumed_run_keeps_its_settings(train, whole, pictures, tmp_path, flag
     one_line(err, *words)
 
 
-@pytest.mark.parametrize("flags, words", [
-    (("--batch_size", 0), ("--batch_size 0",)), (("--lr", "nan"), ("--lr nan",)), (("--micro_batch", 3), ("--batch_size 8 is not a multiple",)),
-    (("--ema", 1.5), ("--ema 1.5",)), (("--frames", 7), ("frames 7 is not divisible by tubelet 2",)), (("--patch", 7), ("size 32 is not divisible by patch 7",)),
-    (("--mask_tokens", 3), ("--mask_tokens 3",)), (("--init", "nowhere.pt"), ("nowhere.pt",)), (("--masks", "causal:0.5", "2x1.5"), ("2x1.5",)),
-    (("--out_dir", "/proc/nowhere"), ("--out_dir /proc/nowhere",)), (("--out_dir", __file__), (f"--out_dir {__file__}",))])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--batch_size", 0), ("--batch_size 0",)),
+        (("--lr", "nan"), ("--lr nan",)),
+        (("--micro_batch", 3), ("--batch_size 8 is not a multiple",)),
+        (("--ema", 1.5), ("--ema 1.5",)),
+        (("--frames", 7), ("frames 7 is not divisible by tubelet 2",)),
+        (("--patch", 7), ("size 32 is not divisible by patch 7",)),
+        (("--mask_tokens", 3), ("--mask_tokens 3",)),
+        (("--init", "nowhere.pt"), ("nowhere.pt",)),
+        (("--masks", "causal:0.5", "2x1.5"), ("2x1.5",)),
+        (("--out_dir", "/proc/nowhere"), ("--out_dir /proc/nowhere",)),
+        (("--out_dir", __file__), (f"--out_dir {__file__}",)),
+    ],
+)
 def test_what_cannot_work_is_refused_before_the_out_directory_is_touched(train, tmp_path, flags, words):
     status, err = train(*flags)
     assert status == 2 and not (tmp_path / "out").exists()
@@ -502,9 +632,11 @@ def test_the_second_run_on_an_out_directory_is_refused(start, train, tmp_path):
 
 def test_a_weight_file_with_code_in_it_is_refused_and_not_run(train, tmp_path):
     """Promise: weights_only always: a pickle bomb is refused, its payload not run."""
+
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "payload"),)
+
     torch.save({"target_encoder": Bomb()}, tmp_path / "bomb.pt")
     status, err = train("--init", tmp_path / "bomb.pt")
     assert status == 2 and not (tmp_path / "payload").exists() and not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
-"""probe.py: heads against hand counts and float64, the grid, the choice of a head, metrics, the feature store, and the script as a process."""
+"""probe.py: heads against hand counts and float64, the grid, the choice of a head, metrics, the feature store, and
+the script as a process."""
+
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -33,7 +34,11 @@ class Fixed:
     """Stands for probe.Features: an array (n, views, tokens, D) of which some rows cannot be read."""
 
     def __init__(self, x, bad=(), names=None, heads=2):
-        self.x, self.ok, self.shape, self.device, self.config = x.float(), np.ones(len(x), bool), x.shape[1:], CPU, {"heads": heads}
+        self.x = x.float()
+        self.ok = np.ones(len(x), bool)
+        self.shape = x.shape[1:]
+        self.device = CPU
+        self.config = {"heads": heads}
         self.ok[list(bad)] = False
         self.args = arguments(encoder="-")
         self.source = D.Source("-", names or [f"v{i}" for i in range(len(x))], np.zeros(len(x), int))
@@ -60,8 +65,9 @@ def separable(n, classes, tokens=5, width=16, seed=0, noise=0.3):
 
 @pytest.mark.parametrize("width, classes, heads", [(32, 5, 4), (48, 7, 16)])
 def test_head_shapes_and_parameter_counts(width, classes, heads):
-    block = 12 * width**2 + 13 * width                          # qkv, proj, two MLP layers, two norms
-    pool = width + 2 * 2 * width + 2 * (width**2 + width) + width**2 + 8 * width**2 + 5 * width       # query, norms, q and v, k without bias, MLP
+    block = 12 * width**2 + 13 * width  # qkv, proj, two MLP layers, two norms
+    # query, norms, q and v, k without bias, MLP
+    pool = width + 2 * 2 * width + 2 * (width**2 + width) + width**2 + 8 * width**2 + 5 * width
     linear = classes * width + classes
     for depth in (0, 3):
         head = probe.Attentive(width, classes, heads, depth)
@@ -109,7 +115,8 @@ def test_neighbours_agree_with_the_online_probe():
     x, xv, y = torch.randn(200, 8), torch.randn(50, 8), torch.randint(0, 6, (200,))
     head = probe.Neighbours(x, y, 6)
     votes = head(xv[:, None]).exp()
-    assert torch.equal(votes.argmax(1), T.knn_probe(x, y, xv)) and torch.allclose(votes.sum(1), torch.ones(50).double())
+    assert torch.equal(votes.argmax(1), T.knn_probe(x, y, xv))
+    assert torch.allclose(votes.sum(1), torch.ones(50).double())
 
 
 # --- the grid and the choice ---
@@ -136,19 +143,27 @@ def test_grid_at_once_equals_each_head_alone():
 
 def test_learning_rate_decays_without_warm_up(monkeypatch):
     seen, real = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (seen.append(self.param_groups[0]["lr"]), real(self, *a))[1])
-    x, labels = separable(31, 2)                               # four batches an epoch, the last one short
-    probe.train_heads([probe.Attentive(16, 2, 2, 0)], [(0.5, 0.0)], Fixed(x), np.arange(31), labels, arguments(epochs=2), 8)
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a: (seen.append(self.param_groups[0]["lr"]), real(self, *a))[1]
+    )
+    # four batches an epoch, the last one short
+    x, labels = separable(31, 2)
+    probe.train_heads(
+        [probe.Attentive(16, 2, 2, 0)], [(0.5, 0.0)], Fixed(x), np.arange(31), labels, arguments(epochs=2), 8
+    )
     assert seen == pytest.approx([0.25 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
 
 
 def test_accumulated_gradients_are_the_batchs():
     x, labels = separable(60, 3)
     trained = []
-    for micro in (32, 8, 5):                                    # 5 does not divide 32: one video at a time
+    # 5 does not divide 32: one video at a time
+    for micro in (32, 8, 5):
         torch.manual_seed(0)
         head = probe.Attentive(16, 3, 2, 0)
-        probe.train_heads([head], [(1e-3, 0.1)], Fixed(x), np.arange(60), labels, arguments(epochs=2, micro_batch=micro), 32)
+        probe.train_heads(
+            [head], [(1e-3, 0.1)], Fixed(x), np.arange(60), labels, arguments(epochs=2, micro_batch=micro), 32
+        )
         trained.append(torch.nn.utils.parameters_to_vector(head.parameters()))
     assert max((t - trained[0]).abs().max() for t in trained) < 1e-5
 
@@ -191,15 +206,19 @@ def test_the_head_of_a_grid_is_chosen_by_top1_and_between_equals_by_likelihood(m
         rates[:] = [lr for lr, _ in grid]
 
     def predict(heads, features, rows, classes):
-        p = torch.tensor([sure[lr] for lr in rates])[..., None]                 # (heads,rows,1)
+        p = torch.tensor([sure[lr] for lr in rates])[..., None]  # (heads,rows,1)
         return torch.cat([p, 0.35 + 0 * p, 0 * p], -1).numpy(), np.ones(len(rows), bool)
 
     monkeypatch.setattr(probe, "train_heads", train_heads)
     monkeypatch.setattr(probe, "predict", predict)
     x = torch.randn(20, 1, 1, 4)
     labels = np.zeros(20, int)
-    for grid, chosen in (((1e-1, 1e-2), 1e-1), ((1e-2, 1e-1), 1e-1), ((1e-1, 1e-3), 1e-3),
-                         ((1e-3, 1e-1, 1e-2), 1e-3)):
+    for grid, chosen in (
+        ((1e-1, 1e-2), 1e-1),
+        ((1e-2, 1e-1), 1e-1),
+        ((1e-1, 1e-3), 1e-3),
+        ((1e-3, 1e-1, 1e-2), 1e-3),
+    ):
         args = arguments(head="linear", grid_lr=grid, grid_wd=(0.01,))
         _, pair, tried = probe.fit(args, Fixed(x), labels, 3)
         assert pair["lr"] == chosen and pair["held_out"] == 1.0
@@ -210,10 +229,14 @@ def test_the_head_of_a_grid_is_chosen_by_top1_and_between_equals_by_likelihood(m
 
 
 def test_score_by_hand():
-    p = np.array([[0.5, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05],       # class 0, right
-                  [0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0.0],         # class 1: called 0, second
-                  [0.9, 0.02, 0.02, 0.02, 0.02, 0.01, 0.01],   # class 6: called 0, not in five
-                  [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])        # class 6, but the video could not be read
+    p = np.array(
+        [
+            [0.5, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05],  # class 0, right
+            [0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0.0],  # class 1: called 0, second
+            [0.9, 0.02, 0.02, 0.02, 0.02, 0.01, 0.01],  # class 6: called 0, not in five
+            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0],
+        ]
+    )  # class 6, but the video could not be read
     top1, top5, per_class, confusion = probe.score(p, np.array([True, True, True, False]), np.array([0, 1, 6, 6]))
     assert (top1, top5) == (0.25, 0.5) and per_class == [1.0, 0.0, None, None, None, None, 0.0]
     want = np.zeros((7, 8), int)
@@ -228,7 +251,8 @@ def test_a_constant_prediction_scores_its_class():
 
 
 def test_softmax_is_averaged_over_views_only():
-    x = torch.tensor([[[[4.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]]])                      # one video, three views, one token
+    # one video, three views, one token
+    x = torch.tensor([[[[4.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]]])
     p, seen = probe.predict([lambda t: t.mean(1)], Fixed(x), np.arange(1), 2)
     want = (torch.tensor([4.0, 0]).softmax(0) + 2 * torch.tensor([0, 1.0]).softmax(0)) / 3
     assert np.allclose(p[0, 0], want) and not np.allclose(p[0, 0], x.mean((0, 1, 2)).softmax(0)) and seen.all()
@@ -242,7 +266,7 @@ def test_an_unreadable_video_counts_as_wrong():
     assert top1 == top5 == 38 / 40 and confusion[1, 2] == 2
 
 
-# --- features: a reader in memory, whose pixels tell the video, the segment, the view and the random pass ---
+# --- features: a reader in memory, whose pixels tell the video, the segment, the view and the rando
 
 
 @pytest.fixture
@@ -253,7 +277,9 @@ def world(monkeypatch):
     def eval_batches(source, clip, *, rows, batch_size, workers=0, seed=0):
         for part in np.split(np.array(rows), range(batch_size, len(rows), batch_size)):
             read.extend(part.tolist())
-            video = torch.zeros(len(part), clip.segments, clip.views, clip.frames, clip.size, clip.size, 3, dtype=torch.uint8)
+            video = torch.zeros(
+                len(part), clip.segments, clip.views, clip.frames, clip.size, clip.size, 3, dtype=torch.uint8
+            )
             for b, row in enumerate(part):
                 video[b] += int(row) * 10 + (seed % 7 if clip.train else 0)
                 for s in range(clip.segments):
@@ -261,8 +287,13 @@ def world(monkeypatch):
                 for v in range(clip.views):
                     video[b, :, v] += v
             ok = torch.tensor([row != 3 for row in part])
-            yield {"video": video.flatten(0, 2), "flip": torch.zeros(video[:, :, :, 0, 0, 0, 0].numel(), dtype=torch.bool), "ok": ok,
-                   "label": torch.from_numpy(source.labels[part]), "bad": [] if ok.all() else [(source.paths[3], "damaged")]}
+            yield {
+                "video": video.flatten(0, 2),
+                "flip": torch.zeros(video[:, :, :, 0, 0, 0, 0].numel(), dtype=torch.bool),
+                "ok": ok,
+                "label": torch.from_numpy(source.labels[part]),
+                "bad": [] if ok.all() else [(source.paths[3], "damaged")],
+            }
 
     monkeypatch.setattr(D, "eval_batches", eval_batches)
     monkeypatch.setattr(D, "fingerprint", lambda sources: " ".join(sources[0].paths))
@@ -273,7 +304,10 @@ def features(clip=None, args=None, encoder=None, names="abcdefgh"):
     encoder = encoder or M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16)
     args = args or arguments(encoder="-", micro_batch=3)
     source = D.Source("list", [f"{n}.mp4" for n in names], np.arange(len(names)))
-    return probe.Features(args, encoder.eval(), encoder.config | M.IMAGENET, source, args.layer, clip or D.Clip(frames=4, size=16, train=False), CPU)
+    return probe.Features(
+        args, encoder.eval(), encoder.config | M.IMAGENET, source, args.layer,
+        clip or D.Clip(frames=4, size=16, train=False), CPU,
+    )
 
 
 def test_tokens_of_temporal_clips_are_joined_and_views_kept_apart(world):
@@ -285,15 +319,19 @@ def test_tokens_of_temporal_clips_are_joined_and_views_kept_apart(world):
         for v in range(3):
             for s in range(2):
                 video = torch.full((1, 3, 4, 16, 16), (row * 10 + s * 3 + v) / 255)
-                video = (video - torch.tensor(M.IMAGENET["mean"]).view(3, 1, 1, 1)) / torch.tensor(M.IMAGENET["std"]).view(3, 1, 1, 1)
+                mean, std = (torch.tensor(M.IMAGENET[k]).view(3, 1, 1, 1) for k in ("mean", "std"))
+                video = (video - mean) / std
                 assert torch.allclose(z[b, v, 8 * s : 8 * s + 8], encoder(video)[0], atol=1e-5)
-    pooled = features(D.Clip(frames=4, size=16, train=False, segments=2, views=3), arguments(encoder="-", head="linear"), encoder)
+    pooled = features(
+        D.Clip(frames=4, size=16, train=False, segments=2, views=3), arguments(encoder="-", head="linear"), encoder
+    )
     assert torch.allclose(next(pooled.batches(np.array([5, 2]), 2))[0], z.mean(2, keepdim=True), atol=1e-5)
 
 
 def test_features_are_stored_once_and_found_by_content(world, tmp_path):
     encoder = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16)
     fresh = [z for z, _ in features(encoder=encoder).batches(np.arange(8), 3)]
+
     def reads(**change):
         x = features(**{"encoder": encoder} | change)
         encode, seen = x.encode, []
@@ -304,13 +342,16 @@ def test_features_are_stored_once_and_found_by_content(world, tmp_path):
     count, x = reads()
     assert count == 8 and list(x.bad) == ["d.mp4"]
     for want, (z, rows) in zip(fresh, x.batches(np.arange(8), 3)):
-        assert torch.allclose(z, want, atol=2e-3) and 3 not in rows                      # float16; row 3 cannot be read
+        # float16; row 3 cannot be read
+        assert torch.allclose(z, want, atol=2e-3) and 3 not in rows
     count, x = reads()
-    assert count == 0 and list(x.bad) == ["d.mp4"]                                      # the second run computes nothing and still knows
+    # the second run computes nothing and still knows
+    assert count == 0 and list(x.bad) == ["d.mp4"]
     torch.manual_seed(5)
     other = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16)
     assert reads(names="abcdefgi")[0] == 8 and reads(encoder=other)[0] == 8
-    assert reads(args=arguments(encoder="-", layer=1))[0] == 8 and reads(args=arguments(encoder="-", head="linear"))[0] == 8
+    assert reads(args=arguments(encoder="-", layer=1))[0] == 8
+    assert reads(args=arguments(encoder="-", head="linear"))[0] == 8
     assert reads(clip=D.Clip(frames=4, size=16, train=False, views=2))[0] == 8
     assert reads()[0] == 0 and not [p for p in tmp_path.iterdir() if p.suffix not in (".npy", ".json")]
 
@@ -345,28 +386,51 @@ def test_all_videos_bad_is_said(world):
 
 def test_poisoned_val_labels_do_not_change_the_choice(world, monkeypatch, tmp_path):
     """Same train list, val labels right and wrong: same pair, same head, only the score differs."""
-    lists = {"train": D.Source("t", [f"{i}.mp4" for i in range(24)], np.arange(24) // 12), "val": D.Source("v", ["a.mp4", "b.mp4"], np.array([0, 1]))}
+    lists = {
+        "train": D.Source("t", [f"{i}.mp4" for i in range(24)], np.arange(24) // 12),
+        "val": D.Source("v", ["a.mp4", "b.mp4"], np.array([0, 1])),
+    }
     encoder = M.ViT(width=32, depth=1, heads=2, mlp=64, patch=8, frames=4, size=16)
     monkeypatch.setattr(probe, "load", lambda args: (encoder, encoder.config | M.IMAGENET))
-    args = arguments(encoder="-", data="", train="t", val="v", head="linear", epochs=5, out_dir=str(tmp_path), frames=4, size=16, seed=1)
+    args = arguments(
+        encoder="-", data="", train="t", val="v", head="linear", epochs=5, out_dir=str(tmp_path), frames=4, size=16,
+        seed=1,
+    )
     results = []
     for labels in ([0, 1], [1, 0]):
         lists["val"].labels = np.array(labels)
         monkeypatch.setattr(probe, "lists", lambda args: (lists["train"], lists["val"]))
         results.append(probe.classify(args, CPU))
     (a, more_a), (b, more_b) = results
-    assert more_a["tried"] == more_b["tried"] and (a["lr"], a["wd"]) == (b["lr"], b["wd"]) and len(more_a["tried"]) == 8
+    assert more_a["tried"] == more_b["tried"]
+    assert (a["lr"], a["wd"]) == (b["lr"], b["wd"])
+    assert len(more_a["tried"]) == 8
     assert a["value"] + b["value"] == 1
 
 
-@pytest.mark.parametrize("flags", [dict(), dict(data="world", train="x"), dict(train="no_such_list", val="no_such_list"),
-                                   dict(data="world", epochs=0), dict(data="world", grid_lr=(math.nan,)), dict(data="world", layer=99),
-                                   dict(data="world", frames=3), dict(data="world", encoder="no_such_file.safetensors"),
-                                   dict(data="world", encoder="pixels:diff"),
-                                   dict(data="world", head="linear", pool="cls")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(),
+        dict(data="world", train="x"),
+        dict(train="no_such_list", val="no_such_list"),
+        dict(data="world", epochs=0),
+        dict(data="world", grid_lr=(math.nan,)),
+        dict(data="world", layer=99),
+        dict(data="world", frames=3),
+        dict(data="world", encoder="no_such_file.safetensors"),
+        dict(data="world", encoder="pixels:diff"),
+        dict(data="world", head="linear", pool="cls"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(flags, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        probe.main(arguments(**{"encoder": "random:vit_n", "size": 32, "out_dir": str(tmp_path), "train_clips": 8, "val_clips": 8} | flags))
+        probe.main(
+            arguments(
+                **{"encoder": "random:vit_n", "size": 32, "out_dir": str(tmp_path), "train_clips": 8, "val_clips": 8}
+                | flags
+            )
+        )
     told = capsys.readouterr().err
     assert stop.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1, told
 
@@ -374,7 +438,9 @@ def test_bad_input_is_one_line_and_status_2(flags, capsys, tmp_path):
 def test_help_needs_no_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    shown = subprocess.run([sys.executable, str(ROOT / "probe.py"), "--help"], capture_output=True, text=True, env=env)
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / "probe.py"), "--help"], capture_output=True, text=True, env=env
+    )
     assert shown.returncode == 0 and "--grid" in shown.stdout
 
 
@@ -385,26 +451,44 @@ def test_a_label_that_train_does_not_have_is_an_error(tmp_path, monkeypatch):
         probe.classify(arguments(encoder="-"), CPU)
 
 
-KEYS = {"task", "metric", "value", "top5", "chance", "majority", "head", "params", "layer", "seed", "n_train", "n_val", "encoder", "seconds", "bad"}
+KEYS = {
+    "task", "metric", "value", "top5", "chance", "majority", "head", "params", "layer", "seed", "n_train", "n_val",
+    "encoder", "seconds", "bad",
+}
 
 
 def test_the_script_on_the_world(tmp_path, capsys):
     """As a process, then twice more in this one: the same seed gives the same numbers, another seed others."""
-    flags = dict(encoder="random:vit_n", data="world", frames=8, size=32, train_clips=64, val_clips=40, epochs=2, workers=0, out_dir=str(tmp_path))
-    command = [sys.executable, "probe.py", "classify", *(str(part) for k, v in flags.items() for part in (f"--{k}", v))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    flags = dict(
+        encoder="random:vit_n", data="world", frames=8, size=32, train_clips=64, val_clips=40, epochs=2, workers=0,
+        out_dir=str(tmp_path),
+    )
+    command = [sys.executable, "probe.py", "classify"]
+    command += [str(part) for k, v in flags.items() for part in (f"--{k}", v)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     printed = [done.stdout]
-    for change in (dict(), dict(seed=1), dict(encoder="pixels:diff", head="linear"), dict(head="knn", dtype="bf16"), dict(cache_gb=0)):
+    for change in (
+        dict(), dict(seed=1), dict(encoder="pixels:diff", head="linear"), dict(head="knn", dtype="bf16"),
+        dict(cache_gb=0),
+    ):
         probe.main(arguments(**flags | change))
         printed.append(capsys.readouterr().out)
     results = [json.loads(p.splitlines()[-1]) for p in printed]
     log = [json.loads(line) for line in (tmp_path / "probe.jsonl").read_text().splitlines()]
     for result, line in zip(results, log, strict=True):
-        assert KEYS <= set(result) and result["n_val"] == 40 and result["chance"] == 1 / 8 and 0 <= result["value"] <= result["top5"] <= 1
-        assert np.array(line["confusion"]).shape == (8, 9) and np.array(line["confusion"]).sum() == 40 and len(line["per_class"]) == 8
+        assert KEYS <= set(result)
+        assert result["n_val"] == 40
+        assert result["chance"] == 1 / 8
+        assert 0 <= result["value"] <= result["top5"] <= 1
+        assert np.array(line["confusion"]).shape == (8, 9)
+        assert np.array(line["confusion"]).sum() == 40
+        assert len(line["per_class"]) == 8
     assert log[0]["confusion"] == log[1]["confusion"] and log[0]["confusion"] != log[2]["confusion"]
-    assert np.abs(np.array(log[0]["confusion"]) - np.array(log[5]["confusion"])).sum() <= 8         # not stored: float32 instead of float16
+    # not stored: float32 instead of float16
+    assert np.abs(np.array(log[0]["confusion"]) - np.array(log[5]["confusion"])).sum() <= 8
     assert (tmp_path / "confusion.png").exists()
 
 
@@ -413,14 +497,19 @@ def test_real_files_and_a_damaged_one(tmp_path):
     """Two classes of plain colour; a val file that is no video counts as wrong and is named."""
     for i in range(12):
         picture = f"color={('red', 'blue')[i % 2]}:size=64x48:rate=10:duration=1"
-        subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", picture, str(tmp_path / f"{i}.mp4")], check=True)
+        subprocess.run(
+            ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", picture, str(tmp_path / f"{i}.mp4")], check=True
+        )
     (tmp_path / "12.mp4").write_text("this is not a video")
     (tmp_path / "train.csv").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(8)))
     (tmp_path / "val.csv").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(8, 13)))
-    args = arguments(encoder="random:vit_n", train=str(tmp_path / "train.csv"), val=str(tmp_path / "val.csv"), head="knn", frames=4, stride=2,
-                     size=32, workers=0, out_dir=str(tmp_path / "out"))
+    args = arguments(
+        encoder="random:vit_n", train=str(tmp_path / "train.csv"), val=str(tmp_path / "val.csv"), head="knn",
+        frames=4, stride=2, size=32, workers=0, out_dir=str(tmp_path / "out"),
+    )
     result, more = probe.classify(args, CPU)
-    assert (result["value"], result["bad"], result["n_val"]) == (0.8, 1, 5) and more["confusion"] == [[2, 0, 1], [0, 2, 0]]
+    assert (result["value"], result["bad"], result["n_val"]) == (0.8, 1, 5)
+    assert more["confusion"] == [[2, 0, 1], [0, 2, 0]]
     assert list(more["bad_videos"]) == [str(tmp_path / "12.mp4")]
 
 
@@ -431,7 +520,14 @@ def test_plot_draws_accuracy_against_loss_and_flops(run, tmp_path):
         lines = [{"step": s, "loss": 1 - 0.1 * s - 0.01 * r, "flops": 1e9 * s} for s in (1, 2, 2, 3)]
         lines = [x for line in lines for x in (line, {"step": line["step"], "probe_acc": 2 - 2 * line["loss"]})]
         (tmp_path / f"r{r}" / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    status, said, err = run("probe.py", "plot", "--runs", tmp_path / "r0", tmp_path / "r1", "--out_dir", tmp_path / "out")
-    assert status == 0 and said["points"] == 6 and said["value"] == pytest.approx(1) and (tmp_path / "out" / "plot.png").stat().st_size > 5000, err
+    status, said, err = run(
+        "probe.py", "plot", "--runs", tmp_path / "r0", tmp_path / "r1", "--out_dir", tmp_path / "out"
+    )
+    assert (
+        status == 0
+        and said["points"] == 6
+        and said["value"] == pytest.approx(1)
+        and (tmp_path / "out" / "plot.png").stat().st_size > 5000
+    ), err
     status, _, err = run("probe.py", "plot", "--runs", tmp_path / "none", "--out_dir", tmp_path / "out")
     assert status == 2 and "no log.jsonl" in err

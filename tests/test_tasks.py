@@ -1,4 +1,6 @@
-"""The tasks of space and time: metrics by hand and against torchmetrics, each task for three steps, fine-tuning, pictures, the whole suite."""
+"""The tasks of space and time: metrics by hand and against torchmetrics, each task for three steps, fine-tuning,
+pictures, the whole suite."""
+
 import contextlib
 import dataclasses
 import itertools
@@ -26,8 +28,14 @@ CPU = torch.device("cpu")
 
 
 def arguments(task, tmp_path, **flags):
-    return probe.Args(task=task, **dict(encoder="random:vit_n", data="world", train_clips=24, val_clips=16, frames=8, size=32, steps=3, batch_size=8, width=32,
-                                        grid_lr=(1e-3,), workers=0, out_dir=str(tmp_path)) | flags)
+    return probe.Args(
+        task=task,
+        **dict(
+            encoder="random:vit_n", data="world", train_clips=24, val_clips=16, frames=8, size=32, steps=3,
+            batch_size=8, width=32, grid_lr=(1e-3,), workers=0, out_dir=str(tmp_path),
+        )
+        | flags,
+    )
 
 
 @pytest.fixture
@@ -35,7 +43,11 @@ def folder(tmp_path):
     """An encoder of 8 x 32 px like a laptop's."""
     torch.manual_seed(0)
     encoder = M.ViT(width=32, depth=4, heads=2, mlp=64, patch=8, frames=8, size=32)
-    M.save_encoder(tmp_path / "encoder.safetensors", encoder, encoder.config | M.IMAGENET | {"model": None, "stride": 4, "fps": 0.0})
+    M.save_encoder(
+        tmp_path / "encoder.safetensors",
+        encoder,
+        encoder.config | M.IMAGENET | {"model": None, "stride": 4, "fps": 0.0},
+    )
     return str(tmp_path / "encoder.safetensors")
 
 
@@ -46,16 +58,18 @@ def test_pose_error_by_hand_and_the_nearest_rotation():
     turn = torch.tensor([[0.0, -1, 0, 1], [1, 0, 0, 2], [0, 0, 1, 3]]).flatten()
     still = torch.eye(3, 4).flatten()
     moved = still.clone()
-    moved[3] = 0.25                                             # 0.25 to the right: every corner is off by that
+    # 0.25 to the right: every corner is off by that
+    moved[3] = 0.25
     y = {"y": torch.stack([still, turn, still, torch.full((12,), math.nan)])}
-    p = torch.stack([moved, turn, still * 3, still])            # three times a rotation is that rotation; the fourth clip's pose is not known
+    # three times a rotation is that rotation; the fourth clip's pose is not known
+    p = torch.stack([moved, turn, still * 3, still])
     assert torch.allclose(probe.pose_error(p, y)[:, 0], torch.tensor([0.25, 0, 0]), atol=1e-6)
     g = torch.Generator().manual_seed(0)
     for m in torch.randn(20, 12, generator=g):
         R = probe.rigid(m[None]).view(3, 4)[:, :3].double()
         assert torch.allclose(R @ R.T, torch.eye(3).double(), atol=1e-5) and torch.linalg.det(R) > 0.99
         given, best = m.view(3, 4)[:, :3].double(), None
-        for _ in range(20):                                     # no rotation near it is nearer to m
+        for _ in range(20):  # no rotation near it is nearer to m
             turn = torch.linalg.matrix_exp(0.1 * (a := torch.randn(3, 3, generator=g).double()) - 0.1 * a.T)
             assert (R - given).norm() <= (turn @ R - given).norm() + 1e-9
 
@@ -69,14 +83,19 @@ def test_relative_pose_leads_from_the_last_camera_to_the_first():
 
 
 def test_jaccard_by_hand():
-    """Two points, three frames of which the first does not count. Point 0: near by 3 px of 256, then hidden and said to be hidden. Point 1: seen twice, once called
-    hidden, once 12 px off. Radius 4: one hit, seen 3, one called where it is not: 1 / (3 + 1). Radius 16: 2 / 3. Radius 1, 2: 0 / (3 + 2)."""
-    y = {"y": torch.zeros(1, 2, 3, 2), "seen": torch.tensor([[[True, True, False], [True, True, True]]]), "asked": torch.ones(1, 2, dtype=torch.bool)}
+    """Two points, three frames of which the first does not count. Point 0: near by 3 px of 256, then hidden and
+    said to be hidden. Point 1: seen twice, once called hidden, once 12 px off. Radius 4: one hit, seen 3, one
+    called where it is not: 1 / (3 + 1). Radius 16: 2 / 3. Radius 1, 2: 0 / (3 + 2)."""
+    y = {
+        "y": torch.zeros(1, 2, 3, 2),
+        "seen": torch.tensor([[[True, True, False], [True, True, True]]]),
+        "asked": torch.ones(1, 2, dtype=torch.bool),
+    }
     p = torch.zeros(1, 2, 3, 3)
     p[0, 0, 1] = torch.tensor([3 / 256, 0, 1])
     p[0, 1, 2] = torch.tensor([0, 12 / 256, 1])
     assert probe.jaccards(p, y)[0].tolist() == pytest.approx([0, 0, 1 / 4, 1 / 4, 2 / 3])
-    y["asked"][0, 1] = False                                    # not seen in the first frame: not asked
+    y["asked"][0, 1] = False  # not seen in the first frame: not asked
     assert probe.jaccards(p, y)[0].tolist() == pytest.approx([0, 0, 1, 1, 1])
 
 
@@ -86,7 +105,10 @@ def test_jaccard_equals_tap_vids_counts():
     gt, seen = g.random((3, 7, 6, 2), dtype=np.float32), g.random((3, 7, 6)) < 0.7
     seen[:, :, 0] = True
     p = np.concatenate([gt + g.normal(0, 0.02, gt.shape), (g.random((3, 7, 6, 1)) < 0.7)], -1).astype(np.float32)
-    ours = probe.jaccards(torch.from_numpy(p), {"y": torch.from_numpy(gt), "seen": torch.from_numpy(seen), "asked": torch.ones(3, 7, dtype=torch.bool)}).numpy()
+    ours = probe.jaccards(
+        torch.from_numpy(p),
+        {"y": torch.from_numpy(gt), "seen": torch.from_numpy(seen), "asked": torch.ones(3, 7, dtype=torch.bool)},
+    ).numpy()
     for b in range(3):
         for k, r in enumerate((1, 2, 4, 8, 16)):
             v, c = seen[b, :, 1:], p[b, :, 1:, 2] > 0.5
@@ -97,22 +119,36 @@ def test_jaccard_equals_tap_vids_counts():
 
 def test_iou_by_hand():
     box = lambda *v: torch.tensor(v, dtype=torch.float)
-    y = {"y": torch.stack([torch.stack([box(0, 0, 1, 1), box(0, 0, 0.5, 0.5), box(0.5, 0.5, 1, 1), torch.full((4,), math.nan)])])[None]}
-    p = torch.stack([torch.stack([box(0.9, 0.9, 1, 1), box(0.25, 0, 0.75, 0.5), box(0, 0, 0.4, 0.4), box(0, 0, 1, 1)])])[None]
-    assert probe.ious(p, y)[:, 0].tolist() == pytest.approx([1 / 3, 0])             # the first frame's box was given
-    small = probe.boxes({"boxes": torch.tensor([[[[0, 0, 2, 2.0], [0, 0, 10, 10]]] * 2])}, probe.Setting(None, 8, (1, 4, 4), 2, 32))
-    assert small["y"][0, 0].isnan().all() and small["first"][0, 1].tolist() == [0, 0, 10 / 32, 10 / 32]       # 4 of 1024 pixels are below 0.5 %
+    y = {
+        "y": torch.stack(
+            [torch.stack([box(0, 0, 1, 1), box(0, 0, 0.5, 0.5), box(0.5, 0.5, 1, 1), torch.full((4,), math.nan)])]
+        )[None]
+    }
+    p = torch.stack(
+        [torch.stack([box(0.9, 0.9, 1, 1), box(0.25, 0, 0.75, 0.5), box(0, 0, 0.4, 0.4), box(0, 0, 1, 1)])]
+    )[None]
+    # the first frame's box was given
+    assert probe.ious(p, y)[:, 0].tolist() == pytest.approx([1 / 3, 0])
+    small = probe.boxes(
+        {"boxes": torch.tensor([[[[0, 0, 2, 2.0], [0, 0, 10, 10]]] * 2])}, probe.Setting(None, 8, (1, 4, 4), 2, 32)
+    )
+    # 4 of 1024 pixels are below 0.5 %
+    assert small["y"][0, 0].isnan().all() and small["first"][0, 1].tolist() == [0, 0, 10 / 32, 10 / 32]
 
 
 def test_depth_flow_and_stereo_by_hand():
     y = {"y": torch.tensor([[2.0, math.nan, 4.0]])}
-    assert probe.DENSE["depth"]["final"](probe.depth_sums(torch.tensor([[1.0, 5, 5]]), y)) == {"absrel": pytest.approx((0.5 + 0.25) / 2)}
+    sums = probe.depth_sums(torch.tensor([[1.0, 5, 5]]), y)
+    assert probe.DENSE["depth"]["final"](sums) == {"absrel": pytest.approx((0.5 + 0.25) / 2)}
     kept = probe.DENSE["depth"]["y"]({"depth": torch.tensor([0.0005, 5, 11, math.nan])}, None)["y"]
     assert kept.isnan().tolist() == [True, False, True, True]
     y = {"y": torch.tensor([[[0.0, 0], [math.nan, math.nan]], [[1, 1], [2, 2]]])}
-    assert probe.DENSE["flow"]["final"](probe.flow_sums(torch.tensor([[[3.0, 4], [9, 9]], [[1, 1], [2, 3]]]), y)) == {"epe": pytest.approx(6 / 3)}
-    y, p = {"y": torch.tensor([1.0, 2, 3, 4, math.nan])}, torch.tensor([1.5, 3, 3.75, 9, 0])          # errors 0.5, 1, 0.75, 5: bad is strictly more
-    assert probe.DENSE["stereo"]["final"](probe.stereo_sums(p, y)) == pytest.approx({"average": 7.25 / 4, "bad0.5": 3 / 4, "bad1": 1 / 4})
+    sums = probe.flow_sums(torch.tensor([[[3.0, 4], [9, 9]], [[1, 1], [2, 3]]]), y)
+    assert probe.DENSE["flow"]["final"](sums) == {"epe": pytest.approx(6 / 3)}
+    # errors 0.5, 1, 0.75, 5: bad is strictly more
+    y, p = {"y": torch.tensor([1.0, 2, 3, 4, math.nan])}, torch.tensor([1.5, 3, 3.75, 9, 0])
+    found = probe.DENSE["stereo"]["final"](probe.stereo_sums(p, y))
+    assert found == pytest.approx({"average": 7.25 / 4, "bad0.5": 3 / 4, "bad1": 1 / 4})
 
 
 def test_segmentation_counts_by_hand_and_as_torchmetrics():
@@ -125,16 +161,19 @@ def test_segmentation_counts_by_hand_and_as_torchmetrics():
     g = torch.Generator().manual_seed(0)
     y, p = torch.randint(0, 5, (4, 16, 16), generator=g), torch.randn(4, 16, 16, 5, generator=g)
     y[torch.rand(y.shape, generator=g) < 0.2] = 255
-    parts = [probe.confusion(a, {"y": b}) for a, b in zip(p, y)]                    # the data set's confusion, not a mean over pictures
+    # the data set's confusion, not a mean over pictures
+    parts = [probe.confusion(a, {"y": b}) for a, b in zip(p, y)]
     iou = torchmetrics.JaccardIndex(task="multiclass", num_classes=5, ignore_index=255)(p.argmax(-1), y)
-    accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=5, average="macro", ignore_index=255)(p.argmax(-1), y)
-    assert probe.mean_iou(torch.cat(parts).double()) == pytest.approx({"miou": float(iou), "macc": float(accuracy)}, abs=1e-6)
+    accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=5, average="macro", ignore_index=255)
+    want = {"miou": float(iou), "macc": float(accuracy(p.argmax(-1), y))}
+    assert probe.mean_iou(torch.cat(parts).double()) == pytest.approx(want, abs=1e-6)
 
 
 def test_average_precision_by_hand_and_as_torchmetrics():
     ap = lambda s, y: float(probe.average_precision(torch.tensor(s), torch.tensor(y)))
     assert ap([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0]) == pytest.approx((1 + 2 / 3) / 2)
-    assert ap([0.5, 0.5, 0.5, 0.5], [1, 0, 1, 0]) == pytest.approx(0.5)             # all alike: the share of positives, in whatever order they stand
+    # all alike: the share of positives, in whatever order they stand
+    assert ap([0.5, 0.5, 0.5, 0.5], [1, 0, 1, 0]) == pytest.approx(0.5)
     assert probe.average_precision(torch.zeros(3), torch.zeros(3)) is None
     torchmetrics = pytest.importorskip("torchmetrics", reason="pip install torchmetrics")
     g = torch.Generator().manual_seed(0)
@@ -144,7 +183,8 @@ def test_average_precision_by_hand_and_as_torchmetrics():
 
 
 def test_actions_of_boxes_by_hand():
-    """Four frames, the key frame is the third: right by its own width; nearer, and hidden at first; hidden in the key frame; seen but once."""
+    """Four frames, the key frame is the third: right by its own width; nearer, and hidden at first; hidden in the
+    key frame; seen but once."""
     boxes = torch.full((1, 4, 4, 4), math.nan)
     boxes[0, :, 0] = torch.tensor([[0.0, 0, 4, 4], [1, 0, 5, 4], [3, 0, 7, 4], [4, 0, 8, 4]])
     boxes[0, 1:, 1] = torch.tensor([[2.0, 2, 4, 4], [2, 2, 4, 4], [1, 1, 5, 5]])
@@ -152,12 +192,14 @@ def test_actions_of_boxes_by_hand():
     boxes[0, 2, 3] = torch.tensor([0.0, 0, 4, 4])
     made = probe.actions({"boxes": boxes}, None)
     assert made["y"][0, :2].tolist() == [[1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]] and made["y"][0, 2:].isnan().all()
-    assert made["boxes"][0, 2, 0].tolist() == [3, 0, 7, 4] and made["boxes"][:, [0, 1, 3]].isnan().all()         # where a box goes is not given away
+    # where a box goes is not given away
+    assert made["boxes"][0, 2, 0].tolist() == [3, 0, 7, 4] and made["boxes"][:, [0, 1, 3]].isnan().all()
 
 
 def test_top1_and_top5():
     p = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [9, 8, 7, 6, 5, 4, 3], [9, 8, 7, 6, 5, 4, 3]])
-    assert probe.class_scores(p, {"y": torch.tensor([0, 4, 6])}).tolist() == [[True, True], [False, True], [False, False]]
+    scores = probe.class_scores(p, {"y": torch.tensor([0, 4, 6])}).tolist()
+    assert scores == [[True, True], [False, True], [False, False]]
 
 
 def test_boxes_pool_what_they_cover():
@@ -176,9 +218,9 @@ def test_the_points_loss_is_its_three_parts(part):
     are asked for and seen; 0.1 x cross-entropy on "is seen", over all frames of what is asked for;
     0.1 x cross-entropy on "is off by more than 6 pixels", over what is seen."""
     g = torch.Generator().manual_seed(0)
-    out = torch.randn(2, 5, 4, 4, generator=g)                                  # (B,P,T,4)
+    out = torch.randn(2, 5, 4, 4, generator=g)  # (B,P,T,4)
     place = out[..., :2].sigmoid()
-    off = 5 / 256 * torch.randn(2, 5, 4, 2, generator=g)    # about 4 and 6 pixels, the two corners
+    off = 5 / 256 * torch.randn(2, 5, 4, 2, generator=g)  # about 4 and 6 pixels, the two corners
     seen = torch.rand(2, 5, 4, generator=g) < 0.6
     asked = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]]).bool()
     y = {"y": place + off, "seen": seen, "asked": asked}
@@ -186,7 +228,7 @@ def test_the_points_loss_is_its_three_parts(part):
         y["y"] = place.clone()
         y["y"][:, ::2] += 7 / 256 if part == "uncertain" else 0.0
     if part in ("place", "uncertain"):
-        out[..., 2] = torch.where(seen, 100.0, -100.0)                          # surely right
+        out[..., 2] = torch.where(seen, 100.0, -100.0)  # surely right
     distance = (place - y["y"]).double().norm(dim=-1).numpy()
     if part in ("place", "visible"):
         out[..., 3] = torch.where(torch.from_numpy(distance) > 6 / 256, 100.0, -100.0)
@@ -205,7 +247,7 @@ def test_the_points_loss_is_its_three_parts(part):
     uncertain = bce(logit[..., 3][rows], (distance > 6 / 256)[rows])
     want = 100 * huber + 0.1 * visible + 0.1 * uncertain
     assert want > 1e-3 and probe.points_loss(out, y).item() == pytest.approx(want, rel=1e-4)
-    unknown = ~(seen & asked[..., None])                    # of these the place does not matter
+    unknown = ~(seen & asked[..., None])  # of these the place does not matter
     y["y"] = y["y"].masked_fill(unknown[..., None], math.nan)
     assert probe.points_loss(out, y).item() == pytest.approx(want, rel=1e-4)
 
@@ -241,10 +283,12 @@ def learned(monkeypatch, most=math.inf, **flags):
     """probe.learn on Tokens, for at most so many steps -> the head (with .encoder where that is
     trained, too), and of each step {parameter: rate} and the gradient of the head."""
     args = probe.Args(task="classify", encoder="-", **{"batch_size": 4, "steps": 20} | flags)
-    row = dict(head=lambda s: torch.nn.Linear(16, 4),
-               call=lambda m, z, y: (m.head(z["video"][:, 0]), y),
-               y=lambda labels, s: {"y": labels["class"]},
-               loss=lambda out, y: torch.nn.functional.cross_entropy(out, y["y"]))
+    row = dict(
+        head=lambda s: torch.nn.Linear(16, 4),
+        call=lambda m, z, y: (m.head(z["video"][:, 0]), y),
+        y=lambda labels, s: {"y": labels["class"]},
+        loss=lambda out, y: torch.nn.functional.cross_entropy(out, y["y"]),
+    )
     rates, gradients, real = [], [], torch.optim.AdamW.step
 
     def step(optimizer):
@@ -280,7 +324,7 @@ def test_layers_of_a_finetuned_encoder_have_their_factors(monkeypatch):
     layers |= {f"blocks.{i}": factor for i, factor in enumerate((0.8**3, 0.8**2, 0.8, 1.0))}
     for finetune in ("vjepa", "4ds"):
         model, rates, _ = learned(monkeypatch, finetune=finetune)
-        top = rates[1]                                      # the last step of the warm-up
+        top = rates[1]  # the last step of the warm-up
         assert top[model.head.weight] == pytest.approx(1e-2)
         for name, p in model.encoder.named_parameters():
             part = next(part for part in layers if name.startswith(part))
@@ -329,17 +373,26 @@ def test_a_task_runs_and_a_perfect_answer_beats_the_constant(task, folder, tmp_p
 
 def test_seeds_repeat_and_rates_are_chosen_on_train(folder, tmp_path):
     flags = dict(encoder=folder, grid_lr=(1e-9, 1e-2), steps=20)
-    (a, more), (b, _), (c, _) = (probe.space_time(arguments("boxes", tmp_path, **flags, seed=seed), CPU) for seed in (0, 0, 1))
-    assert a == b and a["value"] != c["value"] and a["lr"] == 1e-2 and [t["lr"] for t in more["tried"]] == [1e-9, 1e-2]
+    (a, more), (b, _), (c, _) = (
+        probe.space_time(arguments("boxes", tmp_path, **flags, seed=seed), CPU) for seed in (0, 0, 1)
+    )
+    assert a == b
+    assert a["value"] != c["value"]
+    assert a["lr"] == 1e-2
+    assert [t["lr"] for t in more["tried"]] == [1e-9, 1e-2]
 
 
 def test_stored_tokens_are_those_computed_anew(folder, tmp_path):
     both = []
     for gb in (50.0, 0.0):
-        train, *_ = probe.open_clips(arguments("flow", tmp_path, encoder=folder, cache_gb=gb), ("flow", "right", "disparity"), 4, False, CPU)
+        train, *_ = probe.open_clips(
+            arguments("flow", tmp_path, encoder=folder, cache_gb=gb), ("flow", "right", "disparity"), 4, False, CPU
+        )
         both.append(list(train.batches(np.arange(24), 8)))
     for (z, y, rows), (z2, y2, rows2) in zip(*both, strict=True):
-        assert np.array_equal(rows, rows2) and {*z} == {"video", "right"} and all(torch.allclose(z[k], z2[k], atol=5e-3) for k in z)
+        assert np.array_equal(rows, rows2)
+        assert {*z} == {"video", "right"}
+        assert all(torch.allclose(z[k], z2[k], atol=5e-3) for k in z)
         assert all(torch.equal(y[k], y2[k]) for k in y) and z["video"].shape == (8, 4, 16, 4 * 32)
         assert (z["video"] - z["right"]).abs().max() > 0.1
     view = train.of((4,))
@@ -353,9 +406,12 @@ def test_finetuning_moves_the_encoder_and_frozen_does_not(how, folder, tmp_path,
     probe.space_time(arguments("depth", tmp_path, encoder=folder, finetune=how, grid_lr=(1e-2,)), CPU)
     (data, (model,)), (before, _) = tuned[0], M.load_encoder(folder)
     same = [torch.equal(a, b) for a, b in zip(data.encoder.parameters(), before.parameters())]
-    assert all(same)                                            # the one that was given is never touched
+    assert all(same)  # the one that was given is never touched
     if how:
-        moved = {n: (a - b).abs().max().item() for (n, a), (_, b) in zip(model.encoder.named_parameters(), before.named_parameters())}
+        moved = {
+            n: (a - b).abs().max().item()
+            for (n, a), (_, b) in zip(model.encoder.named_parameters(), before.named_parameters())
+        }
         assert min(moved.values()) > 0
         first, last = (max(v for n, v in moved.items() if n.startswith(f"blocks.{i}.")) for i in (0, 3))
         assert max(moved.values()) < 3e-4 if how == "4ds" else first < 0.75 * last
@@ -365,17 +421,29 @@ def test_finetuning_moves_the_encoder_and_frozen_does_not(how, folder, tmp_path,
 
 def test_image_encoders_have_a_moment_a_frame(tmp_path):
     torch.manual_seed(0)
-    encoder = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, tubelet=1, frames=8, size=32, pos="learned", images=True, cls=True)
+    encoder = M.ViT(
+        width=32, depth=2, heads=2, mlp=64, patch=8, tubelet=1, frames=8, size=32, pos="learned", images=True,
+        cls=True,
+    )
     M.save_encoder(tmp_path / "e.safetensors", encoder, encoder.config | M.IMAGENET | {"model": None})
-    train, _, _, top, quarters = probe.open_clips(arguments("flow", tmp_path, encoder=str(tmp_path / "e.safetensors")), ("flow",), 4, False, CPU)
+    train, _, _, top, quarters = probe.open_clips(
+        arguments("flow", tmp_path, encoder=str(tmp_path / "e.safetensors")), ("flow",), 4, False, CPU
+    )
     z, y, _ = next(train.of(quarters).batches(np.arange(2), 2))
-    assert (top, quarters, train.layers, train.grid) == (2, (1, 1, 2, 2), (1, 2), (8, 4, 4)) and z["video"].shape == (2, 8, 16, 4 * 32)
+    assert (top, quarters, train.layers, train.grid) == (2, (1, 1, 2, 2), (1, 2), (8, 4, 4))
+    assert z["video"].shape == (2, 8, 16, 4 * 32)
     result, _ = probe.space_time(arguments("flow", tmp_path, encoder=str(tmp_path / "e.safetensors")), CPU)
     assert math.isfinite(result["value"])
 
 
-@pytest.mark.parametrize("flags", [dict(encoder="pixels:diff"), dict(layer=99), dict(frames=7), dict(size=36), dict(encoder="random:vit_n", task="physics"),
-                                   dict(task="all", tasks=("taste",)), dict(task="classify", finetune="4ds"), dict(task="depth", train="x")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(encoder="pixels:diff"), dict(layer=99), dict(frames=7), dict(size=36),
+        dict(encoder="random:vit_n", task="physics"), dict(task="all", tasks=("taste",)),
+        dict(task="classify", finetune="4ds"), dict(task="depth", train="x"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(flags, folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         probe.main(dataclasses.replace(arguments("depth", tmp_path / "out", encoder=folder), **flags))
@@ -384,14 +452,21 @@ def test_bad_input_is_one_line_and_status_2(flags, folder, tmp_path, capsys):
 
 
 def clips(tmp_path, name, count, labels, junk=0):
-    """A list of grey videos of 8 frames, of which the last `junk` are no videos; labels(i): the arrays beside the i-th."""
+    """A list of grey videos of 8 frames, of which the last `junk` are no videos; labels(i): the arrays beside the
+    i-th."""
     if not shutil.which("ffmpeg"):
         pytest.skip("FFmpeg is not installed: apt-get install -y ffmpeg")
     folder, rows = tmp_path / name, []
     folder.mkdir()
     for i in range(count):
         if i < count - junk:
-            subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", f"color=gray:size=32x32:rate=8:duration=1,noise=alls={20 * i}", folder / f"{i}.mp4"], check=True)
+            subprocess.run(
+                [
+                    "ffmpeg", "-v", "error", "-f", "lavfi", "-i",
+                    f"color=gray:size=32x32:rate=8:duration=1,noise=alls={20 * i}", folder / f"{i}.mp4",
+                ],
+                check=True,
+            )
         else:
             (folder / f"{i}.mp4").write_text("no video")
         save_file({k: torch.as_tensor(v) for k, v in labels(i).items()}, folder / f"{i}.safetensors")
@@ -402,9 +477,18 @@ def clips(tmp_path, name, count, labels, junk=0):
 
 def test_lists_that_do_not_fit_end_in_one_line(folder, tmp_path, capsys):
     """Classes that train lacks, labels that nobody has; and what cannot be read counts as wrong."""
-    mask = lambda top: lambda i: {"masks": torch.full((8, 32, 32), min(i, top), dtype=torch.uint8), "boxes": torch.full((8, 1, 4), math.nan)}
-    few, many, bad = clips(tmp_path, "few", 4, mask(1)), clips(tmp_path, "many", 4, mask(3)), clips(tmp_path, "bad", 4, mask(1), junk=2)
-    args = lambda task, train, val, **more: arguments(task, tmp_path / "out", encoder=folder, data="", train=train, val=val, batch_size=2, stride=1, **more)
+    mask = lambda top: (
+        lambda i: {
+            "masks": torch.full((8, 32, 32), min(i, top), dtype=torch.uint8),
+            "boxes": torch.full((8, 1, 4), math.nan),
+        }
+    )
+    few = clips(tmp_path, "few", 4, mask(1))
+    many = clips(tmp_path, "many", 4, mask(3))
+    bad = clips(tmp_path, "bad", 4, mask(1), junk=2)
+    args = lambda task, train, val, **more: arguments(
+        task, tmp_path / "out", encoder=folder, data="", train=train, val=val, batch_size=2, stride=1, **more
+    )
 
     def told(args):
         with pytest.raises(SystemExit) as stop:
@@ -413,11 +497,14 @@ def test_lists_that_do_not_fit_end_in_one_line(folder, tmp_path, capsys):
         assert stop.value.code == 2 and len(err) == 1, err
         return err[0]
 
-    assert "--classes 4" in told(args("segment", few, many)) and "--classes 4" in told(args("segment", many, many, classes=2))
-    assert "have no labels for boxes" in told(args("boxes", few, few)) and "no label 'depth'" in told(args("depth", few, few))
+    assert "--classes 4" in told(args("segment", few, many))
+    assert "--classes 4" in told(args("segment", many, many, classes=2))
+    assert "have no labels for boxes" in told(args("boxes", few, few))
+    assert "no label 'depth'" in told(args("depth", few, few))
     assert "weight decay" in told(args("segment", few, few, grid_wd=(0.1, 0.2)))
     result, _ = probe.space_time(args("classify", few, bad, head="readout"), CPU)
-    assert result["value"] <= 0.5 and result["n_val"] == 4                          # two of four cannot be read
+    # two of four cannot be read
+    assert result["value"] <= 0.5 and result["n_val"] == 4
     (tmp_path / "few/three.txt").write_text("0.mp4 0\n1.mp4 2\n")
     assert "label 2 is not in --train" in told(args("classify", few, str(tmp_path / "few/three.txt"), head="readout"))
 
@@ -444,23 +531,33 @@ def test_real_masks_through_the_segment_readout(video_data, folder, tmp_path):
     """DAVIS, split by sequence. Nothing is learned in three steps: that all works, and what the constant scores."""
     args = arguments("segment", tmp_path / "out", encoder=folder, stride=2, **davis(video_data, tmp_path))
     result, more = probe.space_time(args, CPU)
-    share = []                                                  # of the foreground, in the clips of val: the constant answer is "background"
-    for batch in D.dense_batches(D.parse_list(args.val), D.Clip(8, 2, size=32, train=False), ("masks",), batch_size=5):
+    # of the foreground, in the clips of val: the constant answer is "background"
+    share = []
+    clip = D.Clip(8, 2, size=32, train=False)
+    for batch in D.dense_batches(D.parse_list(args.val), clip, ("masks",), batch_size=5):
         share += [(batch["masks"] == 1).float().mean().item()]
-    assert (result["n_train"], result["n_val"], more["bad_videos"]) == (15, 5, {}) and result["constant"] == pytest.approx((1 - np.mean(share)) / 2, abs=1e-4)
+    assert (result["n_train"], result["n_val"], more["bad_videos"]) == (15, 5, {})
+    assert result["constant"] == pytest.approx((1 - np.mean(share)) / 2, abs=1e-4)
     assert more["constants"]["macc"] == 0.5 and 0 <= result["value"] <= 1
 
 
 def test_real_flow_and_stereo_through_the_metrics(video_data, folder, tmp_path):
-    """KITTI's pair and Middlebury's motorcycle: the truth scores 0, "nothing moves" its mean length; and the tasks run on them."""
+    """KITTI's pair and Middlebury's motorcycle: the truth scores 0, "nothing moves" its mean length; and the tasks
+    run on them."""
     dense = video_data / "dense"
     put = lambda path, file: (path.parent.mkdir(parents=True, exist_ok=True), path.write_bytes(file.read_bytes()))
-    for name, place in (("kitti_frame1", "image_2/000000_10"), ("kitti_frame2", "image_2/000000_11"), ("kitti_flow_gt", "flow_occ/000000_10")):
+    for name, place in (
+        ("kitti_frame1", "image_2/000000_10"),
+        ("kitti_frame2", "image_2/000000_11"),
+        ("kitti_flow_gt", "flow_occ/000000_10"),
+    ):
         put(tmp_path / f"kitti/training/{place}.png", dense / f"flow/{name}.png")
     for name, place in (("left", "im0"), ("right", "im1")):
         put(tmp_path / f"middlebury/motorcycle/{place}.png", dense / f"stereo/motorcycle_{name}.png")
     disparity = np.load(dense / "stereo/motorcycle_disp.npz")["arr_0"]
-    (tmp_path / "middlebury/motorcycle/disp0.pfm").write_bytes(b"Pf\n%d %d\n-1.0\n" % disparity.shape[::-1] + disparity[::-1].astype("<f4").tobytes())
+    (tmp_path / "middlebury/motorcycle/disp0.pfm").write_bytes(
+        b"Pf\n%d %d\n-1.0\n" % disparity.shape[::-1] + disparity[::-1].astype("<f4").tobytes()
+    )
     for task, layout, names in (("flow", "kitti", ("flow",)), ("stereo", "middlebury", ("disparity",))):
         row, file = probe.DENSE[task], str(tmp_path / f"{layout}.txt")
         D.index(layout, str(tmp_path / layout), file)
@@ -469,8 +566,12 @@ def test_real_flow_and_stereo_through_the_metrics(video_data, folder, tmp_path):
         y = row["y"](batch, s)
         score = lambda p: next(iter(row["final"](row["tally"](p, y).double()).values()))
         length = batch[names[0]].norm(dim=-1) if task == "flow" else batch[names[0]].abs()
-        assert score(y["y"].nan_to_num()) == 0 and score(torch.zeros_like(y["y"])) == pytest.approx(length.nanmean().item(), rel=1e-4) and length.nanmean() > 1
-        result, _ = probe.space_time(arguments(task, tmp_path / "out", encoder=folder, data="", train=file, val=file), CPU)
+        assert score(y["y"].nan_to_num()) == 0
+        assert score(torch.zeros_like(y["y"])) == pytest.approx(length.nanmean().item(), rel=1e-4)
+        assert length.nanmean() > 1
+        result, _ = probe.space_time(
+            arguments(task, tmp_path / "out", encoder=folder, data="", train=file, val=file), CPU
+        )
         assert math.isfinite(result["value"]) and result["n_val"] == 1
 
 
@@ -480,14 +581,20 @@ def test_real_flow_and_stereo_through_the_metrics(video_data, folder, tmp_path):
 def test_all_makes_one_table_and_one_picture(folder, tmp_path, capsys, monkeypatch):
     passes, real = [], probe.Features.store
     monkeypatch.setattr(probe.Features, "store", lambda self, path: (passes.append(self.key), real(self, path)))
-    probe.main(arguments("all", tmp_path, encoder=folder, seeds=(0, 1), steps=2, tasks=("pose", "flow", "stereo", "physics")))
+    probe.main(
+        arguments("all", tmp_path, encoder=folder, seeds=(0, 1), steps=2, tasks=("pose", "flow", "stereo", "physics"))
+    )
     shown = capsys.readouterr()
     result = json.loads(shown.out.splitlines()[-1])
-    assert sorted(passes) == ["right", "right", "video", "video"]                   # train and val: once for all tasks and seeds
-    assert "physics is left out" in shown.err and {*result["tasks"]} == {"pose", "flow", "stereo"} and result["seeds"] == [0, 1]
+    # train and val: once for all tasks and seeds
+    assert sorted(passes) == ["right", "right", "video", "video"]
+    assert "physics is left out" in shown.err
+    assert {*result["tasks"]} == {"pose", "flow", "stereo"}
+    assert result["seeds"] == [0, 1]
     table = json.loads((tmp_path / "all.json").read_text())["table"]
     assert [len(r["values"]) for r in table] == [2, 2, 2] and all(r["std"] > 0 for r in table)
-    assert table[0]["value"] == pytest.approx(np.mean(table[0]["values"])) and (tmp_path / "all.md").read_text().count("\n") == 7
+    assert table[0]["value"] == pytest.approx(np.mean(table[0]["values"]))
+    assert (tmp_path / "all.md").read_text().count("\n") == 7
     for name in ("pca", "pose", "flow", "stereo"):
         assert (tmp_path / f"{name}.png").exists()
     pytest.importorskip("matplotlib")
@@ -504,13 +611,19 @@ def test_pairs_differ_only_where_they_should():
 
 @pytest.mark.parametrize("script", ["train_vjepa", "train_salt", "train_tdv", "train_mae4d"])
 def test_physics_reads_the_folder_of_every_script(script, run, tmp_path):
-    status, _, err = run(f"{script}.py", "--preset", "laptop", "--steps", "2", "--batch_size", "4", "--probe_every", "0", "--save_every", "2", "--workers", "0",
-                         "--out_dir", tmp_path / "run", "--probe_data")
+    status, _, err = run(
+        f"{script}.py", "--preset", "laptop", "--steps", "2", "--batch_size", "4", "--probe_every", "0",
+        "--save_every", "2", "--workers", "0", "--out_dir", tmp_path / "run", "--probe_data",
+    )
     assert status == 0, err
-    args = probe.Args(task="physics", encoder=str(tmp_path / "run"), data="world", val_clips=24, workers=0, out_dir=str(tmp_path))
+    args = probe.Args(
+        task="physics", encoder=str(tmp_path / "run"), data="world", val_clips=24, workers=0, out_dir=str(tmp_path)
+    )
     result, more = probe.physics(args, CPU)
     pairs = np.array(more["pairs"])
     assert result["value"] == pytest.approx(((pairs[:, 1] > pairs[:, 0]) + 0.5 * (pairs[:, 1] == pairs[:, 0])).mean())
-    assert result["differ_early"] == 0 and (pairs[:, 0] != pairs[:, 1]).all() and len(result["kinds"]) == len(D.IMPOSSIBLE)
+    assert result["differ_early"] == 0
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    assert len(result["kinds"]) == len(D.IMPOSSIBLE)
     again, _ = probe.physics(dataclasses.replace(args, encoder=f"random:{tmp_path / 'run'}", seed=3), CPU)
     assert again["surprise"] != result["surprise"]

@@ -1,5 +1,6 @@
-"""The auxiliary objectives of train_vjepa.py: each term against numpy in float64, who gets gradients, what weight 0 leaves alone, every row, the masks."""
-import copy
+"""The auxiliary objectives of train_vjepa.py: each term against numpy in float64, who gets gradients, what weight 0
+leaves alone, every row, the masks."""
+
 import dataclasses
 import json
 import math
@@ -18,7 +19,11 @@ import train_vjepa as V
 ROWS = {}  # what a row changes of its baseline
 for base, names in (("fwm_ucf", V.ROWS_UCF), ("fwm_paper", V.ROWS_PAPER)):
     for name in names:
-        ROWS[name] = {k: v for k, v in V.PRESETS[name].items() if V.PRESETS[base].get(k, getattr(V.Args, k)) != v and k != "out_dir"}
+        ROWS[name] = {
+            k: v
+            for k, v in V.PRESETS[name].items()
+            if V.PRESETS[base].get(k, getattr(V.Args, k)) != v and k != "out_dir"
+        }
 ALL = {name: 0.5 for name in V.TERMS}
 B, t, h, w, WIDTH = 3, 4, 4, 4, 128
 
@@ -38,16 +43,24 @@ def inputs(seed=0):
     """z, h, x and errors of the right shapes, all random."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-    return draw(B, t, h * w, WIDTH), draw(B, t, h * w, WIDTH), draw(B, 3, 2 * t, 8 * h, 8 * w), [draw(B, 30).abs(), draw(B, 20).abs()]
+    return (
+        draw(B, t, h * w, WIDTH),
+        draw(B, t, h * w, WIDTH),
+        draw(B, 3, 2 * t, 8 * h, 8 * w),
+        [draw(B, 30).abs(), draw(B, 20).abs()],
+    )
 
 
 def batch(args, seed=0):
     """x, keep, pred for a forward pass."""
-    x = torch.from_numpy(np.random.default_rng(seed).standard_normal((B, 3, args.frames, args.size, args.size), dtype=np.float32))
+    x = torch.from_numpy(
+        np.random.default_rng(seed).standard_normal((B, 3, args.frames, args.size, args.size), dtype=np.float32)
+    )
     return x, *D.sample_masks(args.masks, seed, 0, B, (t, h, w), args.aspect)
 
 
-# --- each term, from its formula ------------------------------------------------------------------------------------------------------------
+# --- each term, from its formula ------------------------------------------------------------------
+
 
 def weigh(e, tau):
     """Equations 9 to 11, a clip at a time."""
@@ -68,12 +81,18 @@ def difference(v):
 
 def numpy_orth(z, h, x, errors, o):
     flat = z.reshape(-1, WIDTH) - z.reshape(-1, WIDTH).mean(0)
-    products = np.array([[(flat[:, i] * flat[:, WIDTH // 2 + j]).sum() for j in range(WIDTH // 2)] for i in range(WIDTH // 2)])
-    return (products ** 2).sum() / len(flat)
+    products = np.array(
+        [[(flat[:, i] * flat[:, WIDTH // 2 + j]).sum() for j in range(WIDTH // 2)] for i in range(WIDTH // 2)]
+    )
+    return (products**2).sum() / len(flat)
 
 
 def numpy_ld(z, h, x, errors, o):
-    e = np.abs(mlp(o.heads["ld"], z[:, :-1, :, WIDTH // 2 :] if o.factorised else z[:, :-1]) - difference(h)).mean(-1).reshape(B, -1)
+    e = (
+        np.abs(mlp(o.heads["ld"], z[:, :-1, :, WIDTH // 2 :] if o.factorised else z[:, :-1]) - difference(h))
+        .mean(-1)
+        .reshape(B, -1)
+    )
     return weigh(e, o.args.tau) if "hw" in o.weights else e.mean()
 
 
@@ -83,16 +102,23 @@ def numpy_huber(z, h, x, errors, o):
 
 
 def numpy_velgate(z, h, x, errors, o):
-    speed, change, kept = np.abs(difference(h)).mean(-1).reshape(B, -1), np.abs(difference(z)).mean(-1).reshape(B, -1), []
+    speed = np.abs(difference(h)).mean(-1).reshape(B, -1)
+    change = np.abs(difference(z)).mean(-1).reshape(B, -1)
+    kept = []
     for b in range(B):
-        kept += [change[b][i] for i in np.argsort(speed[b])[: speed.shape[1] // 2]]     # the slower half
+        kept += [change[b][i] for i in np.argsort(speed[b])[: speed.shape[1] // 2]]  # the slower half
     return np.mean(kept)
 
 
 def numpy_sigreg(z, h, x, errors, o):
-    axes = torch.randn(WIDTH, 64, generator=torch.Generator().manual_seed(o.args.seed * 1_000_003 + o.step)).double().numpy()
-    y, s = z.reshape(-1, WIDTH) @ (axes / np.sqrt((axes ** 2).sum(0))), np.linspace(-3, 3, 17)
-    gap = np.array([np.abs(np.exp(1j * k * y).mean(0) - np.exp(-k * k / 2)) ** 2 * np.exp(-k * k / 2) for k in s])     # (17, directions)
+    axes = (
+        torch.randn(WIDTH, 64, generator=torch.Generator().manual_seed(o.args.seed * 1_000_003 + o.step))
+        .double()
+        .numpy()
+    )
+    y, s = z.reshape(-1, WIDTH) @ (axes / np.sqrt((axes**2).sum(0))), np.linspace(-3, 3, 17)
+    # (17, directions)
+    gap = np.array([np.abs(np.exp(1j * k * y).mean(0) - np.exp(-k * k / 2)) ** 2 * np.exp(-k * k / 2) for k in s])
     return ((gap[1:] + gap[:-1]) / 2 * (s[1] - s[0])).sum(0).mean()
 
 
@@ -101,9 +127,13 @@ def numpy_hamiltonian(z, h, x, errors, o):
     now, half, eps, gradient = z[:, :-1], WIDTH // 2, 1e-5, np.zeros_like(z[:, :-1])
     for c in range(WIDTH):
         step = np.eye(WIDTH)[c] * eps
-        gradient[..., c] = (mlp(o.heads["hamiltonian"], now + step) - mlp(o.heads["hamiltonian"], now - step))[..., 0] / (2 * eps)
+        gradient[..., c] = (mlp(o.heads["hamiltonian"], now + step) - mlp(o.heads["hamiltonian"], now - step))[
+            ..., 0
+        ] / (2 * eps)
     d = difference(z)
-    return np.mean([np.abs(d[..., :half] - gradient[..., half:]).mean(), np.abs(d[..., half:] + gradient[..., :half]).mean()])
+    return np.mean(
+        [np.abs(d[..., :half] - gradient[..., half:]).mean(), np.abs(d[..., half:] + gradient[..., :half]).mean()]
+    )
 
 
 def numpy_spectral(z, h, x, errors, o):
@@ -123,19 +153,28 @@ def numpy_ltc(z, h, x, errors, o):
 
 def numpy_ac(z, h, x, errors, o):
     colour = x.reshape(B, 3, t, 2, h_, 8, w_, 8).mean((3, 5, 7)).transpose(0, 2, 3, 4, 1).reshape(B, t, h_ * w_, 3)
-    return np.abs(mlp(o.heads["ac"], z[:, :-1, :, WIDTH // 2 :] if o.factorised else z[:, :-1]) - difference(colour)).mean()
+    return np.abs(
+        mlp(o.heads["ac"], z[:, :-1, :, WIDTH // 2 :] if o.factorised else z[:, :-1]) - difference(colour)
+    ).mean()
 
 
 h_, w_ = h, w
 NUMPY = {
     "hw": lambda z, h, x, errors, o: np.mean([weigh(e, o.args.tau) for e in errors]),
     "static": lambda z, h, x, errors, o: np.abs(difference(z[..., : WIDTH // 2])).mean(),
-    "orth": numpy_orth, "ld": numpy_ld, "kin_huber": numpy_huber, "velgate": numpy_velgate, "sigreg": numpy_sigreg,
+    "orth": numpy_orth,
+    "ld": numpy_ld,
+    "kin_huber": numpy_huber,
+    "velgate": numpy_velgate,
+    "sigreg": numpy_sigreg,
     "kin_l1": lambda z, h, x, errors, o: np.abs(difference(z)).mean(),
     "kin_accel": lambda z, h, x, errors, o: np.abs(z[:, 2:] - 2 * z[:, 1:-1] + z[:, :-2]).mean(),
     "kin_split": lambda z, h, x, errors, o: np.abs(z[:, 2:] - 2 * z[:, 1:-1] + z[:, :-2])[..., : WIDTH // 2].mean(),
     "delta": lambda z, h, x, errors, o: np.abs(difference(z) - difference(h)).mean(),
-    "hamiltonian": numpy_hamiltonian, "spectral": numpy_spectral, "ltc": numpy_ltc, "ac": numpy_ac,
+    "hamiltonian": numpy_hamiltonian,
+    "spectral": numpy_spectral,
+    "ltc": numpy_ltc,
+    "ac": numpy_ac,
 }
 
 
@@ -155,12 +194,18 @@ def test_the_loss_is_the_base_plus_each_term_times_its_weight():
     o.step = 50
     loss, metrics = o(x, keep, pred)
     base = sum(metrics[f"loss_{spec}"] for spec in o.args.masks) / 2
-    weights = {"ld": 0.7, "hw": 0.3, "kin_l1": 1.0}                                     # half-way down the cosine
-    assert loss.item() == pytest.approx(base.item() + sum(weight * metrics[name].item() for name, weight in weights.items()), rel=1e-6)
-    assert all(metrics[f"{name}_weighted"].item() == pytest.approx(weight * metrics[name].item(), rel=1e-6) for name, weight in weights.items())
+    # half-way down the cosine
+    weights = {"ld": 0.7, "hw": 0.3, "kin_l1": 1.0}
+    weighted = {name: weight * metrics[name].item() for name, weight in weights.items()}
+    assert loss.item() == pytest.approx(base.item() + sum(weighted.values()), rel=1e-6)
+    for name, value in weighted.items():
+        assert metrics[f"{name}_weighted"].item() == pytest.approx(value, rel=1e-6)
     for o.step, want in ((0, {"kin_l1": 2.0, "ld": 0.7}), (100, {"kin_l1": 0.0, "ld": 0.7})):
         _, now = o(x, keep, pred)
-        assert all(now[f"{name}_weighted"].item() == pytest.approx(weight * now[name].item(), rel=1e-6) for name, weight in want.items())
+        assert all(
+            now[f"{name}_weighted"].item() == pytest.approx(weight * now[name].item(), rel=1e-6)
+            for name, weight in want.items()
+        )
     z = F.layer_norm(o.encoder(x), (WIDTH,)).view(B, t, h * w, WIDTH)
     assert metrics["kin_l1"].item() == pytest.approx(z.diff(dim=1).abs().mean().item(), rel=1e-6)
 
@@ -173,19 +218,26 @@ def test_distance_weights_against_a_plain_search():
     zhat = o.predictor(o.encoder(x, keep), keep, pred)
     place = lambda i: np.array([i // (h * w), i // w % h, i % w])
     for spec, k, p, guess in zip(o.args.masks, keep, pred, zhat):
-        error = (guess - target.gather(1, p[..., None].expand(-1, -1, WIDTH))).abs().mean(-1).detach().double().numpy()
-        weight = [[1 / math.sqrt(min(np.linalg.norm(place(i) - place(j)) for j in k[b].tolist())) for i in p[b].tolist()] for b in range(B)]
+        error = (
+            (guess - target.gather(1, p[..., None].expand(-1, -1, WIDTH))).abs().mean(-1).detach().double().numpy()
+        )
+        weight = [
+            [1 / math.sqrt(min(np.linalg.norm(place(i) - place(j)) for j in k[b].tolist())) for i in p[b].tolist()]
+            for b in range(B)
+        ]
         assert metrics[f"loss_{spec}"].item() == pytest.approx((np.array(weight) * error).mean(), rel=1e-5)
         assert 0 < np.min(weight) < 1 == np.max(weight)
 
 
-# --- who gets gradients -----------------------------------------------------------------------------------------------------------------------
+# --- who gets gradients ---------------------------------------------------------------------------
+
 
 def test_no_gradient_passes_through_the_weights_of_hard_tokens():
     e = torch.rand(B, 20, dtype=torch.float64, requires_grad=True)
     V.hard(e, 0.5).backward()
     share = np.exp(e.detach().numpy() / 0.5)
-    np.testing.assert_allclose(e.grad.numpy(), share / share.sum(1, keepdims=True) / B, rtol=1e-12)          # w_i / (n B) and nothing else
+    # w_i / (n B) and nothing else
+    np.testing.assert_allclose(e.grad.numpy(), share / share.sum(1, keepdims=True) / B, rtol=1e-12)
 
 
 def test_the_target_gets_no_gradient_and_all_that_is_trained_gets_one():
@@ -194,29 +246,53 @@ def test_the_target_gets_no_gradient_and_all_that_is_trained_gets_one():
     o(*batch(o.args))[0].backward()
     assert all(p.grad is None and not p.requires_grad for p in o.target.parameters())
     assert sorted(o.heads) == ["ac", "hamiltonian", "ld"]
-    assert not [name for name, p in o.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0) and "qkv.bias" not in name]
+    assert not [
+        name
+        for name, p in o.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0) and "qkv.bias" not in name
+    ]
 
 
-@pytest.mark.parametrize("name, more, halves", [("static", {}, (1, 0)), ("kin_split", {}, (1, 0)), ("orth", {}, (1, 1)), ("kin_l1", {}, (1, 1)),
-                                                ("ld", {}, (1, 1)), ("ld", {"orth": 1.0}, (0, 1)), ("ac", {"static": 1.0}, (0, 1)), ("hw", {}, (0, 0))])
+@pytest.mark.parametrize(
+    "name, more, halves",
+    [
+        ("static", {}, (1, 0)),
+        ("kin_split", {}, (1, 0)),
+        ("orth", {}, (1, 1)),
+        ("kin_l1", {}, (1, 1)),
+        ("ld", {}, (1, 1)),
+        ("ld", {"orth": 1.0}, (0, 1)),
+        ("ac", {"static": 1.0}, (0, 1)),
+        ("hw", {}, (0, 0)),
+    ],
+)
 def test_which_half_of_the_channels_a_term_trains(name, more, halves):
     o = objective(**{name: 1.0} | more)
     z, h, x, errors = inputs()
     term = V.TERMS[name](V.Step(z.requires_grad_(), h.requires_grad_(), x, [e.requires_grad_() for e in errors], o))
     gradient = torch.autograd.grad(term, [z, *errors], allow_unused=True)
-    assert [gradient[0] is not None and bool(part.abs().sum() > 0) for part in (gradient[0] if gradient[0] is not None else z).chunk(2, -1)] == list(map(bool, halves))
+    assert [
+        gradient[0] is not None and bool(part.abs().sum() > 0)
+        for part in (gradient[0] if gradient[0] is not None else z).chunk(2, -1)
+    ] == list(map(bool, halves))
     assert (name == "hw") == (gradient[1] is not None)
 
 
-# --- what weight 0 leaves alone ---------------------------------------------------------------------------------------------------------------
+# --- what weight 0 leaves alone -------------------------------------------------------------------
+
 
 def test_without_terms_three_steps_are_those_of_plain_vjepa_to_the_bit():
-    """Beside the loss as it was written before there were terms; and terms that are on draw no other initial weights."""
+    """Beside the loss as it was written before there were terms; and terms that are on draw no other initial
+    weights."""
     ours = objective()
     torch.manual_seed(0)
     plain = V.VJEPA(tiny())
-    assert type(V.build(tiny())) is V.VJEPA and type(V.build(tiny(ld=1.0))) is type(V.build(tiny(motion=1.0))) is V.FWM
-    assert not ours.weights and not ours.heads and not ours.full_pass and ours.flops(*batch(ours.args)[1:]) < objective(ld=1.0).flops(*batch(ours.args)[1:])
+    assert type(V.build(tiny())) is V.VJEPA
+    assert type(V.build(tiny(ld=1.0))) is type(V.build(tiny(motion=1.0))) is V.FWM
+    assert not ours.weights
+    assert not ours.heads
+    assert not ours.full_pass
+    assert ours.flops(*batch(ours.args)[1:]) < objective(ld=1.0).flops(*batch(ours.args)[1:])
     started = objective(**ALL).state_dict()
     assert all(torch.equal(v, started[k]) for k, v in ours.state_dict().items())
     optimizers = [torch.optim.AdamW(o.parameters(), lr=1e-3) for o in (ours, plain)]
@@ -225,7 +301,9 @@ def test_without_terms_three_steps_are_those_of_plain_vjepa_to_the_bit():
         with torch.no_grad():
             target = F.layer_norm(plain.target(x).float(), (WIDTH,))
         zhat = plain.predictor(plain.encoder(x, keep), keep, pred)
-        terms = [(p - target.gather(1, ids[..., None].expand(-1, -1, WIDTH))).abs().mean() for p, ids in zip(zhat, pred)]
+        terms = [
+            (p - target.gather(1, ids[..., None].expand(-1, -1, WIDTH))).abs().mean() for p, ids in zip(zhat, pred)
+        ]
         losses = [ours(x, keep, pred)[0], sum(terms) / len(terms)]
         assert torch.equal(*losses)
         for loss, optimizer, o in zip(losses, optimizers, (ours, plain)):
@@ -253,7 +331,8 @@ def test_without_ema_the_target_is_the_encoder():
     assert all(torch.equal(a, b) for a, b in zip(o.target.parameters(), o.encoder.parameters()))
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
@@ -262,8 +341,18 @@ def train(tmp_path, monkeypatch):
 
     def call(**flags):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        M.launch(V.main, tiny(**dict(steps=2, batch_size=4, log_every=1, sample_every=0, probe_data=(), workers=0, warmup=1, pred_depth=1, out_dir=str(out)) | flags))
+        M.launch(
+            V.main,
+            tiny(
+                **dict(
+                    steps=2, batch_size=4, log_every=1, sample_every=0, probe_data=(), workers=0, warmup=1,
+                    pred_depth=1, out_dir=str(out),
+                )
+                | flags
+            ),
+        )
         return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
+
     return call
 
 
@@ -273,18 +362,30 @@ def test_every_row_trains_and_logs_its_terms_raw_and_weighted(train, name):
     lines = train(distance=True, **row)
     on = V.parse_terms(row.get("terms", ()))
     assert len(lines) == 2 and all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
-    assert all(line[f"{term}_weighted"] == pytest.approx(on[term] * line[term], rel=1e-6) for line in lines[:1] for term in on)
+    assert all(
+        line[f"{term}_weighted"] == pytest.approx(on[term] * line[term], rel=1e-6)
+        for line in lines[:1]
+        for term in on
+    )
     assert not [key for key in lines[0] if key.removesuffix("_weighted") in set(V.TERMS) - set(on)]
 
 
 def test_rows_are_those_of_tables_3_and_4():
     paper = V.Args(**V.PRESETS["fwm_paper"])
-    assert (len(V.ROWS_UCF), len(V.ROWS_PAPER)) == (13, 14)                # 14 rows each with the baseline; Kin-L1 stands there twice
-    assert (paper.model, paper.pos, paper.pred_depth, paper.pred_width, paper.pred_heads, paper.frames, paper.stride, paper.size) == ("vit_b", "rope", 8, 256, 8, 16, 2, 224)
-    assert (paper.steps, paper.batch_size, paper.lr, paper.start_lr, paper.warmup, paper.distance) == (100 * 300, 32, 6e-4, 1e-4, 300, True)
-    assert [V.VJEPA.schedules(SimpleNamespace(args=paper), s)[k] for s in (0, 30_000) for k in ("weight_decay", "ema")] == [0.04, 0.99925] * 2
+    # 14 rows each with the baseline; Kin-L1 stands there twice
+    assert (len(V.ROWS_UCF), len(V.ROWS_PAPER)) == (13, 14)
+    assert (paper.model, paper.pos) == ("vit_b", "rope")
+    assert (paper.pred_depth, paper.pred_width, paper.pred_heads) == (8, 256, 8)
+    assert (paper.frames, paper.stride, paper.size) == (16, 2, 224)
+    assert (paper.steps, paper.batch_size, paper.distance) == (100 * 300, 32, True)
+    assert (paper.lr, paper.start_lr, paper.warmup) == (6e-4, 1e-4, 300)
+    for step in (0, 30_000):
+        rates = V.VJEPA.schedules(SimpleNamespace(args=paper), step)
+        assert (rates["weight_decay"], rates["ema"]) == (0.04, 0.99925)
     row = V.Args(**V.PRESETS["fwm_hw_ld"])
-    assert V.parse_terms(row.terms) == dict(hw=1.0, static=0.05, orth=0.01, ld=1.0) and row.tau == 1 and row.out_dir == "out/fwm_hw_ld"
+    assert V.parse_terms(row.terms) == dict(hw=1.0, static=0.05, orth=0.01, ld=1.0)
+    assert row.tau == 1
+    assert row.out_dir == "out/fwm_hw_ld"
     assert V.Args(**V.PRESETS["amg"]).motion == 5 and V.Args(**V.PRESETS["kin_anneal"]).data == ("ucf101.csv",)
 
 
@@ -299,12 +400,22 @@ def test_the_mixture_is_20_60_20_and_takes_images(tmp_path, monkeypatch):
     np.testing.assert_allclose(shares, [0.2, 0.6, 0.2], atol=1e-3)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (dict(motion=2.0, masks=("tube:0.9",)), "--motion places blocks"), (dict(temporal_keep=0.0), "--temporal_keep 0.0: a share"), (dict(tau=0.0), "--tau 0.0: a positive"),
-    (dict(motion_uniform=1.5), "--motion_uniform 1.5: a share"), (dict(kin_l1=1.0, frames=4), "three slices"), (dict(ld=-1.0), "--terms ld:-1.0: write NAME:WEIGHT"),
-    (dict(terms=("lb:1",)), "a name of hw, static, orth, ld, "), (dict(terms=("ld",)), "--terms ld: write"), (dict(terms=("ld:nan",)), "--terms ld:nan: write"),
-    (dict(anneal=True), "--anneal is for"), (dict(motion=1.0, trim="prefix"), "not by --trim prefix"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(motion=2.0, masks=("tube:0.9",)), "--motion places blocks"),
+        (dict(temporal_keep=0.0), "--temporal_keep 0.0: a share"),
+        (dict(tau=0.0), "--tau 0.0: a positive"),
+        (dict(motion_uniform=1.5), "--motion_uniform 1.5: a share"),
+        (dict(kin_l1=1.0, frames=4), "three slices"),
+        (dict(ld=-1.0), "--terms ld:-1.0: write NAME:WEIGHT"),
+        (dict(terms=("lb:1",)), "a name of hw, static, orth, ld, "),
+        (dict(terms=("ld",)), "--terms ld: write"),
+        (dict(terms=("ld:nan",)), "--terms ld:nan: write"),
+        (dict(anneal=True), "--anneal is for"),
+        (dict(motion=1.0, trim="prefix"), "not by --trim prefix"),
+    ],
+)
 def test_flags_that_cannot_work_are_one_line(train, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         train(**flags)
@@ -313,23 +424,30 @@ def test_flags_that_cannot_work_are_one_line(train, capsys, flags, message):
 
 
 def test_two_ranks_and_accumulation_log_the_losses_of_one_process(train, run, tmp_path):
-    """All terms that are means over clips (orth and sigreg are statistics of a micro-batch), with guided masks, under DDP and FSDP2."""
+    """All terms that are means over clips (orth and sigreg are statistics of a micro-batch), with guided masks,
+    under DDP and FSDP2."""
     names = [name for name in V.TERMS if name not in ("orth", "sigreg")]
     one = train(steps=3, distance=True, motion=2.0, temporal_keep=0.5, warmup=2, **{name: 0.3 for name in names})
-    flags = ["--terms", *(f"{name}:0.3" for name in names), "--motion", 2, "--temporal_keep", 0.5, "--distance", "--pred_depth", 1]
-    small = ("--preset", "laptop", "--steps", 3, "--batch_size", 4, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2, "--workers", 0)
+    flags = ["--terms", *(f"{name}:0.3" for name in names)]
+    flags += ["--motion", 2, "--temporal_keep", 0.5, "--distance", "--pred_depth", 1]
+    small = (
+        "--preset", "laptop", "--steps", 3, "--batch_size", 4, "--log_every", 1, "--sample_every", 0, "--probe_data",
+        "--warmup", 2, "--workers", 0,
+    )
     for name, extra in (("ddp", ("--micro_batch", 1)), ("fsdp", ("--fsdp",))):
         status, last, err = run("train_vjepa.py", *small, *flags, "--out_dir", tmp_path / name, *extra, ranks=2)
         assert status == 0, err[-2000:]
-        for a, b in zip(one, [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()][1:], strict=True):
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for a, b in zip(one, log[1:], strict=True):
             assert all(a[k] == pytest.approx(b[k], abs=5e-5) for k in ("loss", *names)), (name, a, b)
 
 
-# --- masks ----------------------------------------------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
+
 
 def test_motion_is_the_mean_change_of_each_token():
     x = torch.randn(2, 3, 8, 32, 32)
-    x[1] = x[1, :, :1]                                                                  # a still clip
+    x[1] = x[1, :, :1]  # a still clip
     got, d = V.motion_map(x, 2, 8).double().numpy(), np.abs(np.diff(x[0].double().numpy(), axis=1))
     d = np.concatenate([d, d[:, -1:]], 1).reshape(3, 4, 2, 4, 8, 4, 8).mean((0, 2, 4, 6))
     np.testing.assert_allclose(got[0], d / d.max(), rtol=1e-5)
@@ -342,12 +460,15 @@ def test_centres_follow_the_formula(strength, uniform):
     got = np.bincount(V.motion_centres(np.random.default_rng(1), motion, n, strength, uniform), minlength=64) / n
     want = np.exp(strength * motion.ravel())
     want = (1 - uniform) * want / want.sum() + uniform / 64
-    assert np.abs(got - want).max() < 5 * np.sqrt(want.max() / n) and ((got - want) ** 2 / want).sum() * n < 63 + 5 * math.sqrt(2 * 63)
+    assert np.abs(got - want).max() < 5 * np.sqrt(want.max() / n)
+    assert ((got - want) ** 2 / want).sum() * n < 63 + 5 * math.sqrt(2 * 63)
 
 
 def guided(motion, rows=slice(0, 32), specs=("4x0.1", "2x0.4x0.5"), grid=(4, 8, 8), temporal_keep=1.0):
     masks = D.sample_masks(specs, 0, 3, 32, grid, rows=rows, temporal_keep=temporal_keep)
-    return masks, V.guide_masks(*masks, motion[rows], tiny(masks=specs, motion=2.0, temporal_keep=temporal_keep), 3, rows.start)
+    return masks, V.guide_masks(
+        *masks, motion[rows], tiny(masks=specs, motion=2.0, temporal_keep=temporal_keep), 3, rows.start
+    )
 
 
 @pytest.mark.parametrize("temporal_keep", [1.0, 0.5])
@@ -376,16 +497,22 @@ def test_guided_masks_hide_what_moves():
 
 @pytest.mark.parametrize("step", range(4))
 def test_the_context_holds_no_token_of_a_guided_block(step, monkeypatch):
-    """Two blocks of 70 % that slide to opposite corners cover the frame: such a clip is drawn again, and its context is not scattered over what they hide."""
+    """Two blocks of 70 % that slide to opposite corners cover the frame: such a clip is drawn again, and its
+    context is not scattered over what they hide."""
     grid, drawn, real = (8, 14, 14), {}, V.motion_centres
-    monkeypatch.setattr(V, "motion_centres", lambda rng, *rest: drawn.setdefault(rng, []).append(real(rng, *rest)) or drawn[rng][-1])
+    monkeypatch.setattr(
+        V, "motion_centres", lambda rng, *rest: drawn.setdefault(rng, []).append(real(rng, *rest)) or drawn[rng][-1]
+    )
     masks = D.sample_masks(("2x0.7",), 0, step, 16, grid)
     motion = torch.rand(16, *grid, generator=torch.Generator().manual_seed(step))
     (keep,), _ = V.guide_masks(*masks, motion, tiny(masks=("2x0.7",), motion=2.0), step, 0)
     _, high, wide = D.block_shape(np.random.default_rng([0, step, 0]), grid, 0.7)
     for ids, (*_, centres) in zip(keep.tolist(), drawn.values()):
         for centre in centres:
-            top, left = (min(max(c - side // 2, 0), 14 - side) for c, side in zip((centre // 14 % 14, centre % 14), (high, wide)))
+            top, left = (
+                min(max(c - side // 2, 0), 14 - side)
+                for c, side in zip((centre // 14 % 14, centre % 14), (high, wide))
+            )
             assert not any(top <= i // 14 % 14 < top + high and left <= i % 14 < left + wide for i in ids)
     assert len(drawn) == 16
 
@@ -399,36 +526,50 @@ def test_future_prediction_keeps_the_first_slices_and_predicts_all_the_rest(spec
         assert all(sorted(a + b) == list(range(8 * 196)) for a, b in zip(k.tolist(), p.tolist()))
 
 
-# --- the table ------------------------------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
+
 
 def test_compare_prints_deltas_to_the_baseline(tmp_path, capsys, monkeypatch):
     for name, online, probed in (("base", 0.5, 0.25), ("ld", 0.625, None), ("hw", None, 0.5)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [
-            {"config": {}}, {"step": 1, "probe_acc": 0.1}, *([{"step": 2, "probe_acc": online}] if online else [])][: 3 if online else 1]))
+        log = [{"config": {}}]
+        if online:
+            log += [{"step": 1, "probe_acc": 0.1}, {"step": 2, "probe_acc": online}]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         if probed:
-            (tmp_path / name / "probe.jsonl").write_text(json.dumps({"task": "classify", "metric": "top1", "value": probed, "head": "linear", "args": {"data": "", "val": "x/ssv2.csv"}}) + "\n")
+            line = {"task": "classify", "metric": "top1", "value": probed, "head": "linear"}
+            line["args"] = {"data": "", "val": "x/ssv2.csv"}
+            (tmp_path / name / "probe.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "notes").mkdir()
     runs = tuple(str(tmp_path / name) for name in ("base", "hw", "ld", "notes"))
     P.main(P.Args("compare", runs=runs, out_dir=str(tmp_path / "out")))
     *table, last = capsys.readouterr().out.strip().splitlines()
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in table if "---" not in row] == [
-        ["run", "online probe", "Δ", "ssv2, linear", "Δ"], ["base", "50.00", "", "25.00", ""], ["hw", "-", "-", "50.00", "+25.00"], ["ld", "62.50", "+12.50", "-", "-"]]
+        ["run", "online probe", "Δ", "ssv2, linear", "Δ"],
+        ["base", "50.00", "", "25.00", ""],
+        ["hw", "-", "-", "50.00", "+25.00"],
+        ["ld", "62.50", "+12.50", "-", "-"],
+    ]
     assert json.loads(last)["value"][runs[2]] == {"online probe": 0.125} and json.loads(last)["baseline"] == runs[0]
     P.main(P.Args("compare", runs=runs[:3], baseline=runs[2], out_dir=str(tmp_path / "out")))
     assert "| base | 50.00 | -12.50 |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         P.main(P.Args("compare", runs=runs[3:], out_dir=str(tmp_path / "out")))
-    (tmp_path / "hw" / "probe.jsonl").open("a").write(json.dumps({"task": "classify", "value": 0.75, "head": "linear", "args": {"data": "", "val": "y/ssv2.csv"}}) + "\n")
+    (tmp_path / "hw" / "probe.jsonl").open("a").write(
+        json.dumps({"task": "classify", "value": 0.75, "head": "linear", "args": {"data": "", "val": "y/ssv2.csv"}})
+        + "\n"
+    )
     capsys.readouterr()
-    P.main(P.Args("compare", runs=runs[:2], out_dir=str(tmp_path / "out")))             # two lists of one name are two columns
+    # two lists of one name are two columns
+    P.main(P.Args("compare", runs=runs[:2], out_dir=str(tmp_path / "out")))
     assert "x/ssv2.csv, linear | Δ | y/ssv2.csv, linear" in capsys.readouterr().out
     monkeypatch.setattr(P.sys, "argv", ["probe.py", "compare", "a", "b", "--baseline", "a"])
     assert P.parse_args().runs == ("a", "b")
 
 
 def test_halves_tell_a_still_half_of_the_channels_from_one_that_changes(tmp_path):
-    """An encoder whose first channels are a function of the place and whose second ones of the pixels: the picture's two curves."""
+    """An encoder whose first channels are a function of the place and whose second ones of the pixels: the
+    picture's two curves."""
     pytest.importorskip("matplotlib")
     torch.manual_seed(0)
     encoder = M.ViT(width=32, depth=1, heads=2, mlp=64, patch=8, frames=8, size=32, init_std=0.2)
@@ -437,9 +578,13 @@ def test_halves_tell_a_still_half_of_the_channels_from_one_that_changes(tmp_path
 
     def forward(x, **_):
         z = real(x)
-        return torch.cat([z[:, :16].repeat(1, 4, 1)[..., :16], z[..., 16:]], -1)        # appearance: of the first slice, in all of them
+        # appearance: of the first slice, in all of them
+        return torch.cat([z[:, :16].repeat(1, 4, 1)[..., :16], z[..., 16:]], -1)
+
     encoder.forward = forward
-    config = dict(frames=8, stride=1, size=32, images=False, tubelet=2, patch=8, width=32, mean=[0.5] * 3, std=[0.5] * 3)
+    config = dict(
+        frames=8, stride=1, size=32, images=False, tubelet=2, patch=8, width=32, mean=[0.5] * 3, std=[0.5] * 3
+    )
     P_load, P.load = P.load, lambda args: (encoder, config)
     try:
         args = P.Args("compare", data="world", val_clips=32, workers=0, out_dir=str(tmp_path))
@@ -449,7 +594,9 @@ def test_halves_tell_a_still_half_of_the_channels_from_one_that_changes(tmp_path
     finally:
         P.load = P_load
     curves = made["halves"]["a"]
-    assert len(curves["dynamics"]) == 3 and curves["appearance"] == pytest.approx([1, 1, 1], abs=0.05) and max(curves["dynamics"]) < 0.9
+    assert len(curves["dynamics"]) == 3
+    assert curves["appearance"] == pytest.approx([1, 1, 1], abs=0.05)
+    assert max(curves["dynamics"]) < 0.9
     assert (tmp_path / "halves.png").exists()
 
 
@@ -457,7 +604,13 @@ def test_another_runs_weights_may_lack_heads_and_nothing_else(run, tmp_path):
     tiny = ("--preset", "laptop", "--batch_size", "4", "--workers", "0", "--probe_data", "--sample_every", "0")
     status, _, err = run("train_vjepa.py", *tiny, "--steps", "1", "--out_dir", tmp_path / "plain")
     assert status == 0, err
-    status, last, err = run("train_vjepa.py", *tiny, "--steps", "1", "--terms", "ld:1", "--init", tmp_path / "plain", "--out_dir", tmp_path / "ld")
+    status, last, err = run(
+        "train_vjepa.py", *tiny, "--steps", "1", "--terms", "ld:1", "--init", tmp_path / "plain", "--out_dir",
+        tmp_path / "ld",
+    )
     assert status == 0 and math.isfinite(last["loss"]), err
-    status, _, err = run("train_vjepa.py", *tiny, "--steps", "1", "--pred_width", "32", "--init", tmp_path / "plain", "--out_dir", tmp_path / "narrow")
+    status, _, err = run(
+        "train_vjepa.py", *tiny, "--steps", "1", "--pred_width", "32", "--init", tmp_path / "plain", "--out_dir",
+        tmp_path / "narrow",
+    )
     assert status == 2 and err.count("error:") == 1 and "predictor" in err and not (tmp_path / "narrow").exists(), err

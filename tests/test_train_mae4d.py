@@ -1,7 +1,6 @@
 """train_mae4d.py: the loss against float64 numpy, what the first blocks see, the paper's parameter counts, ranks,
 resume, the memory plan."""
 import dataclasses
-import json
 import math
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""train_tdv.py: losses against float64 numpy and `lightly`, gradient paths, centres, views, runs of every flag of Table 4."""
+"""train_tdv.py: losses against float64 numpy and `lightly`, gradient paths, centres, views, runs of every flag of
+Table 4."""
+
 import copy
 import dataclasses
 import importlib.abc
@@ -15,15 +17,19 @@ import model as M
 import train_tdv as T
 from test_train_vjepa import counted, losses
 
-TINY = ("--preset", "laptop", "--steps", 4, "--batch_size", 4, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2, "--prototypes", 64,
-        "--head_hidden", 32)
+TINY = (
+    "--preset", "laptop", "--steps", 4, "--batch_size", 4, "--log_every", 1, "--sample_every", 0, "--probe_data",
+    "--warmup", 2, "--prototypes", 64, "--head_hidden", 32,
+)
 
 
 def setting(preset="laptop", seed=0, B=2, spread=0.05, **changes):
-    args = dataclasses.replace(T.Args(**T.PRESETS[preset]), **{"prototypes": 48, "head_hidden": 32, "frames": 4, **changes})
+    small = {"prototypes": 48, "head_hidden": 32, "frames": 4}
+    args = dataclasses.replace(T.Args(**T.PRESETS[preset]), **small | changes)
     torch.manual_seed(seed)
     objective = T.OBJECTIVES[args.objective](args)
-    for p in objective.parameters():                            # the motion encoder starts at 0, teacher and student alike: nothing to compare
+    # the motion encoder starts at 0, teacher and student alike: nothing to compare
+    for p in objective.parameters():
         p.data.add_(spread * torch.randn(p.shape))
     return args, objective, torch.randn(B, 3, args.frames, args.size, args.size)
 
@@ -49,12 +55,16 @@ def logits(head, tokens):
 
 @pytest.mark.parametrize("threshold", [0.0, 1.13])
 def test_the_loss_is_the_papers(threshold):
-    """MSE, both cross-entropies with centring, and their weights, against float64 numpy; with a threshold on the change only over pairs that move."""
-    args, objective, x = setting(motion_threshold=threshold, w_mse=1.5, w_cls=0.75, w_patch=0.5, temp=(0.1, 0.07), ce_rows=7)
+    """MSE, both cross-entropies with centring, and their weights, against float64 numpy; with a threshold on the
+    change only over pairs that move."""
+    args, objective, x = setting(
+        motion_threshold=threshold, w_mse=1.5, w_cls=0.75, w_patch=0.5, temp=(0.1, 0.07), ce_rows=7
+    )
     objective.centres.normal_(std=0.1)
     loss, metrics = objective(x)
     with torch.no_grad():
-        now, then = x[:, :, :-1].transpose(1, 2).reshape(-1, 3, 1, 32, 32), x[:, :, 1:].transpose(1, 2).reshape(-1, 3, 1, 32, 32)
+        now = x[:, :, :-1].transpose(1, 2).reshape(-1, 3, 1, 32, 32)
+        then = x[:, :, 1:].transpose(1, 2).reshape(-1, 3, 1, 32, 32)
         z, h = objective.encoder(now), objective.target(then)
         zhat = z + objective.motion(then - now, z)
     use = (then - now).abs().mean((1, 2, 3, 4)).numpy() > threshold
@@ -85,10 +95,10 @@ def test_the_losses_of_views_are_dinos_and_ibots(preset):
     objective.encoder.register_forward_hook(student, with_kwargs=True)
     objective.target.register_forward_hook(lambda module, inputs, out: taught.append(out))
     loss, metrics = objective(x, [5, 9])
-    F = 8                                                   # two clips of four frames
-    h = torch.cat(taught)                                                       # (2F,1+36,D)
-    wide = torch.cat([z for z in tokens if z.shape[1] == 37])                   # (2F,1+36,D)
-    local = torch.cat([z for z in tokens if z.shape[1] == 5])                   # (3F,1+4,D)
+    F = 8  # two clips of four frames
+    h = torch.cat(taught)  # (2F,1+36,D)
+    wide = torch.cat([z for z in tokens if z.shape[1] == 37])  # (2F,1+36,D)
+    local = torch.cat([z for z in tokens if z.shape[1] == 5])  # (3F,1+4,D)
     views = [*wide[:, 0].split(F), *local[:, 0].split(F)]
     assert len(h) == len(wide) == 2 * F and len(views) == 5
 
@@ -97,12 +107,11 @@ def test_the_losses_of_views_are_dinos_and_ibots(preset):
         p = logits(objective.target_head, h) - objective.centres[kind].double().numpy()
         return -(softmax(p / 0.04) * np.log(q)).sum(-1)
 
-    pairs = [ce(0, z, target) for t, target in enumerate(h[:, 0].split(F))
-             for s, z in enumerate(views) if s != t]
+    pairs = [ce(0, z, target) for t, target in enumerate(h[:, 0].split(F)) for s, z in enumerate(views) if s != t]
     want = 0.75 * np.mean(pairs)
     assert metrics["ce_cls"].item() == pytest.approx(np.mean(pairs), rel=1e-5) and len(pairs) == 8
     if args.w_patch:
-        masks = torch.cat(hidden).numpy()                                       # (2F,36)
+        masks = torch.cat(hidden).numpy()  # (2F,36)
         errors = ce(1, wide[:, 1:], h[:, 1:])
         shares = [e[m].mean() if m.any() else 0.0 for e, m in zip(errors, masks)]
         assert 0 < sum(m.any() for m in masks) < 2 * F
@@ -114,7 +123,7 @@ def test_the_losses_of_views_are_dinos_and_ibots(preset):
 def test_flops_are_those_that_torch_counts(flags):
     """All but the gradients of the pixels, which nobody needs."""
     args, objective, x = setting(B=1, **flags)
-    inputs = 1 + args.motion                                # frames, and their changes
+    inputs = 1 + args.motion  # frames, and their changes
     pixels = 2 * (3 * 8 * 8) * 128 * 16 * (args.frames - 1) * inputs
     assert objective.flops() == counted(objective, x) + pixels
 
@@ -126,9 +135,10 @@ def test_flops_of_views_are_about_those_that_torch_counts(preset):
     assert objective.flops() == pytest.approx(counted(objective, x, [5]), rel=0.01)
 
 
-@pytest.mark.parametrize("step, lr, ema", [
-    (0, 0.0, 0.996), (5_000, 1e-4, 0.99600617), (102_500, 5.00005e-5, 0.99807853),
-    (199_999, 1e-9, 1.0)])
+@pytest.mark.parametrize(
+    "step, lr, ema",
+    [(0, 0.0, 0.996), (5_000, 1e-4, 0.99600617), (102_500, 5.00005e-5, 0.99807853), (199_999, 1e-9, 1.0)],
+)
 def test_schedules_at_the_start_after_warmup_and_at_the_end(step, lr, ema):
     """Table C.2: 200,000 steps of which 5,000 warm up; DINO's EMA."""
     objective = setting(steps=200_000, warmup=5_000, lr=1e-4, ema=0.996, final_ema=1.0)[1]
@@ -141,12 +151,14 @@ def test_the_online_probe_reads_the_teacher_on_evaluation_clips(call, pictures, 
     x = torch.randn(2, 3, 8, 32, 32)
     seen = probed(x)
     flags = [flag for flag in TINY if flag != "--probe_data"]
-    last = call(T, *flags, "--data", pictures, "--probe_data", pictures, pictures, "--workers", 0,
-                "--clips_per_video", 2, "--ema", 0.5, "--final_ema", 0.5, "--out_dir", tmp_path)
+    last = call(
+        T, *flags, "--data", pictures, "--probe_data", pictures, pictures, "--workers", 0, "--clips_per_video", 2,
+        "--ema", 0.5, "--final_ema", 0.5, "--out_dir", tmp_path,
+    )
     assert [(train, clips) for train, clips, _ in seen] == [(False, 1)] * 4
     teacher, _ = M.load_encoder(tmp_path)
     with torch.no_grad():
-        z = teacher(x)                                                          # (2,8*(1+16),D)
+        z = teacher(x)  # (2,8*(1+16),D)
     read = seen[-1][2].split(128, 1)
     assert torch.allclose(read[0], z[:, :8].mean(1), atol=1e-5)
     assert torch.allclose(read[2], z[:, 8:].mean(1), atol=1e-5)
@@ -155,20 +167,28 @@ def test_the_online_probe_reads_the_teacher_on_evaluation_clips(call, pictures, 
 
 
 def test_chunks_change_nothing():
-    """Loss, entropy, mean logits and both gradients of the chunked cross-entropy against autograd on all rows at once: 1e-5, and gradcheck in float64."""
+    """Loss, entropy, mean logits and both gradients of the chunked cross-entropy against autograd on all rows at
+    once: 1e-5, and gradcheck in float64."""
     torch.manual_seed(0)
     s, t = (torch.nn.functional.normalize(torch.randn(50, 16), dim=1).requires_grad_(g) for g in (True, False))
-    Ws, Wt, centre, weight = torch.randn(300, 16, requires_grad=True), torch.randn(300, 16), torch.randn(300) * 0.1, torch.rand(50)
+    Ws = torch.randn(300, 16, requires_grad=True)
+    Wt = torch.randn(300, 16)
+    centre = torch.randn(300) * 0.1
+    weight = torch.rand(50)
     p = ((t @ Wt.T - centre) / 0.07).softmax(1)
     whole = -(weight * (p * (s @ Ws.T / 0.1).log_softmax(1)).sum(1)).sum()
     gs, gW = torch.autograd.grad(2 * whole, (s, Ws))
     for rows in (1, 7, 50, 1000):
         loss, entropy, mean = T.ChunkedCE.apply(s, Ws, t, Wt, centre, weight, (0.1, 0.07), rows)
         got = torch.autograd.grad(2 * loss, (s, Ws))
-        assert abs(loss.item() / whole.item() - 1) < 1e-5 and (got[0] - gs).abs().max() < 1e-5 * gs.abs().max() and (got[1] - gW).abs().max() < 1e-5 * gW.abs().max()
-        assert abs(entropy.item() + (p * p.log()).sum(1).mean().item()) < 1e-5 and (mean - (t @ Wt.T).mean(0)).abs().max() < 1e-5
+        assert abs(loss.item() / whole.item() - 1) < 1e-5
+        assert (got[0] - gs).abs().max() < 1e-5 * gs.abs().max()
+        assert (got[1] - gW).abs().max() < 1e-5 * gW.abs().max()
+        assert abs(entropy.item() + (p * p.log()).sum(1).mean().item()) < 1e-5
+        assert (mean - (t @ Wt.T).mean(0)).abs().max() < 1e-5
     double = [v.detach().double()[:6, :4].contiguous().requires_grad_(v.requires_grad) for v in (s, Ws, t, Wt)]
-    assert torch.autograd.gradcheck(lambda a, b: T.ChunkedCE.apply(a, b, double[2], double[3], centre[:6].double(), weight[:6].double(), (0.3, 0.2), 4)[0], double[:2])
+    fixed = (double[2], double[3], centre[:6].double(), weight[:6].double(), (0.3, 0.2), 4)
+    assert torch.autograd.gradcheck(lambda a, b: T.ChunkedCE.apply(a, b, *fixed)[0], double[:2])
 
 
 class Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -189,15 +209,19 @@ class Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @pytest.mark.filterwarnings("ignore")
 def test_head_loss_and_centre_equal_lightlys(monkeypatch):
-    """DINO's head, its loss over pairs of views, its centre after two steps, and iBOT's loss of masked patches, against `lightly`: 1e-5."""
+    """DINO's head, its loss over pairs of views, its centre after two steps, and iBOT's loss of masked patches,
+    against `lightly`: 1e-5."""
     pytest.importorskip("lightly", reason="pip install --no-deps lightly")
     monkeypatch.setattr(sys, "meta_path", [Stub(), *sys.meta_path])
     from lightly.loss.dino_loss import DINOLoss
     from lightly.loss.ibot_loss import IBOTPatchLoss
     from lightly.models.modules.heads import DINOProjectionHead
+
     args, objective, _ = setting("laptop_video_ibot", temp=(0.1, 0.04))
     theirs = DINOProjectionHead(128, 32, 64, 48, norm_last_layer=False)
-    names = dict(zip(objective.head.state_dict(), ["last_layer.weight_v", "last_layer.weight_g"] + [f"layers.{i}.{k}" for i in (0, 2, 4) for k in ("weight", "bias")]))
+    keys = ["last_layer.weight_v", "last_layer.weight_g"]
+    keys += [f"layers.{i}.{k}" for i in (0, 2, 4) for k in ("weight", "bias")]
+    names = dict(zip(objective.head.state_dict(), keys))
     theirs.load_state_dict({names[k]: v for k, v in objective.head.state_dict().items()})
     views = [torch.randn(6, 128) for _ in range(4)]
     h = [torch.randn(6, 128) for _ in range(2)]
@@ -216,7 +240,8 @@ def test_head_loss_and_centre_equal_lightlys(monkeypatch):
         ours, _ = objective.ce(1, tokens[mask], targets[mask], weight)
         want = patch(out(objective.target_head, targets)[mask], out(objective.head, tokens)[mask], mask.view(6, 3, 3))
         assert abs(ours.item() - want.item()) < 1e-5, step
-        objective.logit_sums[0][:] = [torch.cat([out(objective.target_head, torch.cat(h)).sum(0), torch.tensor([12.0])])]
+        sums = out(objective.target_head, torch.cat(h)).sum(0)
+        objective.logit_sums[0][:] = [torch.cat([sums, torch.tensor([12.0])])]
         objective.after_step(0, True)
     assert (objective.centres[0] - cls.center.flatten()).abs().max() < 1e-5
 
@@ -225,11 +250,12 @@ def test_gradients_reach_the_encoder_by_both_paths_and_never_the_teacher():
     args, objective, x = setting()
     objective(x)[0].backward()
     assert all(p.grad is None for m in (objective.target, objective.target_head) for p in m.parameters())
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for m in (objective.encoder, objective.motion, objective.head) for p in m.parameters())
+    for module in (objective.encoder, objective.motion, objective.head):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
     now, change = x[:, :, 0:1], x[:, :, 1:2] - x[:, :, 0:1]
     z = objective.encoder(now)
     by_condition = torch.autograd.grad(objective.motion(change, z).square().sum(), z)[0]
-    assert (by_condition.abs().sum((0, 2)) > 0).all()       # of every token; the addend's is 1
+    assert (by_condition.abs().sum((0, 2)) > 0).all()  # of every token; the addend's is 1
     whole = torch.autograd.grad(objective(x)[0], objective.encoder.patch_embed.proj.weight)[0]
     motion = objective.motion.forward
     objective.motion.forward = lambda change, z: motion(change, z.detach())
@@ -249,16 +275,21 @@ def test_nothing_moves_at_first_and_composition_adds_motion():
     z, n = objective(x, read="compose"), 17
     assert torch.allclose(z[:, 2], z[:, 1] + objective.motion(x[:, :, 2:3] - x[:, :, 1:2], z[:, 1]))
     tokens = objective(x, read="target")
-    assert tokens.shape == (2, 4 * n, 128) and torch.equal(tokens[:, 4 + 16 : 4 + 32], objective.target(x[:, :, 1:2])[:, 1:])
+    assert tokens.shape == (2, 4 * n, 128)
+    assert torch.equal(tokens[:, 4 + 16 : 4 + 32], objective.target(x[:, :, 1:2])[:, 1:])
     assert objective(x, read="motion_tokens").shape == (2, 3 * n, 128)
 
 
 def test_centres_and_teacher_move_once_a_step_and_not_on_a_skipped_one():
-    """Two micro-batches give the centre of the whole batch; a step that is not taken leaves teacher and centres, also with a NaN."""
+    """Two micro-batches give the centre of the whole batch; a step that is not taken leaves teacher and centres,
+    also with a NaN."""
     args, objective, x = setting(B=4)
     with torch.no_grad():
         h = objective.target(x[:, :, 1:].transpose(1, 2).reshape(-1, 3, 1, 32, 32))
-        want = [0.1 * (lambda t, W: t @ W.T)(*objective.target_head(h[:, s])).flatten(0, -2).mean(0) for s in (slice(0, 1), slice(1, None))]
+        want = []
+        for tokens in (h[:, :1], h[:, 1:]):
+            t, W = objective.target_head(tokens)
+            want.append(0.1 * (t @ W.T).flatten(0, -2).mean(0))
     before = [p.clone() for p in objective.target.parameters()]
     objective(x * float("nan"))
     objective.after_step(0, False)
@@ -271,7 +302,8 @@ def test_centres_and_teacher_move_once_a_step_and_not_on_a_skipped_one():
 
 
 def test_views_are_functions_of_the_sample_number():
-    """The same for a clip in any batch; without crop and colour the image itself; masks hide what they should in half of the frames."""
+    """The same for a clip in any batch; without crop and colour the image itself; masks hide what they should in
+    half of the frames."""
     u = T.view_numbers(3, [5, 9], 2, 4)
     assert torch.equal(u[1:], T.view_numbers(3, [9], 2, 4)) and not torch.equal(u[0], u[1])
     x = torch.rand(4, 3, 32, 32)
@@ -283,12 +315,28 @@ def test_views_are_functions_of_the_sample_number():
     mask = T.block_masks(0, range(200), 4, (14, 14), 0.3, 0.2, 0.5)
     some = mask.any(1)
     assert torch.equal(mask[4:8], T.block_masks(0, [1], 4, (14, 14), 0.3, 0.2, 0.5))
-    assert 0.45 < some.float().mean() < 0.55 and 0.27 < mask[some].float().mean() < 0.35 and mask[some].float().mean(1).max() < 0.6
+    assert 0.45 < some.float().mean() < 0.55
+    assert 0.27 < mask[some].float().mean() < 0.35
+    assert mask[some].float().mean(1).max() < 0.6
 
 
-TABLE_4 = [(), ("--no-motion",), ("--w_mse", 0), ("--no-centre",), ("--temp", 1, 1), ("--no-cls_condition",), ("--w_cls", 0), ("--pos", "rope"),
-           ("--motion_input", "frame"), ("--motion_threshold", 0.1), ("--motion_depth", 1), ("--condition", "film"), ("--condition", "adaln_zero"),
-           ("--condition", "gated_adaln", "--no-cls_condition"), ("--motion_lr", 0.03)]
+TABLE_4 = [
+    (),
+    ("--no-motion",),
+    ("--w_mse", 0),
+    ("--no-centre",),
+    ("--temp", 1, 1),
+    ("--no-cls_condition",),
+    ("--w_cls", 0),
+    ("--pos", "rope"),
+    ("--motion_input", "frame"),
+    ("--motion_threshold", 0.1),
+    ("--motion_depth", 1),
+    ("--condition", "film"),
+    ("--condition", "adaln_zero"),
+    ("--condition", "gated_adaln", "--no-cls_condition"),
+    ("--motion_lr", 0.03),
+]
 
 
 def three_steps(flags):
@@ -303,7 +351,7 @@ def three_steps(flags):
     for group in optimizer.param_groups:
         group["lr"] = 1e-4 * group["factor"]
     x = torch.randn(2, 3, 3, 32, 32)
-    x[1, :, 1] = x[1, :, 0]                                 # one pair that does not move
+    x[1, :, 1] = x[1, :, 0]  # one pair that does not move
     found = []
     for step in range(3):
         loss, _ = objective(x)
@@ -328,7 +376,7 @@ def test_every_flag_of_table_4_trains_and_differs_from_the_full_model(flags, ful
     trained = [name for name, p in objective.named_parameters() if p.requires_grad]
     assert [name for name in trained if torch.equal(before[name], after[name])] == []
     assert found[2] < found[0] and found != full[3]
-    if "--motion_lr" in flags:                              # of the motion encoder a small step
+    if "--motion_lr" in flags:  # of the motion encoder a small step
         moved = [(after[k] - before[k]).abs().max() for k in after if k.startswith("motion.")]
         assert max(moved) < 0.1 * (full[2]["motion.proj.weight"]).abs().max()
 
@@ -342,39 +390,58 @@ def test_the_full_model_trains(full):
 
 @pytest.mark.parametrize("flags", [(), ("--preset", "laptop_video_ibot", "--micro_batch", 1)], ids=["tdv", "ibot"])
 def test_runs_resume_and_ranks(run, tmp_path, flags):
-    """2 + resume + 2 steps equal 4, bit for bit; two ranks, replicated and sharded, log the same losses within 1e-5; the encoder loads."""
+    """2 + resume + 2 steps equal 4, bit for bit; two ranks, replicated and sharded, log the same losses within
+    1e-5; the encoder loads."""
     flags = (*TINY, *flags, "--data", "world", "--fps", 0, "--size", 32, "--local_crops", 2)
     status, last, err = run("train_tdv.py", *flags, "--out_dir", tmp_path / "whole")
     assert status == 0 and last["steps"] == 4, err[-2000:]
     for stop in (2, 0):
         assert run("train_tdv.py", *flags, "--out_dir", tmp_path / "parts", "--resume", "--stop_at", stop)[0] == 0
-    rows = lambda name: [{k: v for k, v in json.loads(line).items() if k.startswith(("loss", "ce", "entropy", "mse", "rankme"))}
-                         for line in (tmp_path / name / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+    def rows(name):
+        lines = [json.loads(x) for x in (tmp_path / name / "log.jsonl").read_text().splitlines() if '"loss"' in x]
+        kept = ("loss", "ce", "entropy", "mse", "rankme")
+        return [{k: v for k, v in line.items() if k.startswith(kept)} for line in lines]
     assert rows("whole") == rows("parts")
     a, b = (M.load_encoder(tmp_path / name)[0].state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     for name, extra in (("ddp", ()), ("fsdp", ("--fsdp",))):
-        status, _, err = run("train_tdv.py", *flags, "--sample_every", 4, "--out_dir", tmp_path / name, *extra, ranks=2)
+        status, _, err = run(
+            "train_tdv.py", *flags, "--sample_every", 4, "--out_dir", tmp_path / name, *extra, ranks=2
+        )
         assert status == 0, err[-2000:]
         assert np.abs(np.array(losses(tmp_path / name)) - losses(tmp_path / "whole")).max() < 1e-4, name
 
 
 def test_a_frozen_start_probes_and_pictures(run, tmp_path):
-    """--init with --freeze leaves the encoder as it was and trains the motion encoder; the run's end has all accuracies, a picture and the drift."""
+    """--init with --freeze leaves the encoder as it was and trains the motion encoder; the run's end has all
+    accuracies, a picture and the drift."""
     encoder = M.ViT(**M.SIZES["vit_n"], patch=8, tubelet=1, frames=8, size=48, pos="learned", images=True, cls=True)
     M.save_encoder(tmp_path / "given.safetensors", encoder, encoder.config | M.IMAGENET)
-    status, last, err = run("train_tdv.py", *TINY[:-6], "--warmup", 2, "--sample_every", 4, "--probe_data", "world", "world", "--init", tmp_path / "given.safetensors",
-                            "--freeze", "--w_cls", 0, "--w_patch", 0, "--out_dir", tmp_path / "run", "--prototypes", 32)
+    status, last, err = run(
+        "train_tdv.py", *TINY[:-6], "--warmup", 2, "--sample_every", 4, "--probe_data", "world", "world", "--init",
+        tmp_path / "given.safetensors", "--freeze", "--w_cls", 0, "--w_patch", 0, "--out_dir", tmp_path / "run",
+        "--prototypes", 32,
+    )
     assert status == 0 and None not in (last["probe_acc"], last["knn_acc"]), err[-2000:]
     after = M.load_encoder(tmp_path / "run")[0].state_dict()
     assert all(torch.equal(v, after[k]) for k, v in encoder.state_dict().items() if k != "pos_embed")
-    assert (tmp_path / "run" / "samples" / "step_00000004.png").exists() and '"drift"' in (tmp_path / "run" / "log.jsonl").read_text()
+    assert (tmp_path / "run" / "samples" / "step_00000004.png").exists()
+    assert '"drift"' in (tmp_path / "run" / "log.jsonl").read_text()
 
 
-@pytest.mark.parametrize("flags, message", [(("--frames", 1), "--frames 1"), (("--preset", "laptop_video_dino", "--local_size", 12), "--local_size 12"),
-                                            (("--condition", "none"), "none"), (("--prototypes", 0), "--prototypes 0"), (("--freeze",), "--init"),
-                                            (("--mask_ratio", 0.9, 0.3), "--mask_ratio 0.9 0.3"), (("--betas", 0.9, 1.0), "--betas 1.0"),
-                                            (("--clips_per_video", 3), "--clips_per_video 3")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--frames", 1), "--frames 1"),
+        (("--preset", "laptop_video_dino", "--local_size", 12), "--local_size 12"),
+        (("--condition", "none"), "none"),
+        (("--prototypes", 0), "--prototypes 0"),
+        (("--freeze",), "--init"),
+        (("--mask_ratio", 0.9, 0.3), "--mask_ratio 0.9 0.3"),
+        (("--betas", 0.9, 1.0), "--betas 1.0"),
+        (("--clips_per_video", 3), "--clips_per_video 3"),
+    ],
+)
 def test_what_cannot_be(run, tmp_path, flags, message):
     status, _, err = run("train_tdv.py", *TINY, "--data", "world", *flags, "--out_dir", tmp_path / "no")
     assert status == 2 and message in err and "Traceback" not in err, err

@@ -1,4 +1,6 @@
-"""train_vjepa.py: the objective against stored numbers of the official modules, what gets gradients, schedules, ranks, resume, errors, a fork."""
+"""train_vjepa.py: the objective against stored numbers of the official modules, what gets gradients, schedules,
+ranks, resume, errors, a fork."""
+
 import copy
 import dataclasses
 import json
@@ -18,7 +20,10 @@ import model as M
 import train_vjepa as V
 
 ROOT = Path(V.__file__).parent
-TINY = ("--preset", "laptop", "--steps", 6, "--batch_size", 8, "--log_every", 1, "--sample_every", 0, "--probe_data", "--warmup", 2)
+TINY = (
+    "--preset", "laptop", "--steps", 6, "--batch_size", 8, "--log_every", 1, "--sample_every", 0, "--probe_data",
+    "--warmup", 2,
+)
 
 
 def tiny(**changes):
@@ -47,7 +52,8 @@ def losses(out):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-# --- the objective ------------------------------------------------------------------------------------------------------------------------
+# --- the objective --------------------------------------------------------------------------------
+
 
 def test_loss_is_the_mean_over_masks_of_the_l1_to_layer_normed_targets():
     """Against the formula in float64 on the module's own encoder and predictor outputs."""
@@ -56,7 +62,10 @@ def test_loss_is_the_mean_over_masks_of_the_l1_to_layer_normed_targets():
     h = objective.target(x).detach().double().numpy()
     h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5)
     zhat = objective.predictor([objective.encoder(x, k) for k in keep], keep, pred)
-    terms = [np.abs(p.detach().double().numpy() - np.take_along_axis(h, ids.numpy()[..., None], 1)).mean() for p, ids in zip(zhat, pred)]
+    terms = [
+        np.abs(p.detach().double().numpy() - np.take_along_axis(h, ids.numpy()[..., None], 1)).mean()
+        for p, ids in zip(zhat, pred)
+    ]
     assert abs(loss.item() - np.mean(terms)) < 1e-6
     assert [round(metrics[f"loss_{m}"].item(), 5) for m in args.masks] == [round(t, 5) for t in terms]
 
@@ -92,7 +101,10 @@ def test_ema_moves_the_target_by_one_minus_m_of_the_way():
         torch.testing.assert_close(v - before[k], torch.full_like(v, 0.1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("step, lr, wd, ema", [(0, 2e-4, 0.04, 0.998), (12_000, 6.25e-4, 0.0784, 0.9982133333), (90_000, 7.5042224e-5, 0.328, 0.9996)])
+@pytest.mark.parametrize(
+    "step, lr, wd, ema",
+    [(0, 2e-4, 0.04, 0.998), (12_000, 6.25e-4, 0.0784, 0.9982133333), (90_000, 7.5042224e-5, 0.328, 0.9996)],
+)
 def test_schedules_at_the_start_after_warmup_and_at_the_end(step, lr, wd, ema):
     """Paper, Appendix A: the schedules of 112,500 steps, cut at 90,000."""
     schedules = V.VJEPA.schedules(type("O", (), {"args": V.Args()})(), step)
@@ -114,17 +126,26 @@ def test_flops_are_those_that_torch_counts(full_pass):
 def test_defaults_are_the_papers_recipe():
     """Table 5, ViT-L/16 at 224 px."""
     a = V.Args()
-    assert (a.model, a.size, a.frames, a.stride, a.patch, a.tubelet, a.pred_depth, a.pred_width) == ("vit_l", 224, 16, 4, 16, 2, 12, 384)
-    assert (a.masks, a.aspect, a.batch_size, a.steps, a.warmup) == (("8x0.15", "2x0.7"), (0.75, 1.5), 3072, 90_000, 12_000)
-    assert (a.start_lr, a.lr, a.final_lr, a.weight_decay, a.final_weight_decay, a.ema, a.final_ema, a.stretch) == (2e-4, 6.25e-4, 1e-6, 0.04, 0.4, 0.998, 1.0, 1.25)
+    assert (a.model, a.size, a.frames, a.stride, a.patch, a.tubelet) == ("vit_l", 224, 16, 4, 16, 2)
+    assert (a.pred_depth, a.pred_width) == (12, 384)
+    assert (a.masks, a.aspect) == (("8x0.15", "2x0.7"), (0.75, 1.5))
+    assert (a.batch_size, a.steps, a.warmup, a.stretch) == (3072, 90_000, 12_000, 1.25)
+    assert (a.start_lr, a.lr, a.final_lr) == (2e-4, 6.25e-4, 1e-6)
+    assert (a.weight_decay, a.final_weight_decay, a.ema, a.final_ema) == (0.04, 0.4, 0.998, 1.0)
 
 
-# --- the run ------------------------------------------------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
+
 
 def test_two_ranks_log_the_losses_of_one_process(run, tmp_path):
     """DDP and FSDP2 on gloo, with accumulation: the same samples and masks, so the same losses."""
     want = None
-    for name, ranks, extra in (("one", 1, ()), ("accumulated", 1, ("--micro_batch", 2)), ("ddp", 2, ("--micro_batch", 2)), ("fsdp", 2, ("--fsdp",))):
+    for name, ranks, extra in (
+        ("one", 1, ()),
+        ("accumulated", 1, ("--micro_batch", 2)),
+        ("ddp", 2, ("--micro_batch", 2)),
+        ("fsdp", 2, ("--fsdp",)),
+    ):
         status, last, err = run("train_vjepa.py", *TINY, "--out_dir", tmp_path / name, *extra, ranks=ranks)
         assert status == 0 and last["steps"] == 6, err[-2000:]
         got = losses(tmp_path / name)
@@ -146,8 +167,10 @@ def test_the_online_probe_reads_the_target_on_evaluation_clips(call, pictures, p
     x = torch.randn(2, 3, 8, 32, 32)
     seen = probed(x)
     flags = [flag for flag in TINY if flag != "--probe_data"]
-    last = call(V, *flags, "--data", pictures, "--probe_data", pictures, pictures, "--workers", 0,
-                "--clips_per_video", 2, "--ema", 0.5, "--final_ema", 0.5, "--out_dir", tmp_path)
+    last = call(
+        V, *flags, "--data", pictures, "--probe_data", pictures, pictures, "--workers", 0, "--clips_per_video", 2,
+        "--ema", 0.5, "--final_ema", 0.5, "--out_dir", tmp_path,
+    )
     assert [(train, clips) for train, clips, _ in seen] == [(False, 1)] * 4
     target, _ = M.load_encoder(tmp_path)
     with torch.no_grad():
@@ -156,15 +179,18 @@ def test_the_online_probe_reads_the_target_on_evaluation_clips(call, pictures, p
     assert last["probe_acc"] is not None
 
 
-@pytest.mark.parametrize("flags, message", [
-    (("--preset", "lapdog"), "--preset lapdog: choose from"),
-    (("--preset", "laptop", "--lr", "nan"), "--lr nan: a positive finite number"),
-    (("--preset", "laptop", "--batch_size", "0"), "--batch_size 0: a positive finite number"),
-    (("--preset", "laptop", "--micro_batch", "5"), "--batch_size 16 is not a multiple"),
-    (("--preset", "laptop", "--masks", "8by0.1"), "8by0.1"),
-    (("--preset", "laptop", "--model", "vit_x"), "--model vit_x: choose from"),
-    (("--preset", "laptop", "--data", "nowhere.csv"), "nowhere.csv"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--preset", "lapdog"), "--preset lapdog: choose from"),
+        (("--preset", "laptop", "--lr", "nan"), "--lr nan: a positive finite number"),
+        (("--preset", "laptop", "--batch_size", "0"), "--batch_size 0: a positive finite number"),
+        (("--preset", "laptop", "--micro_batch", "5"), "--batch_size 16 is not a multiple"),
+        (("--preset", "laptop", "--masks", "8by0.1"), "8by0.1"),
+        (("--preset", "laptop", "--model", "vit_x"), "--model vit_x: choose from"),
+        (("--preset", "laptop", "--data", "nowhere.csv"), "nowhere.csv"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(run, tmp_path, flags, message):
     status, _, err = run("train_vjepa.py", *flags, "--out_dir", tmp_path / "out")
     assert status == 2 and message in err and "Traceback" not in err and len(err.strip().splitlines()) == 1, err
@@ -195,14 +221,16 @@ def test_runs_of_the_first_release_go_on_or_say_what_changed(run, tmp_path):
     file.write_text(json.dumps(head))
     status, _, err = run("train_vjepa.py", *TINY, "--steps", 2, "--out_dir", out, "--resume", "--terms", "ld:0.5")
     words = err.strip().splitlines()
-    assert status == 2 and len(words) == 1 and "ld (0.5 -> no such flag any more)" in words[0] and "terms" in words[0], err
+    assert status == 2 and len(words) == 1, err
+    assert "ld (0.5 -> no such flag any more)" in words[0] and "terms" in words[0], err
 
     head["config"]["ld"] = 0.0
     file.write_text(json.dumps(head))
     probing = ("--data", "world", "--val_clips", 12, "--frames", 8, "--workers", 0, "--out_dir", tmp_path / "probe")
     status, last, err = run("probe.py", "physics", "--encoder", out, *probing)
     assert status == 0 and last["task"] == "physics", err
-    status, _, err = run("train_vjepa.py", *TINY, "--steps", 1, "--terms", "ld:1", "--init", out, "--out_dir", tmp_path / "new")
+    more = ("--steps", 1, "--terms", "ld:1", "--init", out, "--out_dir", tmp_path / "new")
+    status, _, err = run("train_vjepa.py", *TINY, *more)
     assert status == 0, err
 
 
@@ -216,10 +244,11 @@ def test_modules_import_where_unix_files_do_not_exist():
 def test_dry_run_of_the_papers_model_touches_no_data(run):
     status, last, err = run("train_vjepa.py", "--dry_run")
     assert status == 0, err
-    assert last["params_encoder"] == pytest.approx(303.9e6, rel=0.01) and last["flops_per_clip"] == pytest.approx(2.4e12, rel=0.1)
+    assert last["params_encoder"] == pytest.approx(303.9e6, rel=0.01)
+    assert last["flops_per_clip"] == pytest.approx(2.4e12, rel=0.1)
 
 
-# --- the fork -----------------------------------------------------------------------------------------------------------------------------
+# --- the fork -------------------------------------------------------------------------------------
 
 SECTIONS = (  # of FWM-HW-LD, from a line to the line before another: its flags, its rows, its terms
     ("    # --- FWM-HW-LD\n", "\n\nLAPTOP"),
@@ -240,7 +269,7 @@ def test_a_new_objective_is_a_diff_of_under_30_lines(tmp_path):
     text = fork.read_text()
     for first, last in SECTIONS:
         begin = text.index(first)
-        text = text[:begin] + text[text.index(last, begin):]
+        text = text[:begin] + text[text.index(last, begin) :]
     fork.write_text(text)
     subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=tmp_path)
 
