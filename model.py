@@ -1340,8 +1340,8 @@ def dry_run(run, objective, flops, activations, total=None, **more):
 
     flops: of a step. activations: bytes that autograd keeps of the clips of one forward pass.
     total: FLOPs of the run, if not flops times --steps. The memory is an estimate for one GPU: 16
-    bytes a trained parameter (float32 weight, gradient, Adam's two moments), 4 a frozen one, shared by
-    the ranks under --fsdp, and the activations.
+    bytes a trained parameter (float32 weight, gradient, Adam's two moments), 4 a frozen one, shared
+    by the ranks under --fsdp, and the activations.
     """
     args = run.args
     total = flops * args.steps if total is None else total
