@@ -617,19 +617,25 @@ def save_png(path, image):
 # Every clip keeps and hides at least one token.
 
 
+def clamp(value, low, high):
+    return min(max(value, low), high)
+
+
 def block_shape(rng, grid, scale, time=1.0, aspect=(0.75, 1.5)):
     """(slices, rows, columns) of a block: `scale` of the frame, a share `time` of the slices.
 
     Its rows / columns are drawn from `aspect`.
     """
     t, h, w = grid
-    depth = min(max(int(t * time), 1), t)
+    depth = clamp(int(t * time), 1, t)
     area = int(h * w * scale)
     # a large block of an unlucky shape may cover the frame
     for _ in range(100):
         ratio = rng.uniform(*aspect)
-        height = min(max(round(math.sqrt(area * ratio)), 1), h)
-        width = min(max(round(math.sqrt(area * (1 / ratio))), 1), w)
+        height = math.sqrt(area * ratio)
+        width = math.sqrt(area * (1 / ratio))
+        height = clamp(round(height), 1, h)
+        width = clamp(round(width), 1, w)
         if (depth, height, width) != (t, h, w):
             return depth, height, width
     raise DataError(f"blocks of {scale} of a {h}x{w} grid leave no context")
@@ -657,14 +663,17 @@ def multiblock(rng, B, grid, blocks, scale, time=1.0, aspect=(0.75, 1.5)):
     hidden = np.empty((B, slices, h, w), dtype=bool)
     todo = np.arange(B)
     while len(todo):
-        new = np.zeros((len(todo), slices, h, w), dtype=bool)
+        n = len(todo)
+        new = np.zeros((n, slices, h, w), dtype=bool)
         for _ in range(blocks):
-            when = interval(rng, len(todo), slices, depth)                  # (n,slices)
-            down = interval(rng, len(todo), h, height)                      # (n,h)
-            across = interval(rng, len(todo), w, width)                     # (n,w)
-            new |= when[:, :, None, None] & (down[:, :, None] & across[:, None])[:, None]
+            when = interval(rng, n, slices, depth)                          # (n,slices)
+            down = interval(rng, n, h, height)                              # (n,h)
+            across = interval(rng, n, w, width)                             # (n,w)
+            rectangle = down[:, :, None] & across[:, None]                  # (n,h,w)
+            new |= when[:, :, None, None] & rectangle[:, None]
         hidden[todo] = new
-        todo = todo[new.all((1, 2, 3))]
+        no_context = new.all((1, 2, 3))
+        todo = todo[no_context]
     return np.broadcast_to(hidden, (B, t, h, w)).copy()
 
 
@@ -674,14 +683,17 @@ def random_mask(rng, B, grid, ratio):
     if N < 2:
         raise DataError(f"a mask needs two places to tell apart, and the grid has {N}")
     keys = rng.random((B, N), dtype=np.float32)
-    count = min(max(round(N * ratio), 1), N - 1)
-    largest = np.partition(keys, count - 1)[:, count - 1, None]             # (B,1)
+    count = clamp(round(N * ratio), 1, N - 1)
+    ordered = np.partition(keys, count - 1)
+    largest = ordered[:, count - 1, None]                                   # (B,1)
     return (keys <= largest).reshape(B, *grid)
 
 
 def tube_mask(rng, B, grid, ratio):
     """Random places of the frame, the same in every slice."""
-    return random_mask(rng, B, (1, *grid[1:]), ratio).repeat(grid[0], axis=1)
+    t, h, w = grid
+    hidden = random_mask(rng, B, (1, h, w), ratio)
+    return hidden.repeat(t, axis=1)
 
 
 def causal_mask(rng, B, grid, ratio):
@@ -689,8 +701,9 @@ def causal_mask(rng, B, grid, ratio):
     t = grid[0]
     if t < 2:
         raise DataError("a causal mask needs two slices of time")
+    count = clamp(round(t * ratio), 1, t - 1)
     hidden = np.zeros((B, *grid), dtype=bool)
-    hidden[:, -min(max(round(t * ratio), 1), t - 1) :] = True
+    hidden[:, -count:] = True
     return hidden
 
 
@@ -716,11 +729,17 @@ def parse_mask(text):
         if ":" in text:
             kind, ratio = text.split(":")
             return MASKS[kind], {"ratio": fraction(ratio)}
-        blocks, scale, time = (text if text.count("x") == 2 else text + "x1").split("x")
+        numbers = text.split("x")
+        if len(numbers) == 2:
+            numbers.append("1")
+        blocks, scale, time = numbers
         if int(blocks) < 1:
             raise ValueError
-        shape = {"scale": fraction(scale), "time": fraction(time)}
-        return multiblock, {"blocks": int(blocks), **shape}
+        return multiblock, {
+            "blocks": int(blocks),
+            "scale": fraction(scale),
+            "time": fraction(time),
+        }
     except (ValueError, KeyError):
         raise DataError(f"mask {text!r}: write BLOCKSxSCALE, BLOCKSxSCALExTIME, random:RATIO, "
                         "tube:RATIO or causal:RATIO, with numbers in (0, 1]") from None
@@ -756,12 +775,14 @@ def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", 
         K = fewest(seen)
         M = fewest(unseen)
         few = (seen < K) | (unseen < M)
-        hidden[few] = hidden[rng.choice(np.flatnonzero(~few), few.sum())]
+        enough = np.flatnonzero(~few)
+        hidden[few] = hidden[rng.choice(enough, few.sum())]
 
         keys = np.broadcast_to(np.arange(N) / N, (last - first, N))
         if trim == "random":
             # a stream of its own, wound on to the first row: a rank draws its own rows' numbers
-            bits = np.random.PCG64([seed, step, i, 1]).advance(first * N)
+            bits = np.random.PCG64([seed, step, i, 1])
+            bits.advance(first * N)
             keys = np.random.Generator(bits).random(keys.shape)
         hidden = hidden[first:last]
         kept = lowest(~hidden, keys, K, bucket)
@@ -769,8 +790,9 @@ def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", 
             hidden = np.ones_like(hidden)
             np.put_along_axis(hidden, kept, False, axis=1)
             M = N - kept.shape[1]
+        predicted = lowest(hidden, keys, M, bucket)
         keep.append(torch.from_numpy(kept))
-        pred.append(torch.from_numpy(lowest(hidden, keys, M, bucket)))
+        pred.append(torch.from_numpy(predicted))
     return keep, pred
 
 
@@ -788,12 +810,15 @@ def lowest(chosen, keys, count, bucket):
     """chosen, keys (b,N) -> sorted ids of the chosen with the lowest keys, `count` of each row."""
     count = count // bucket * bucket or count
     keys = np.where(chosen, keys, 2.0)
-    return np.sort(np.argpartition(keys, count - 1)[:, :count])
+    ids = np.argpartition(keys, count - 1)
+    return np.sort(ids[:, :count])
 
 
 def early_tokens(grid, temporal_keep):
     """How many tokens lie in the first share `temporal_keep` of the slices, of one at least."""
-    return max(1, int(grid[0] * temporal_keep)) * grid[1] * grid[2]
+    t, h, w = grid
+    slices = max(1, int(t * temporal_keep))
+    return slices * h * w
 
 
 # --- dense data sets as downloaded -> clip.mp4 + clip.safetensors ------------------------------------------------------------------------
@@ -1337,11 +1362,12 @@ class Scene:
 def rotation(axis, angle):
     """axis (...,3), angle (...) in rad -> (...,3,3), right-handed (Rodrigues)."""
     axis = axis / np.linalg.norm(axis, axis=-1, keepdims=True)
+    identity = np.eye(3)
     outer = axis[..., None] * axis[..., None, :]
-    cross = np.cross(np.eye(3), axis[..., None, :])
+    cross = np.cross(identity, axis[..., None, :])
     cos = np.cos(angle)[..., None, None]
     sin = np.sin(angle)[..., None, None]
-    return cos * np.eye(3) + outer * (1 - cos) + cross * sin
+    return cos * identity + outer * (1 - cos) + cross * sin
 
 
 def product(a, b):
@@ -1349,7 +1375,8 @@ def product(a, b):
 
     Unlike matmul: one clip's result cannot depend on the batch around it.
     """
-    return (a[..., None] * b[..., None, :, :]).sum(-2)
+    terms = a[..., None] * b[..., None, :, :]
+    return terms.sum(-2)
 
 
 def dot(a, b):
@@ -1373,7 +1400,10 @@ def at_object(ids, *tables):
     values = torch.cat(rows, 1).T.contiguous()
     values = values.index_select(1, row.flatten())
     parts = values.split([table.shape[1] for table in rows])
-    return [part.view(*table.shape[3:], *row.shape) for part, table in zip(parts, tables)]
+    seen = []
+    for part, table in zip(parts, tables):
+        seen.append(part.view(*table.shape[3:], *row.shape))
+    return seen
 
 
 class Draws:
@@ -1385,21 +1415,23 @@ class Draws:
 
     def uniform(self, low, high, *shape):
         """shape (count,...) -> (count,n,1,...): the 1 is for the times."""
-        drawn, self.uniforms = np.split(self.uniforms, [math.prod(shape)], 1)
-        return low + (high - low) * objects_first(drawn, *shape)
+        drawn, self.uniforms = hand_out(self.uniforms, *shape)
+        return low + (high - low) * drawn
 
     def normal(self, *shape):
-        drawn, self.normals = np.split(self.normals, [math.prod(shape)], 1)
-        return objects_first(drawn, *shape)
+        drawn, self.normals = hand_out(self.normals, *shape)
+        return drawn
 
     def between(self, low, high):
         """Uniform, a number for each clip, (n,1)."""
         return self.uniform(low, high, 1)[0]
 
 
-def objects_first(drawn, count, *shape):
-    """(n,...) -> (count,n,1,*shape)"""
-    return drawn.reshape(len(drawn), count, 1, *shape).swapaxes(0, 1)
+def hand_out(numbers, count, *shape):
+    """numbers (n,left) -> the first of them, (count,n,1,*shape), and the rest."""
+    drawn, rest = np.split(numbers, [math.prod(shape) * count], 1)
+    drawn = drawn.reshape(len(drawn), count, 1, *shape)
+    return drawn.swapaxes(0, 1), rest
 
 
 @dataclass
@@ -1438,7 +1470,8 @@ class World:
             self.contrast = 0.5 if rooms else 0.0
         # from -1/2 to 1/2 through 0 half-way
         last = self.frames - 1
-        self.times = (np.arange(self.frames) - last / 2) / max(1, last)
+        from_middle = np.arange(self.frames) - last / 2
+        self.times = from_middle / max(1, last)
 
     def __len__(self):
         return SPLITS[self.split]
@@ -1456,14 +1489,16 @@ class World:
         videos: so asking for labels changes no video.
         """
         split = list(SPLITS).index(self.split)
-        return [np.random.default_rng((self.seed, split, int(i), *use)) for i in indices]
+        seeds = [(self.seed, split, int(i), *use) for i in indices]
+        return [np.random.default_rng(seed) for seed in seeds]
 
     def grain(self, generators):
         """Pixel noise (n,T,H,W,3) uint8, or None."""
         if not self.noise:
             return None
         shape = (self.frames, self.size, self.size, 3)
-        return np.stack([g.integers(0, 256, shape, np.uint8) for g in generators])
+        noise = [g.integers(0, 256, shape, np.uint8) for g in generators]
+        return np.stack(noise)
 
     # --- 2 scene: float64 and elementwise, so that no clip depends on the others of a batch
 
@@ -1473,9 +1508,11 @@ class World:
         bend = np.sin(TAU * self.times)
         pace = self.times + draw.between(-0.5, 0.5) * bend / TAU            # (n,T)
         wall = draw.between(0.8, 1.25)                                      # (n,1)
-        R, p = self.camera(draw, indices % len(MOTIONS), pace, wall)
+        motion = indices % len(MOTIONS)
+        R, p = self.camera(draw, motion, pace, wall)
         Ro, po, size = self.objects(draw, wall)
-        return Scene(R, p, Ro, po, size, *self.textures(draw, wall))
+        wave, phase = self.textures(draw, wall)
+        return Scene(R, p, Ro, po, size, wave, phase)
 
     def camera(self, draw, motion, pace, wall):
         """-> R (n,T,3,3), p (n,T,3): one of eight motions, and a sway that is the same for all."""
@@ -1490,52 +1527,59 @@ class World:
         place = np.empty((*pace.shape, 3))
         place[..., 0] = right * shift * pace
         place[..., 1] = down * shift * pace
-        place[..., 2] = wall * (1 - np.exp(-ahead * zoom * pace))
+        # to the wall, as a share of what it is half-way
+        distance = np.exp(-ahead * zoom * pace)
+        place[..., 2] = wall * (1 - distance)
 
         sway = draw.uniform(0, TAU, 1, 3)[0]                                # (n,1,3)
         speed = draw.uniform(0.5, 1, 1, 3)[0]
         sway = sway + TAU * speed * self.times[:, None]                     # (n,T,3)
-        swing = np.sin(sway) - np.sin(sway.mean(1, keepdims=True))
+        middle = sway.mean(1, keepdims=True)
+        swing = np.sin(sway) - np.sin(middle)
         place = place + self.wobble * width[..., None] * swing
 
         # the floor may be anywhere
         start = rotation([0, 0, 1], draw.between(0, TAU))                   # (n,1,3,3)
-        R = product(start, rotation([0, 0, -1], roll * turn * pace))
-        return R, product(start, place[..., None])[..., 0]
+        turned = rotation([0, 0, -1], roll * turn * pace)
+        R = product(start, turned)
+        p = product(start, place[..., None])[..., 0]
+        return R, p
 
     def objects(self, draw, wall):
         """-> Ro (O,n,T,3,3), po (O,n,T,3), size (O,n,1,3)."""
         Ro, po, size = self.empty_room(wall)
         # wall and floor (or ceiling, or side wall: the camera's start decides), a little tilted
         axis = draw.normal(PLANES, 3) * [1, 1, 0.01]
-        tilt = rotation(axis, draw.uniform(0, 0.45, PLANES))                # (2,n,1,3,3)
+        angle = draw.uniform(0, 0.45, PLANES)
+        tilt = rotation(axis, angle)                                        # (2,n,1,3,3)
         Ro[:PLANES] = product(tilt, Ro[:PLANES])
         po[1, ..., 1] = draw.between(0.4, 1.0) * wall
 
         # things between camera and wall, some outside the picture
-        depth = draw.uniform(0.45, 0.85, THINGS) * wall                     # (things,n,1)
-        across = draw.uniform(-1.4, 1.4, THINGS, 2) * FIELD * depth[..., None]
-        place = np.concatenate([across, depth[..., None]], -1)              # (things,n,1,3)
+        depth = draw.uniform(0.45, 0.85, THINGS, 1) * wall[..., None]       # (things,n,1,1)
+        across = draw.uniform(-1.4, 1.4, THINGS, 2) * FIELD * depth
+        place = np.concatenate([across, depth], -1)                         # (things,n,1,3)
         velocity = draw.normal(THINGS, 3) * 0.06 * wall[..., None]
         po[PLANES:] = place + velocity * self.times[:, None]
         axis = draw.normal(THINGS, 3)
         angle = draw.uniform(0, TAU, THINGS)
         angle = angle + draw.uniform(-1, 1, THINGS) * self.times            # (things,n,T)
         Ro[PLANES:] = rotation(axis, angle)
-        radius = draw.uniform(0.12, 0.4, THINGS) * depth * FIELD
-        size[PLANES:] = radius[..., None]
+        size[PLANES:] = draw.uniform(0.12, 0.4, THINGS, 1) * depth * FIELD
         size[-BOXES:] *= draw.uniform(0.5, 1.0, BOXES, 3)
         return Ro, po, size
 
     def empty_room(self, wall):
         """-> Ro, po, size of the wall in its place and all else at the camera's."""
-        shape = (OBJECTS, len(wall), self.frames)
+        n = len(wall)
+        shape = (OBJECTS, n, self.frames)
         Ro = np.tile(np.eye(3), (*shape, 1, 1))
         # upright
         Ro[1] = rotation([1, 0, 0], np.pi / 2)
         po = np.zeros((*shape, 3))
         po[0, ..., 2] = wall
-        return Ro, po, np.ones((OBJECTS, len(wall), 1, 3))
+        size = np.ones((OBJECTS, n, 1, 3))
+        return Ro, po, size
 
     def textures(self, draw, wall):
         """-> wave (O,n,1,S,3), phase (O,n,1,S): isotropic waves over five octaves.
@@ -1560,12 +1604,13 @@ class World:
         breaks the law that IMPOSSIBLE[i mod 6] names: out of sight, behind a pillar, in every other
         six clips (not stop and start), else in view.
         """
-        law = np.array(IMPOSSIBLE)[indices % len(LAWS), None]               # (n,1)
+        kind = indices % len(LAWS)
+        law = np.array(IMPOSSIBLE)[kind, None]                              # (n,1)
         in_view = indices[:, None] // len(LAWS) % 2 == 1
         in_view = in_view | np.isin(law, ["stop", "start"])
         wall = draw.between(0.8, 1.25)
         side = np.sign(draw.between(-1, 1))
-        box_moves = draw.between(0, 1) < 0.5
+        box_moves = draw.between(0, 1)[..., None] < 0.5                     # (n,1,1)
         radius = draw.between(0.07, 0.1) * wall
         floor = draw.between(0.26, 0.34) * wall
         reach = draw.between(0.65, 0.8) * FIELD * 0.6 * wall
@@ -1578,12 +1623,14 @@ class World:
         # what the thing may do
         path = np.empty((len(wall), self.frames, 3))
         path[..., 0] = side * reach * 2 * self.times
-        path[..., 1] = floor - radius - height * (1 - 4 * self.times * self.times)
+        arc = 1 - 4 * self.times * self.times
+        path[..., 1] = floor - radius - height * arc
         path[..., 2] = 0.6 * wall
         half = self.frames // 2
         jump = path.copy()
         jump[..., 0] += side * 0.5 * reach
-        rest = path[:, [max(half - 1, 0)]].repeat(self.frames, 1)
+        last = path[:, [max(half - 1, 0)]]
+        rest = last.repeat(self.frames, 1)
         behind_camera = np.full_like(path, -9.0)
         courses = {"move": path, "jump": jump, "rest": rest, "be away": behind_camera}
 
@@ -1593,15 +1640,15 @@ class World:
         for clip, name in enumerate(law[:, 0]):
             before, after = LAWS[name]
             possible[clip] = courses[before][clip]
-            impossible[clip, :half] = courses[before][clip, :half]
-            impossible[clip, half:] = courses[after][clip, half:]
+            impossible[clip] = courses[after][clip]
             if name == "change":
                 substitute[clip, half:] = path[clip, half:]
+        impossible[:, :half] = possible[:, :half]
 
         scenes = []
         for thing, other in ((possible, behind_camera), (impossible, substitute)):
-            ball = np.where(box_moves[..., None], other, thing)
-            box = np.where(box_moves[..., None], thing, other)
+            ball = np.where(box_moves, other, thing)
+            box = np.where(box_moves, thing, other)
             scenes.append(self.put(scene, ball, box))
         return scenes
 
@@ -1619,11 +1666,15 @@ class World:
         size[BOX] = 0.6 * radius[..., None]
         # the pillar is as high as floor to ceiling, and hides the thing in two frames
         depth = 0.6 * wall
-        half = radius / depth + reach / depth / max(1, self.frames - 1) + 0.03
-        size[PILLAR] = np.stack([half * 0.45 * wall, floor, 0.02 * wall], -1)
+        step = reach / depth / max(1, self.frames - 1)
+        half = radius / depth + step + 0.03
+        size[PILLAR, ..., 0] = half * 0.45 * wall
+        size[PILLAR, ..., 1] = floor
+        size[PILLAR, ..., 2] = 0.02 * wall
         R = Ro[0]
         p = np.zeros_like(po[0])
-        return Scene(R, p, Ro, po, size, *self.textures(draw, wall))
+        wave, phase = self.textures(draw, wall)
+        return Scene(R, p, Ro, po, size, wave, phase)
 
     def put(self, scene, ball, box):
         """A pair's scene with these two at places (n,T,3), rolling."""
@@ -1653,9 +1704,10 @@ class World:
         Point c of camera coordinates is eye[o] + axes[o] @ c in the coordinates of object o.
         """
         back = scene.Ro.swapaxes(-1, -2)
+        axes = product(back, scene.R)
         place = scene.p - scene.po
         eye = product(back, place[..., None])[..., 0]
-        return self.tensor(product(back, scene.R)), self.tensor(eye)
+        return self.tensor(axes), self.tensor(eye)
 
     def cast(self, scene, x=None, y=None):
         """Rays (x,y,1), (n,T,h,w), else the pixels' -> depth (n,T,h,w), object ids (n,T,h,w).
@@ -1681,14 +1733,16 @@ class World:
         start = eye[sphere]
         radius = size[sphere, ..., 0]
         a = x * x + y * y + 1
-        b = along((axes[sphere] * start[..., None]).sum(-2))
+        towards = axes[sphere] * start[..., None]
+        b = along(towards.sum(-2))
         c = (start * start).sum(-1) - radius * radius
         root = b * b - a * c[..., None, None]
         t_sphere = -(b + root.clamp_min(0).sqrt()) / a
         t_sphere = torch.where(root > 0, t_sphere, math.inf)
 
         # inside a box is where a ray is between the faces of all three pairs: (3,boxes,n,T,h,w)
-        inverse = 1 / along(axes[-BOXES:].movedim(-2, 0))
+        ray = along(axes[-BOXES:].movedim(-2, 0))
+        inverse = 1 / ray
         start = eye[-BOXES:].movedim(-1, 0)[..., None, None]
         edge = size[-BOXES:].movedim(-1, 0)[..., None, None]
         middle = -start * inverse
@@ -1698,7 +1752,8 @@ class World:
         t_box = torch.where(enter < leave, enter, math.inf)
 
         t = torch.cat([t_plane, t_sphere, t_box])                           # (O,n,T,h,w)
-        depth, ids = torch.where(t > NEAR, t, math.inf).min(0)
+        t = torch.where(t > NEAR, t, math.inf)
+        depth, ids = t.min(0)
         return depth.clamp_max(FAR), ids, axes, eye
 
     def hit(self, depth, axes, eye):
@@ -1735,14 +1790,13 @@ class World:
         # A wave's phase at a hit is wave . (eye + depth * axes @ (x,y,1)) + phase: linear in
         # depth * (x,y,1), with the same coefficients for all pixels of an object.
         wave = self.tensor(scene.wave)
-        offset = (wave * eye[..., None, :]).sum(-1) + self.tensor(scene.phase)  # (O,n,T,S)
-        slope = (wave[..., None] * axes[..., None, :, :]).sum(-2)           # (O,n,T,S,3)
+        offset = (wave * eye[..., None, :]).sum(-1)
+        offset = offset + self.tensor(scene.phase)                          # (O,n,T,S)
+        slope = product(wave, axes).transpose(-1, -2)                       # (O,n,T,3,S)
         number = np.linalg.norm(scene.wave, axis=-1)                        # (O,n,1,S)
         # from here on of the object that a pixel sees: (...,n,T,H,W)
         offset, slope, number, size, axes, eye = at_object(
-            ids, offset, slope.transpose(-1, -2), self.tensor(number),
-            self.tensor(scene.size), axes, eye,
-        )
+            ids, offset, slope, self.tensor(number), self.tensor(scene.size), axes, eye)
         x, y = self.rays()
         phase = slope[0] * (depth * x)                                      # (S,n,T,H,W)
         phase += slope[1] * (depth * y)
@@ -1752,7 +1806,8 @@ class World:
         # the surface's normal
         place = self.hit(depth, axes, eye) / size
         side = place.abs()
-        normal = torch.where(side == side.amax(0), place.sign(), 0.0)
+        face = side == side.amax(0)
+        normal = torch.where(face, place.sign(), 0.0)
         normal = torch.where(ids < PLANES + SPHERES, place, normal)
         upright = self.tensor([0, 0, 1]).view(3, 1, 1, 1, 1)
         normal = torch.where(ids < PLANES, upright, normal)
@@ -1760,7 +1815,8 @@ class World:
         # a wave fades where its period spans four to two pixels
         right, down, ahead = axes.unbind(1)
         ray = right * x + down * y + ahead
-        slant = dot(normal, ray).abs() / dot(ray, ray).sqrt()
+        length = dot(ray, ray).sqrt()
+        slant = dot(normal, ray).abs() / length
         # what a pixel covers of the surface
         pixel = depth * (2 * FIELD / self.size) / slant.clamp_min(0.02)
         fade = 2 - number * pixel * (2 / math.pi)
@@ -1770,7 +1826,8 @@ class World:
         # soft threshold
         value = value / (1 + value.abs())
         if self.contrast:
-            value = value + self.contrast * (self.tensor(TONES)[ids] - value)
+            tone = self.tensor(TONES)[ids]
+            value = value + self.contrast * (tone - value)
         return 0.5 + 0.45 * value
 
     def picture(self, scene, hits, grain):
@@ -1778,7 +1835,8 @@ class World:
         grey = self.shade(scene, *hits).mul_(255)
         video = grey[..., None].repeat(1, 1, 1, 1, 3)
         if self.noise:
-            video += (self.tensor(grain) - 127.5) * (self.noise * math.sqrt(12))
+            noise = self.tensor(grain) - 127.5
+            video += noise * (self.noise * math.sqrt(12))
         return video.round_().clamp_(0, 255).to(torch.uint8)
 
     # --- 5 labels
@@ -1816,8 +1874,9 @@ class World:
             shot = Shot(self, cut, grain, indices[part])
             for name, parts in made.items():
                 parts.append(getattr(shot, name).cpu())
-        video = {name: torch.cat(parts) for name, parts in made.items()}
-        return video | {"label": torch.from_numpy(indices % len(MOTIONS))}
+        batch = {name: torch.cat(parts) for name, parts in made.items()}
+        batch["label"] = torch.from_numpy(indices % len(MOTIONS))
+        return batch
 
 
 LABELS = (
@@ -1859,15 +1918,18 @@ class Shot:
         # columns, then rows, that show the thing
         for axis in (-2, -1):
             line = shown.any(axis).int()                                    # (n,T,things,size)
-            none = torch.where(line.any(-1), 0.0, math.nan)
+            first = line.argmax(-1)
             last = size - line.flip(-1).argmax(-1)
-            sides.append(torch.stack([line.argmax(-1) + none, last + none], -1))
+            none = torch.where(line.any(-1), 0.0, math.nan)
+            ends = torch.stack([first, last], -1)
+            sides.append(ends + none[..., None])
         return torch.stack(sides, -1).flatten(-2)
 
     @property
     def pose(self):
         scene = self.scene
-        pose = np.tile(np.eye(4), (*scene.p.shape[:2], 1, 1))
+        n, T, _ = scene.p.shape
+        pose = np.tile(np.eye(4), (n, T, 1, 1))
         pose[..., :3, :3] = scene.R
         pose[..., :3, 3] = scene.p
         return self.world.tensor(pose)
@@ -1881,13 +1943,16 @@ class Shot:
     @cached_property
     def point(self):
         """What pixels see, in the object's coordinates, (3,n,T,H,W)."""
-        return self.world.hit(self.depth, *at_object(self.ids, self.axes, self.eye))
+        axes, eye = at_object(self.ids, self.axes, self.eye)
+        return self.world.hit(self.depth, axes, eye)
 
     @cached_property
     def in_next_frame(self):
         """Where pixels go, (n,T-1,H,W,2), and whether they are seen there."""
         later = self.scene.cut(times=slice(1, None))
-        return self.world.follow(later, self.point[:, :, :-1], self.ids[:, :-1])
+        point = self.point[:, :, :-1]
+        ids = self.ids[:, :-1]
+        return self.world.follow(later, point, ids)
 
     @property
     def flow(self):
@@ -1906,11 +1971,13 @@ class Shot:
         count = self.world.points
         generators = self.world.generators(self.indices, 1)
         start = [g.choice(pixels, count, replace=count > pixels) for g in generators]
-        start = torch.as_tensor(np.stack(start), device=self.ids.device)    # (n,P)
-        clip = torch.arange(len(start), device=start.device)[:, None]
-        ids = self.ids[:, 0].flatten(1)[clip, start]                        # (n,P)
-        point = self.point[:, :, 0].flatten(2)[:, clip, start]              # (3,n,P)
-        return self.world.follow(self.scene, point[:, :, None, None], ids[:, None, None])
+        start = torch.as_tensor(np.stack(start), device=self.ids.device)
+        start = start[:, None, None]                                        # (n,1,1,P)
+        clip = torch.arange(len(start), device=start.device)
+        clip = clip.view(-1, 1, 1, 1)
+        ids = self.ids[:, 0].flatten(1)
+        point = self.point[:, :, 0].flatten(2)
+        return self.world.follow(self.scene, point[:, clip, start], ids[clip, start])
 
     @property
     def tracks(self):
@@ -1928,8 +1995,10 @@ class Shot:
 
     @property
     def right(self):
-        grain = self.world.grain(self.world.generators(self.indices, 2))
-        return self.world.picture(self.right_scene, self.world.cast(self.right_scene), grain)
+        generators = self.world.generators(self.indices, 2)
+        grain = self.world.grain(generators)
+        hits = self.world.cast(self.right_scene)
+        return self.world.picture(self.right_scene, hits, grain)
 
     @property
     def disparity(self):
@@ -1937,12 +2006,14 @@ class Shot:
 
     @property
     def disparity_visible(self):
-        return self.world.follow(self.right_scene, self.point, self.ids)[1]
+        _, seen = self.world.follow(self.right_scene, self.point, self.ids)
+        return seen
 
     @cached_property
     def impossible(self):
         scene = self.scenes[1]
-        return self.world.picture(scene, self.world.cast(scene), self.grain)
+        hits = self.world.cast(scene)
+        return self.world.picture(scene, hits, self.grain)
 
     @property
     def kind(self):
@@ -1950,7 +2021,8 @@ class Shot:
 
     @property
     def change(self):
-        differs = (self.video != self.impossible).flatten(2).any(-1)        # (n,T)
+        differs = self.video != self.impossible
+        differs = differs.flatten(2).any(-1)                                # (n,T)
         return differs.int().argmax(1)
 
 

@@ -320,6 +320,13 @@ def interleave(firsts, seconds):
     return torch.cat(parts, 1)
 
 
+# what ViT.config holds
+VIT_KEYS = (
+    "width", "depth", "heads", "mlp", "patch", "tubelet", "frames", "size", "pos", "rope_quirk",
+    "highpass", "images", "cls", "final_norm", "act", "eps", "init_std",
+)
+
+
 class ViT(nn.Module):
     """Video transformer with token dropping.
 
@@ -720,9 +727,10 @@ def compile_blocks(module):
 # Only the scripts know more of it.
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
-TIMES = ("steps", "batch_size", "frames", "stride", "size", "patch", "tubelet", "prototypes")
-OFTEN = ("log_every", "save_every", "keep", "timeout", "ce_rows")
-POSITIVE = {"lr", "temp", "tau", "temporal_keep", *TIMES, *OFTEN}
+POSITIVE = {  # flags that 0 does not switch off
+    "steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "prototypes",
+    "log_every", "save_every", "keep", "timeout", "ce_rows", "temp", "tau", "temporal_keep",
+}
 SHARES = {"ema", "final_ema", "max_bad_fraction", "betas", "temporal_keep", "motion_uniform"}
 FREE = {  # flags that a resumed run may change
     "out_dir", "resume", "stop_at", "workers", "timeout", "micro_batch", "save_every", "keep",
@@ -830,7 +838,10 @@ def linear(step, total, first, last):
 
 class Run:
     """Ranks, out directory, log, signals, checkpoints, online probe."""
-    stop = False  # of the process: a signal between two stages counts for the next one
+    # Of the process: a signal between two stages counts for the next one. asked: this rank was told
+    # to stop; stop: all ranks agreed to, after the same step.
+    asked = False
+    stop = False
 
     def __init__(self, args, free=()):
         """free: flags of this script that a resumed run may change, besides FREE."""
@@ -943,9 +954,9 @@ class Run:
                 return error
             write(file, json.dumps(head, indent=1))
             log = self.out / "log.jsonl"
-            text = log.read_bytes() if log.exists() else b""
-            if not text.endswith(b"\n") and text:  # half a line: the run was killed as it wrote
-                write(log, text[: text.rfind(b"\n") + 1].decode())
+            log.touch()
+            text = log.read_text()
+            write(log, text[: text.rfind("\n") + 1])  # no half line of a run killed as it wrote
         except BlockingIOError:
             return f"{self.out} is in use by another run"
         except OSError as error:
@@ -988,9 +999,9 @@ class Run:
                 sys.modules["wandb"].log(line)
 
     def on_signal(self, number, frame):
-        if number == signal.SIGINT and self.stop:
+        if number == signal.SIGINT and self.asked:
             os._exit(130)  # a second Ctrl-C waits for nothing
-        Run.stop = True
+        Run.asked = True
 
     def loader(self, sources, clip, first):
         """This rank's micro-batches, from step `first` on."""
@@ -1048,42 +1059,26 @@ class Run:
         dcs.set_optimizer_state_dict(net, optimizer, tensors["optimizer"])
         return json.loads((found / "extra.json").read_text())
 
-    def load_start(self, net):
-        """--init RUN: the weights of that run's newest checkpoint; new heads stay as they are."""
+    def continue_from(self, objective):
+        """--init RUN, before anything is written or sharded: that run's newest weights, which must
+        hold all of the objective's tensors, in these shapes; heads may be new."""
         folder = self.args.init
         found = self.newest(folder) if folder and Path(folder).is_dir() else None
         if found is None:
             return
-        there = stored_shapes(found)
+        there = dcp.FileSystemReader(found).read_metadata().state_dict_metadata
         state = {}
-        for name, value in dcs.get_model_state_dict(net).items():
-            if f"model.{name}" in there:
+        differ = []
+        for name, value in objective.state_dict().items():
+            old = getattr(there.get(f"model.{name}"), "size", None)
+            if old == value.shape:
                 state[name] = value
-        dcp.load({"model": state}, checkpoint_id=found)
-        dcs.set_model_state_dict(net, state, options=dcs.StateDictOptions(strict=False))
-
-    def check_start(self, objective):
-        """--init RUN, before anything is written: has that run all of the objective's tensors, in
-        these shapes? Heads may be new."""
-        folder = self.args.init
-        if not folder or not Path(folder).is_dir():
-            return
-        error = None
-        found = newest(folder) if self.rank == 0 else None
-        if isinstance(found, Path):
-            there = stored_shapes(found)
-            differ = []
-            for name, value in objective.state_dict().items():
-                old = there.get(f"model.{name}")
-                new_head = old is None and name.startswith("heads.")
-                if old != value.shape and not new_head:
-                    was = tuple(old) if old is not None else "none"
-                    differ.append(f"{name} {tuple(value.shape)} (there {was})")
-            if differ:
-                error = f"--init {folder}: that run had other flags: {', '.join(differ[:3])}"
-        error = self.broadcast(error)
-        if error:
-            raise UserError(error)
+            elif old is not None or not name.startswith("heads."):
+                was = tuple(old) if old else "none"
+                differ.append(f"{name} {tuple(value.shape)} (there {was})")
+        if differ:
+            raise UserError(f"--init {folder}: that run had other flags: {', '.join(differ[:3])}")
+        dcp.load({"model": state}, checkpoint_id=found)  # into the objective's own tensors
 
     def newest(self, folder):
         """The folder's newest whole checkpoint, or None; the same on all ranks."""
@@ -1113,7 +1108,7 @@ class Run:
             tokens = net(x[:1])[0]
         if self.rank == 0:
             file = self.out / "samples" / f"step_{done:08d}.png"
-            mask_picture(file, x[0], [ids[0] for ids in keep], tokens, grid)
+            save_rows(file, mask_rows(x[0], [ids[0] for ids in keep], tokens, grid))
 
     # the online probe
 
@@ -1158,12 +1153,6 @@ def tensors_of(net, optimizer):
     }
 
 
-def stored_shapes(checkpoint):
-    """{name: shape} of the tensors in a checkpoint."""
-    tensors = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    return {name: getattr(value, "size", None) for name, value in tensors.items()}
-
-
 class Meter:
     """What a run counts. `state` is saved with each checkpoint and goes on after --resume:
     FLOPs, unreadable videos, the last loss, and the terms of the steps since the last log line."""
@@ -1199,18 +1188,17 @@ class Meter:
 
     def sound(self, grad_norm):
         """Are loss and gradient of this step finite? The answer is the same on every rank."""
-        step = averages([numbers for numbers, _ in self.parts])
-        step["bad"] = sum(len(batch["bad"]) for _, batch in self.parts)
-        step["stop"] = self.run.stop
-        step = self.run.mean(step)
-        self.state["bad"] += round(step.pop("bad") * self.run.ranks)
-        if step.pop("stop") > 0:  # a signal on one rank stops them all after the same step
-            Run.stop = True
+        means = averages([numbers for numbers, _ in self.parts])
+        means["bad"] = sum(len(batch["bad"]) for _, batch in self.parts)
+        means["asked"] = self.run.asked
+        means = self.run.mean(means)
+        self.state["bad"] += round(means.pop("bad") * self.run.ranks)
+        Run.stop = means.pop("asked") > 0  # a signal on one rank stops them all after this step
         self.clips += self.run.args.batch_size
-        if not math.isfinite(grad_norm + sum(step.values())):
+        if not math.isfinite(grad_norm + sum(means.values())):
             self.skips += 1
             return False
-        self.state["window"].append(step)
+        self.state["window"].append(means)
         self.skips = 0
         return True
 
@@ -1343,7 +1331,7 @@ def count(module):
 
 
 def days(flops, gpus):
-    """At half of an H100's or H200's dense bf16 peak."""
+    """Days of a run at half of an H100's or H200's dense bf16 peak."""
     return flops / (gpus * 0.5 * PEAK_FLOPS["H100"]) / 86400
 
 
@@ -1351,9 +1339,9 @@ def dry_run(run, objective, flops, activations, total=None, **more):
     """Sizes of an objective on the meta device -> the last line on stdout, one JSON object.
 
     flops: of a step. activations: bytes that autograd keeps of the clips of one forward pass.
-    total: FLOPs of the run, if not flops times --steps. The memory is a bound for one GPU: 16 bytes
-    a trained parameter (float32 weight, gradient, Adam's two moments), 4 a frozen one, shared by
-    the ranks under --fsdp, and the activations.
+    total: FLOPs of the run, if not flops times --steps. The memory is an estimate for one GPU: 16
+    bytes a trained parameter (float32 weight, gradient, Adam's two moments), 4 a frozen one, shared
+    by the ranks under --fsdp, and the activations.
     """
     args = run.args
     total = flops * args.steps if total is None else total
@@ -1381,11 +1369,9 @@ def dry_run(run, objective, flops, activations, total=None, **more):
 def split_time(encoder, x, context):
     """Ids (B,K) of the tokens of the first `context` frames of x (B,3,T,H,W), and (B,M) of the
     later ones."""
-    t = x.shape[2] // encoder.tubelet
-    seen = context // encoder.tubelet
     n = encoder.grid[1] * encoder.grid[2]
-    ids = torch.arange(t * n, device=x.device).expand(len(x), -1)
-    return ids.split([seen * n, (t - seen) * n], 1)
+    ids = torch.arange(x.shape[2] // encoder.tubelet * n, device=x.device).expand(len(x), -1)
+    return ids.tensor_split([context // encoder.tubelet * n], 1)
 
 
 def latent_surprise(encoder, predictor, targets, x, context):
@@ -1433,7 +1419,7 @@ def save_rows(path, rows):
     data.save_png(path, image.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
 
 
-def mask_picture(path, x, keep, tokens, grid):
+def mask_rows(x, keep, tokens, grid):
     """One clip x (3,T,H,W), a frame a slice: the clip, what each mask leaves of it, keep [(K,)],
     and the first three principal components of its tokens (N,D)."""
     mean = torch.tensor(IMAGENET["mean"])
@@ -1446,8 +1432,7 @@ def mask_picture(path, x, keep, tokens, grid):
         seen = torch.zeros(math.prod(grid), 1).index_fill(0, ids.cpu(), 1.0)
         seen = enlarge(seen, grid, size)
         rows.append(clip * seen + 0.5 * (1 - seen))
-    rows.append(enlarge(colours(tokens), grid, size))
-    save_rows(path, rows)
+    return [*rows, enlarge(colours(tokens), grid, size)]
 
 
 # collapse alarms, online probes
@@ -1589,11 +1574,6 @@ def broken(folder):
 # Ours are safetensors with the config inside. One function for each foreign family gives the
 # encoder's state, the predictor's or None, and the config.
 
-# what ViT.config holds
-VIT_KEYS = (
-    "width", "depth", "heads", "mlp", "patch", "tubelet", "frames", "size", "pos", "rope_quirk",
-    "highpass", "images", "cls", "final_norm", "act", "eps", "init_std",
-)
 # what weights fit
 SHAPE = tuple(name for name in VIT_KEYS if name not in ("frames", "size", "init_std"))
 # what a config may say besides: size name, sampling, blocks to read out, pixel statistics
@@ -1618,8 +1598,7 @@ def save_encoder(path, encoder, config):
     # before the new weights: a kill in between leaves weights without a sum, never with a wrong one
     side.unlink(missing_ok=True)
     put_in_place(temp, path)
-    temp.write_text(f"{digest}  {path.name}\n")
-    put_in_place(temp, side)
+    write(side, f"{digest}  {path.name}\n")
 
 
 def load_encoder(path, *, seed=0, key="target_encoder", **override):

@@ -2,7 +2,7 @@
 Carreira et al. 2024, "Scaling 4D Representations".
 
     z      = first blocks of E (x[keep])      (B,3,T,H,W) -> (B,K,D)   5 % of the tokens, at random
-    zhat   = last blocks of E ([z, latents])  -> (B,K+n,D)             no decoder: a grid of latents
+    zhat   = last blocks of E ([z, latents])  -> (B,K+n,D)             n learned latents join
     rgbhat = Linear(zhat of the latents)      -> (B,n,P)               each latent is one patch
     L      = mean (rgbhat - rgb)^2 over all patches, hidden and seen, of raw RGB in [0,1]
 
@@ -41,10 +41,10 @@ class Args:
     crop_scale: tuple[float, float] = (0.3, 1.0)    # area of the crop, one box for all frames
     crop_ratio: tuple[float, float] = (0.75, 1.35)  # its aspect ratio
     flip: bool = True                   # half of the clips
-    clips_per_video: int = 1            # > 1 where decoding is the bottleneck
+    clips_per_video: int = 1            # cut from each decoded video; 4 where decoding is slow
     workers: int = 8                    # loader processes of a rank
-    timeout: int = 600                  # seconds without a batch that end the run
-    max_bad_fraction: float = 0.1       # of the videos: more that cannot be read end the run
+    timeout: int = 600                  # so many seconds without a batch end the run
+    max_bad_fraction: float = 0.1       # share of unreadable videos; more end the run
     # --- architecture
     model: str = "vit_l"                # vit_n, t, s, b, l, h, g, G, e, j: a row of model.SIZES
     patch: int = 16                     # pixels
@@ -54,7 +54,7 @@ class Args:
     init_std: float = 0.02              # of the random weights (the paper is silent)
     pos_std: float = 0.02               # of positions and latents; small models want more
     readout: float = 0.95               # share of the blocks after which probes read
-    readout_classify: float = 0.75      # and after which classification does (section 4.1)
+    readout_classify: float = 0.75      # the same, for classification (section 4.1)
     init: str = ""                      # start from a run's folder, or a weight file's encoder
     # --- masks
     mask: str = "random:0.95"           # share that is hidden; tube:R, BLOCKSxSCALE[xTIME] too
@@ -68,7 +68,7 @@ class Args:
     weight_decay: float = 0.05          # not of positions, norms and biases
     betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float = 0.0              # global norm, 0: off
-    max_skips: int = 10                 # steps in a row that are not finite and end the run
+    max_skips: int = 10                 # so many non-finite steps in a row end the run
     # --- the run
     preset: str = ""                    # values that become the defaults: PRESETS
     out_dir: str = "out/mae4d"
@@ -256,7 +256,7 @@ def picture(path, x, keep, decoded, grid):
     save_rows(path, rows)
 
 
-def plan(args, objective, kept, gpus, micro):
+def bytes_per_gpu(args, objective, kept, gpus, micro):
     """Bytes on each GPU with --fsdp, for `micro` clips of so many kept tokens.
 
     state: float32 weights, gradients and Adam's two moments, sharded. whole: the weights of two
@@ -283,22 +283,22 @@ def plan(args, objective, kept, gpus, micro):
 # --- the run --------------------------------------------------------------------------------------
 
 def build(args):
-    """The objective that these flags ask for."""
+    """The objective that these flags ask for: what probe.py calls in every script."""
     return MAE4D(args)
 
 
-def sketch(run, objective, kept):
+def plan(run, objective, kept):
     """--dry_run: memory and time on 8, 64 and 256 GPUs, and the JSON line for this many ranks."""
     args = run.args
     flops = objective.flops(kept) * args.batch_size
     for gpus in (8, 64, 256):
-        memory = plan(args, objective, kept, gpus, micro=1)
+        memory = bytes_per_gpu(args, objective, kept, gpus, micro=1)
         parts = " + ".join(f"{size / 2**30:.2f} GiB {name}" for name, size in memory.items())
         if run.rank == 0:
             print(f"{args.model} on {gpus:3d} GPUs at --micro_batch 1: {parts}; "
                   f"{days(flops * args.steps, gpus):.3g} days at 50 % of an H100's or H200's "
                   "989 bf16 TFLOP/s")
-    memory = plan(args, objective, kept, run.ranks if args.fsdp else 1, run.micro)
+    memory = bytes_per_gpu(args, objective, kept, run.ranks if args.fsdp else 1, run.micro)
     dry_run(run, objective, flops, memory["whole"] + memory["activations"])
 
 
@@ -306,20 +306,21 @@ def main(args):
     run = Run(args)
     objective = construct(build, args)
     grid = objective.encoder.grid
+    # in every run: a --mask that cannot be drawn is told before the folder is taken
     kept = objective.masks(0, min(args.batch_size, 64)).shape[1]
     if args.dry_run:
-        return sketch(run, objective, kept)
+        return plan(run, objective, kept)
     lists = probe_lists(args)
     clip = data.Clip(
         frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
         zoom=args.zoom, scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip,
         clips=args.clips_per_video)
     sources = [data.parse_list(spec) for spec in args.data]
-    run.check_start(objective)
+    run.continue_from(objective)
     run.open(__file__, data.fingerprint(sources))
 
     objective.to(run.device)
-    net = objective  # called; the objective is saved
+    net = objective  # what is called and saved, wrapped on several ranks
     if args.compile:
         compile_blocks(objective)
     if args.fsdp and run.ranks > 1:
@@ -328,7 +329,6 @@ def main(args):
         net = DDP(objective, gradient_as_bucket_view=True)
     groups = param_groups(objective, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
-    run.load_start(net)
     meter = Meter(run, run.load(net, optimizer) if args.resume else {})
     first = done = meter.state.pop("step", 0)
     if first == 0 and not args.init:  # before learning: what it has to beat
@@ -387,7 +387,7 @@ def main(args):
     probe_acc = run.accuracy(net, lists, clip, **RGB) if done == args.steps else None
     if probe_acc is not None:
         run.log({"step": done, "probe_acc": probe_acc})
-    net = None  # before its process group: the other way round a rank may wait for ever (seen)
+    net = None  # DDP must go before its process group: the other order can hang a rank (seen)
     run.finish(meter.summary(done, probe_acc))
 
 

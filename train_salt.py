@@ -2,21 +2,23 @@
 Li et al. 2025, "Rethinking JEPA: Compute-Efficient Video SSL with Frozen Teachers".
 
     z    = E(x[keep])                      (B,3,T,H,W) -> (B,K,D)   the context, ~10 % of the tokens
-    zhat = P(z, mask tokens at pred)       -> (B,M,P) or (B,M,D')   a narrow predictor
+    zhat = P(z, mask tokens at pred)       -> (B,M,C)   a narrow predictor; C values of a
+                                                       patch, or the teacher's width
 
     stage 1   h = pixels, normalised per patch and channel          L = mean (zhat - h[pred])^2
     stage 2   h = LN(teacher(x)), the encoder of stage 1, frozen    L = mean |zhat - h[pred]|
     stage 3   optional: the student is the next student's teacher
 
     python train_salt.py --preset laptop                   both stages, two cores, no download: a
-                                                           linear probe near 66 %, its teacher 53,
+                                                           linear probe near 66 %, its teacher's 53,
                                                            random weights 15
     torchrun --nproc-per-node 8 train_salt.py --teacher_model vit_l --model vit_G --data ...
                                                            a ViT-L teaches a ViT-G
     python train_salt.py --teacher vitl.pt --data ...      only a student, of any encoder at hand
 
-No EMA, no stop-gradient trick, no collapse: the student's loss is a proper one, and tells how good
-its features will be (section 5.5). assets/salt.md: every flag at work, results, deviations.
+No EMA and no stop-gradient trick: the targets are fixed, so nothing collapses. Within a run a lower
+loss is a better student (section 4, Figure 3), but not between teachers (assets/salt.md, which has
+every flag at work, results, deviations).
 """
 import argparse
 import dataclasses
@@ -43,12 +45,12 @@ class Args:
     fps: float = 0.0                    # > 0: sample by time stamp at this rate instead
     size: int = 224                     # pixels, after the crop
     crop_scale: tuple[float, float] = (0.3, 1.0)    # area of the crop, one box for all frames
-    crop_ratio: tuple[float, float] = (0.75, 1.35)  # its aspect ratio (the table rounds to 1.33)
+    crop_ratio: tuple[float, float] = (0.75, 1.35)  # its aspect ratio
     flip: bool = True                   # half of the clips
-    clips_per_video: int = 1            # > 1 where decoding is the bottleneck
+    clips_per_video: int = 1            # cut from each decoded video; 4 where decoding is slow
     workers: int = 8                    # loader processes of a rank
-    timeout: int = 600                  # seconds without a batch that end the run
-    max_bad_fraction: float = 0.1       # of the videos: more that cannot be read end the run
+    timeout: int = 600                  # so many seconds without a batch end the run
+    max_bad_fraction: float = 0.1       # share of unreadable videos; more end the run
     # --- architecture
     model: str = "vit_l"                # of the last student: vit_n, t, s, b, l, h, g, G, e, j
     teacher_model: str = ""             # of the stages before it; empty: --model
@@ -66,7 +68,7 @@ class Args:
     masks: tuple[str, ...] = ("8x0.15", "2x0.7")    # BLOCKSxSCALE[xTIME], random:R tube:R causal:R
     teacher_masks: tuple[str, ...] = () # of stage 1, empty: --masks; the paper's others: R = 0.9
     aspect: tuple[float, float] = (0.75, 1.5)       # of a block
-    trim: Literal["random", "prefix"] = "random"    # ids to the batch minimum; prefix: official
+    trim: Literal["random", "prefix"] = "random"    # ids cut to the batch minimum; prefix: official
     bucket: int = 1                     # > 1: token counts are multiples of it, for fewer shapes
     # --- optimization
     steps: int = 240_000                # of all stages together
@@ -82,7 +84,7 @@ class Args:
     final_weight_decay: float = 0.4     # cosine
     betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float = 0.02             # global norm, 0: off
-    max_skips: int = 10                 # steps in a row that are not finite and end the run
+    max_skips: int = 10                 # so many non-finite steps in a row end the run
     # --- the run
     preset: str = ""                    # values that become the defaults: PRESETS
     out_dir: str = "out/salt"           # the last stage's; stage1, stage2 in it those before
@@ -215,8 +217,8 @@ class MaskedPrediction(nn.Module):
 
     # Two counts of the same work, both logged. `flops` is what is computed: every matrix product,
     # once for the teacher, and three times for what is trained, as a backward pass costs two
-    # forward passes. `ledger` is what the paper compares (Appendix F): 6 x parameters x tokens, 8
-    # with a teacher of the same size; attention does not count.
+    # forward passes. `ledger` is what the paper compares (Appendix F): 6 x parameters x tokens of
+    # what is trained, 2 x of the teacher, which sees all tokens; attention does not count.
 
     def flops(self, keep, pred):
         """Of one clip."""
@@ -239,7 +241,7 @@ class MaskedPrediction(nn.Module):
         return encoder + predictor + 2 * count(self.teacher) * math.prod(self.encoder.grid)
 
     def values(self, kept, hidden):
-        """Of so many tokens: tokens times channels, a number a block."""
+        """Of one clip with so many kept and hidden tokens: tokens x channels, over all blocks."""
         encoder = kept * self.encoder.width * len(self.encoder.blocks)
         return encoder + (kept + hidden) * self.args.pred_width * self.args.pred_depth
 
@@ -263,13 +265,13 @@ class VPixel(MaskedPrediction):
             return self.product(x)
         h = self.targets(x)
         z = self.encoder(x, keep)  # [(B,K,D)]
-        zhat = self.predictor(z, keep, pred)  # [(B,M,P)]
+        zhat = self.predictor(z, keep, pred)  # [(B,M,C)]
         losses = [(guess - gather(h, ids)).square().mean() for guess, ids in zip(zhat, pred)]
         return self.total(losses, z, h)
 
     @torch.no_grad()
     def targets(self, x):
-        """(B,N,P): each patch with mean 0 and unbiased deviation 1 in each channel (VideoMAE's)."""
+        """(B,N,C): each patch with mean 0 and unbiased deviation 1 in each channel (VideoMAE's)."""
         rgb = patches(x, self.args.tubelet, self.args.patch)  # (B,t,h,w,3,a,p,p)
         rgb = rgb.flatten(5).flatten(1, 3)  # (B,N,3,a*p*p)
         rgb = (rgb - rgb.mean(-1, keepdim=True)) / (rgb.std(-1, keepdim=True) + 1e-6)
@@ -300,15 +302,16 @@ class Student(MaskedPrediction):
             return self.product(x)
         h = self.targets(x)
         z = self.encoder(x, keep)  # [(B,K,D)]
-        zhat = self.predictor(z, keep, pred)  # [(B,M,D of the teacher)]
+        zhat = self.predictor(z, keep, pred)  # [(B,M,C)]
         losses = [(guess - gather(h, ids)).abs().mean() for guess, ids in zip(zhat, pred)]
         return self.total(losses, z, h)
 
     @torch.no_grad()
     def targets(self, x):
-        """(B,N,D of the teacher), layer-normed as V-JEPA's."""
+        """(B,N,C), layer-normed as V-JEPA's."""
         h = self.teacher(renormalise(x, *self.pixels))
-        h = h[:, -math.prod(self.encoder.grid):]  # without CLS
+        # CLS tokens come first, of images one a frame; they are no targets
+        h = h[:, -math.prod(self.encoder.grid):]  # (B,N,C)
         return F.layer_norm(h.float(), h.shape[-1:])
 
 
@@ -337,7 +340,8 @@ def tokens_of(masks):
 
 def published(encoder, predictor, teacher, tokens, clips, kept=0.1, masks=2):
     """The ledger of a stage as Tables 10 and 11 have it: parameters, tokens of a full clip, clips.
-    A mask keeps a tenth of the tokens, and the predictor sees all of them for each mask."""
+    A mask keeps a tenth of the tokens, and the predictor sees all of them for each mask; the
+    log's ledger counts the masks as they are drawn."""
     return clips * tokens * (6 * encoder * kept * masks + 6 * predictor * masks + 2 * teacher)
 
 
@@ -434,6 +438,7 @@ def plan(run, rows):
             print(f"stage {number}: {args.model}, {args.steps} steps, {clips / 1e6:.4g}M clips of "
                   f"{tokens} tokens; encoder, predictor, teacher of {sizes} parameters: "
                   f"{said:.3g} FLOPs by Appendix F, {flops * clips:.3g} counted")
+    # of the last stage, which the loop left in samples, objective and flops
     kept = max(tokens_of(keep) for keep, _ in samples)
     hidden = max(tokens_of(pred) for _, pred in samples)
     activations = run.activations(objective.values(kept, hidden), 18)
@@ -450,6 +455,7 @@ def main(args):
         return plan(run, sketches)
     del sketches  # with --teacher's weights
     rows = stages(args)
+    # a wrong list of a later stage is told before the first one trains
     for spec in set().union(*(a.data for _, a in rows)):
         data.parse_list(spec)
     line = {"flops": 0.0, "ledger": 0.0, "probe_acc": None}
@@ -472,7 +478,7 @@ def train(args, number, before):
     run.open(__file__, data.fingerprint(sources))
 
     objective.to(run.device)
-    net = objective  # called; the objective is saved
+    net = objective  # what is called and saved, wrapped on several ranks
     if args.compile:
         compile_blocks(objective)
     if args.fsdp and run.ranks > 1:

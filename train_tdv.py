@@ -14,8 +14,8 @@ Temporal Differences".
     torchrun --nproc-per-node 8 train_tdv.py --data ssv2.csv                  the paper's ViT-B/14
     torchrun --nproc-per-node 8 train_tdv.py --preset dino --data ssv2.csv    a baseline; or ibot
 
-No crops, flips, jitter or masks. The second half of the file is the baselines, DINO and iBOT on the
-same frames. assets/tdv.md: Table 4's rows, what the log says, results, deviations.
+F counts pairs of frames. No crops, flips, jitter or masks. After TDV come its baselines, DINO and
+iBOT on the same frames. assets/tdv.md: Table 4's rows, what the log says, results, deviations.
 """
 import argparse
 import copy
@@ -44,11 +44,11 @@ class Args:
     crop_scale: tuple[float, float] = (1.0, 1.0)    # the centre square; below 1: a random box
     crop_ratio: tuple[float, float] = (1.0, 1.0)    # its aspect ratio
     flip: bool = False                  # half of the clips
-    clips_per_video: int = 1            # > 1 where decoding is the bottleneck
+    clips_per_video: int = 1            # cut from each decoded video; 4 where decoding is slow
     short: Literal["repeat", "loop", "error"] = "repeat"    # a short video: repeat, loop or error
     workers: int = 8                    # loader processes of a rank
-    timeout: int = 600                  # seconds without a batch that end the run
-    max_bad_fraction: float = 0.1       # of the videos: more that cannot be read end the run
+    timeout: int = 600                  # so many seconds without a batch end the run
+    max_bad_fraction: float = 0.1       # share of unreadable videos; more end the run
     # --- architecture
     objective: Literal["tdv", "views"] = "tdv"      # tdv; views: DINO, with --w_patch iBOT
     model: str = "vit_b"                # vit_n, t, s, b, l, h, g, G, e, j: a row of model.SIZES
@@ -56,10 +56,10 @@ class Args:
     pos: Literal["learned", "rope"] = "learned"     # positions: learned or rope
     init_std: float = 0.02              # of the random weights; narrow models want more
     init: str = ""                      # start from a run's folder, or an image encoder's weights
-    freeze: bool = False                # the encoder of --init: the motion encoder alone learns
+    freeze: bool = False                # hold the encoder of --init; the head still learns
     motion: bool = True                 # --no-motion: zhat = z
     motion_depth: int = 0               # its blocks; 0: as many as the encoder
-    motion_input: Literal["difference", "frame"] = "difference"     # or frame: the next, whole
+    motion_input: Literal["difference", "frame"] = "difference"     # or frame: the next frame whole
     motion_threshold: float = 0.0       # mean |change| of normalised pixels that a pair must exceed
     condition: Condition = "xattn"      # on z: xattn, film, adaln, adaln_zero or gated_adaln
     cls_condition: bool = True          # the motion encoder attends to CLS too
@@ -94,7 +94,7 @@ class Args:
     final_ema: float = 0.99             # cosine
     betas: tuple[float, float] = (0.9, 0.999)
     clip_grad: float = 1.0              # global norm, 0: off
-    max_skips: int = 10                 # steps in a row that are not finite and end the run
+    max_skips: int = 10                 # so many non-finite steps in a row end the run
     # --- the run
     preset: str = ""                    # values that become the defaults: PRESETS
     out_dir: str = "out/tdv"
@@ -128,7 +128,7 @@ DINO = dict(
 )
 IBOT = DINO | dict(w_patch=1.0, prototypes=8192, out_dir="out/ibot")
 WORLD = dict(data=("world",), probe_data=("world", "world"))
-VIDEO = LAPTOP | dict(data=(), probe_data=(), size=48, fps=4.0)
+VIDEO = LAPTOP | dict(size=48, fps=4.0)
 PRESETS = {
     "dino": DINO,
     "ibot": IBOT,
@@ -198,7 +198,7 @@ MOTION_SHAPE = (
 
 class TDV(nn.Module):
     """The whole method: encoder, motion encoder, teacher, head, loss, schedules (section 3)."""
-    train_scale = True  # prototypes learn their length
+    train_scale = True  # prototypes learn their length; those of DINO and iBOT keep length 1
 
     def __init__(self, args):
         super().__init__()
@@ -237,7 +237,8 @@ class TDV(nn.Module):
 
     @property
     def product(self):
-        """What is exported and probed."""
+        """What is exported and what probe.py reads (physics reads the whole run): the teacher. Of
+        the run's own probes teacher_acc reads this; probe_acc adds the motion encoder's tokens."""
         return self.target
 
     def forward(self, x, index=None, read=None):
@@ -253,20 +254,20 @@ class TDV(nn.Module):
         a = self.args
         now, then = pairs(x)  # (F,3,1,H,W), F = B*(T-1)
         z = self.encoder(now)  # (F,1+n,D)
+        # stop-gradient: else h could move to a constant that is easy to predict (section 3.2)
         with torch.no_grad():
             h = self.target(then)
-        zhat = z
-        if self.motion is not None:
-            zhat = z + self.motion(self.change(now, then), z)
+        zhat = self.predict(z, now, then)
 
-        # of all pairs, also those that do not count: micro-batches and ranks do not matter
+        # divided by all pairs, also those that --motion_threshold leaves out: their number differs
+        # between micro-batches and ranks, and the loss must not depend on how a batch is split
         weight = self.counts(now, then) / len(z)  # (F,)
         mse = mean_square(zhat - h, weight)
         metrics = {
             "mse": mse.detach(),
-            "still": mean_square((z - h).detach(), weight),  # if nothing were said to move
+            "still": mean_square((z - h).detach(), weight),  # error of predicting no motion
             "moved": mean_square((zhat - z).detach(), weight),
-            "tokens": h[:, 0].detach(),
+            "tokens": h[:, 0],
         }
         loss = a.w_mse * mse
         if a.w_cls:
@@ -280,6 +281,12 @@ class TDV(nn.Module):
             loss = loss + a.w_patch * ce
             metrics |= {"ce_patch": ce.detach(), "entropy_patch": entropy}
         return loss, metrics
+
+    def predict(self, z, now, then):
+        """z of `now` -> zhat of `then`. E learns through both z: the addend and the condition."""
+        if self.motion is None:
+            return z
+        return z + self.motion(self.change(now, then), z)
 
     def change(self, now, then):
         """What the motion encoder is given."""
@@ -365,7 +372,7 @@ class TDV(nn.Module):
         frames = x.transpose(1, 2)[:, :, :, None].unbind(1)  # T of (B,3,1,H,W)
         z = [self.encoder(frames[0])]
         for now, then in zip(frames, frames[1:]):
-            z.append(z[-1] + self.motion(self.change(now, then), z[-1]))
+            z.append(self.predict(z[-1], now, then))
         return torch.stack(z, 1)
 
     def motion_tokens(self, x):
@@ -375,12 +382,12 @@ class TDV(nn.Module):
         return tokens.unflatten(0, (len(x), -1)).flatten(1, 2)
 
     def surprise(self, x, context):
-        """(B,): error in foretelling each frame from the one before and their difference."""
+        """(B,): error in foretelling each frame from the one before and their difference. It sees
+        pairs only: `context`, which probe.py gives every objective, is not used."""
         if self.motion is None:
             raise UserError("this run has no predictor, so it foretells nothing")
         now, then = pairs(x)
-        z = self.encoder(now)
-        zhat = z + self.motion(self.change(now, then), z)
+        zhat = self.predict(self.encoder(now), now, then)
         error = (zhat - self.target(then)).abs().mean((1, 2))  # (F,)
         return error.view(len(x), -1).mean(1)
 
@@ -410,7 +417,8 @@ class TDV(nn.Module):
         return 2 * tokens * weights
 
     def values(self):
-        """Of one clip: tokens times channels, a number a block."""
+        """What autograd keeps of one clip, in units of Run.activations: tokens times channels, once
+        a block; the teacher keeps nothing."""
         blocks = len(self.encoder.blocks)
         if self.motion is not None:
             blocks = 2 * blocks + len(self.motion.blocks)
@@ -441,7 +449,7 @@ class ProjectionHead(nn.Module):
     """DINO's: an MLP of three layers, a unit vector, and its cosines with unit prototypes, times a
     scale each that starts at 1."""
 
-    def __init__(self, width, prototypes, hidden=2048, bottleneck=256, train_scale=True):
+    def __init__(self, width, prototypes, hidden, bottleneck, train_scale):
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(),
@@ -480,6 +488,7 @@ class ChunkedCE(torch.autograd.Function):
         for start in range(0, len(s), rows):
             part = slice(start, start + rows)
             w = weight[part, None]
+            # autocast multiplies in bf16; softmax and sums are float32
             raw = (t[part] @ Wt.T).to(s.dtype)  # (rows,K)
             p = ((raw - centre) / teacher_temp).softmax(-1)
             logits = (s[part] @ Ws.T).to(s.dtype) / student_temp
@@ -564,8 +573,8 @@ class Views(TDV):
         image = images(x)[:, :, 0] * std + mean  # (F,3,H,W) in [0,1]
         u = view_numbers(a.seed, index, x.shape[2], 2 + a.local_crops)
         u = u.flatten(0, 1).unbind(1)  # a view: (F,16)
-        # what only one of the global views has
-        special = (dict(blur=1.0, solarise=0.0), dict(blur=0.1, solarise=0.2))
+        # of the two global views: shares that are blurred and solarised (DINO)
+        special = (dict(blur=1.0), dict(blur=0.1, solarise=0.2))
         wide = []
         local = []
         with torch.autocast(x.device.type, enabled=False):  # bf16 would place pixels wrongly
@@ -853,7 +862,7 @@ def build(args):
 
 
 def check(args):
-    """What no objective can be made of."""
+    """Refuse flags that no objective can be made of."""
     if args.objective == "tdv" and args.frames < 2:
         raise UserError(f"--frames {args.frames}: a pair needs two")
     if args.objective == "views":
@@ -879,7 +888,8 @@ def main(args):
     check(args)
     objective = construct(build, args)
     if args.dry_run:
-        logits = 16 * args.ce_rows * args.prototypes  # bytes
+        # bytes: four float32 arrays of logits in ChunkedCE
+        logits = 16 * args.ce_rows * args.prototypes
         memory = run.activations(objective.values(), 18) + logits
         return dry_run(run, objective, objective.flops() * args.batch_size, memory)
     lists = probe_lists(args)
@@ -888,11 +898,11 @@ def main(args):
         scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip, clips=args.clips_per_video,
         short=args.short)
     sources = [data.parse_list(spec) for spec in args.data]
-    run.check_start(objective)
+    run.continue_from(objective)
     run.open(__file__, data.fingerprint(sources))
 
     objective.to(run.device)
-    net = objective  # called; the objective is saved
+    net = objective  # what is called and saved, wrapped on several ranks
     if args.compile:
         compile_blocks(objective)
     if args.fsdp and run.ranks > 1:
@@ -901,7 +911,6 @@ def main(args):
         net = DDP(objective, gradient_as_bucket_view=True)
     groups = param_groups(objective, args.weight_decay, {"motion.": args.motion_lr})
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
-    run.load_start(net)
     state = run.load(net, optimizer) if args.resume else {}
     meter = Meter(run, {"random_knn": None} | state)
     first = done = meter.state.pop("step", 0)
@@ -962,7 +971,7 @@ def main(args):
     found = accuracies(run, net, objective, lists, clip) if done == args.steps else {}
     if found:
         run.log({"step": done} | found)
-    net = None  # before its process group: the other way round a rank may wait for ever (seen)
+    net = None  # DDP must go before its process group: the other order can hang a rank (seen)
     knn = {"knn_acc": found.get("knn_acc"), "random_knn": meter.state["random_knn"]}
     run.finish(meter.summary(done, found.get("probe_acc")) | knn)
 

@@ -710,7 +710,7 @@ def main(args):
         frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
         scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip, clips=args.clips_per_video)
     sources = [data.parse_list(spec) for spec in args.data]
-    run.check_start(objective)
+    run.continue_from(objective)
     run.open(__file__, data.fingerprint(sources))
 
     objective.to(run.device)
@@ -724,8 +724,6 @@ def main(args):
         net = DDP(objective, gradient_as_bucket_view=True)
     groups = param_groups(objective, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
-    # --init RUN: the predictor and the target too; VJEPA's load_start took the encoder alone
-    run.load_start(net)
     meter = Meter(run, run.load(net, optimizer) if args.resume else {})
     first = done = meter.state.pop("step", 0)
     if first == 0 and not args.init:  # before learning: what it has to beat
@@ -785,7 +783,7 @@ def main(args):
     probe_acc = run.accuracy(net, lists, clip) if done == args.steps else None
     if probe_acc is not None:
         run.log({"step": done, "probe_acc": probe_acc})
-    net = None  # before its process group: the other way round a rank may wait for ever (seen)
+    net = None  # DDP must go before its process group: the other order can hang a rank (seen)
     run.finish(meter.summary(done, probe_acc))
 
 

@@ -174,11 +174,11 @@ def test_the_memory_plan_is_what_a_sharded_step_holds(run, tmp_path):
             objective(torch.rand(1, 3, 8, 96, 96), keep)
         K, n = keep.shape[1], objective.decoder.latents.shape[1]
         scores = 0 if checkpoint else 6 * 4 * sum(t * t for t in [K] * 8 + [K + n] * 4)
-        plan = T.plan(args, objective, keep.shape[1], gpus=1, micro=1)
+        plan = T.bytes_per_gpu(args, objective, keep.shape[1], gpus=1, micro=1)
         if not checkpoint:
             assert sum(seen.values()) - scores == pytest.approx(plan["activations"], rel=0.1)
         else:
             assert sum(seen.values()) < plan["activations"] < 2 * sum(seen.values()) + 72 * 384 * (K + n)
     args = dataclasses.replace(T.Args(), model="vit_s", frames=4, size=64, dtype="fp32")
-    plan = T.plan(args, T.MAE4D(args), 2, gpus=2, micro=1)
+    plan = T.bytes_per_gpu(args, T.MAE4D(args), 2, gpus=2, micro=1)
     assert got["state"] == pytest.approx(plan["state"], rel=0.02) and got["whole"] == plan["whole"]
