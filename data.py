@@ -1226,10 +1226,17 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     resize = (f"fps={fps}," if fps else "") + f"scale='2*round(iw*sar*{short})':'2*round(ih*{short})':flags=area,setsar=1"
     encode = ["-an", "-sn", "-dn", "-vf", resize,
               "-pix_fmt", "yuv420p", "-c:v", "libx264", "-crf", str(crf), "-g", str(gop), "-bf", "0"] + ["-tune", "fastdecode"] * fast_decode
-    if (folder / "pack.json").exists() and json.loads((folder / "pack.json").read_text("utf-8")) != encode:
-        raise DataError(f"{out} was packed with other settings (see its pack.json); choose another folder")
-    write(folder / "pack.json", json.dumps(encode))
-    root, jobs = os.path.dirname(os.path.abspath(source.name)) + "/", {}
+    root = os.path.dirname(os.path.abspath(source.name)) + "/"
+    if (folder / "pack.json").exists():
+        before = json.loads((folder / "pack.json").read_text("utf-8"))
+        if isinstance(before, list):  # of older versions
+            before = {"encode": before, "root": root}
+        if before["encode"] != encode:
+            raise DataError(f"{out} was packed with other settings (see its pack.json); choose another folder")
+        if before["root"] != root:  # a file there may have the name of another video, and would be taken for it
+            raise DataError(f"{out} holds videos packed from {before['root']}, not {root}; choose another folder")
+    write(folder / "pack.json", json.dumps({"encode": encode, "root": root}))
+    jobs = {}
     for path in source.paths:
         target = folder / "videos" / path.removeprefix(root).lstrip("/")
         jobs[path] = path, target if path.endswith(".mp4") else target.with_name(target.name + ".mp4"), encode

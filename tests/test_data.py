@@ -727,6 +727,12 @@ def test_pack(films, tmp_path):
         D.pack(str(films / "mixed.txt"), str(tmp_path / "out"), short_side=24, workers=0)
     with pytest.raises(D.DataError, match="out of range"):
         D.pack(str(films / "mixed.txt"), str(tmp_path / "new"), gop=0)
+    # val/a.mp4 into the folder that has train/a.mp4: it would be taken for it
+    (tmp_path / "val").mkdir()
+    shutil.copy(films / "long.mp4", tmp_path / "val" / "a.mp4")
+    (tmp_path / "val" / "val.txt").write_text("a.mp4 0\n")
+    with pytest.raises(D.DataError, match="holds videos packed from .*, not .*/val/; choose another folder"):
+        D.pack(str(tmp_path / "val" / "val.txt"), str(tmp_path / "out"), short_side=20, fps=15, gop=4, workers=0)
 
 
 @ffmpeg
