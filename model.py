@@ -993,10 +993,16 @@ class Run:
             words = []
             for name, value in line.items():
                 value = f"{value:.4g}" if isinstance(value, float) else value
-                words.append(f"{name} {value}")
-            tqdm.write("  ".join(words), file=sys.stderr)
+                if value is not None:
+                    words.append(f"{name} {value}")
+            self.say("  ".join(words))
             if self.args.wandb:
                 sys.modules["wandb"].log(line)
+
+    def say(self, text):
+        """A line for people."""
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stderr)
 
     def on_signal(self, number, frame):
         if number == signal.SIGINT and self.asked:
@@ -1131,6 +1137,7 @@ class Run:
         pixels: mean and std of what the encoder was trained on, else ImageNet's. A video that
         cannot be read counts as wrong. All ranks take part.
         """
+        self.say("probing ...")
         sets = []
         for source in lists:
             sets.append(data.labelled_features(
@@ -1304,7 +1311,8 @@ def peak_gb(device):
         return torch.cuda.max_memory_allocated() / 2**30
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def tune_cpu():
@@ -1348,16 +1356,17 @@ def dry_run(run, objective, flops, activations, total=None, **more):
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     frozen = count(objective) - trained
     shards = run.ranks if args.fsdp else 1
+    memory = (16 * trained + 4 * frozen) // shards + activations
     if run.rank == 0:
         print(f"{args.model}: {flops / args.batch_size / 1e12:.3g} TFLOP a clip; "
-              f"{days(total, run.ranks):.3g} days on {run.ranks} GPU(s) at 50 % of an H100's or "
-              f"H200's 989 bf16 TFLOP/s")
+              f"{memory / 2**30:.3g} GiB a GPU; {days(total, run.ranks):.3g} days on {run.ranks} "
+              f"GPU(s) at 50 % of an H100's or H200's 989 bf16 TFLOP/s")
         print(json.dumps({
             "params": trained,
             "params_encoder": count(objective.encoder),
             "flops_per_step": flops,
             "flops_per_clip": flops / args.batch_size,
-            "bytes_per_gpu": (16 * trained + 4 * frozen) // shards + activations,
+            "bytes_per_gpu": memory,
             "gpus": run.ranks,
             "days": days(total, run.ranks),
             **more,

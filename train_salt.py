@@ -476,6 +476,7 @@ def train(args, number, before):
         scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip, clips=args.clips_per_video)
     sources = [data.parse_list(spec) for spec in args.data]
     run.open(__file__, data.fingerprint(sources))
+    run.say(f"stage {number} of {len(args.split)}: {type(objective).__name__}, {args.steps} steps")
 
     objective.to(run.device)
     net = objective  # what is called and saved, wrapped on several ranks
