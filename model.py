@@ -21,6 +21,7 @@ Letters used in every file:
 import argparse
 import ctypes
 import datetime
+import gc
 import hashlib
 import importlib.util
 import json
@@ -756,6 +757,11 @@ def launch(main, args):
             if os.environ.get("RANK", "0") == "0" and not args.dry_run:
                 print("no --data: the built-in world", file=sys.stderr)
         main(args)
+        if dist.is_initialized():
+            # What main held goes first. The other way round a DDP rank could hang as it left (1 of
+            # 3 runs), and an FSDP rank abort (1 of 10).
+            gc.collect()
+            dist.destroy_process_group()
     except (UserError, data.DataError) as error:
         leave(error, 2)
     except Stop as error:
@@ -1031,13 +1037,11 @@ class Run:
         return self.stop or self.due(self.args.save_every, done) or done == self.last
 
     def finish(self, line):
-        """The last line on stdout, one JSON object; all ranks leave."""
+        """The last line on stdout, one JSON object."""
         seconds = round(time.time() - self.started, 1)
         if self.rank == 0:
             line = line | {"seconds": seconds, "out_dir": self.args.out_dir}
             print(json.dumps(line), flush=True)
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
     # checkpoints
 

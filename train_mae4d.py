@@ -387,7 +387,6 @@ def main(args):
     probe_acc = run.accuracy(net, lists, clip, **RGB) if done == args.steps else None
     if probe_acc is not None:
         run.log({"step": done, "probe_acc": probe_acc})
-    net = None  # DDP must go before its process group: the other order can hang a rank (seen)
     run.finish(meter.summary(done, probe_acc))
 
 

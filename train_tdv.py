@@ -971,7 +971,6 @@ def main(args):
     found = accuracies(run, net, objective, lists, clip) if done == args.steps else {}
     if found:
         run.log({"step": done} | found)
-    net = None  # DDP must go before its process group: the other order can hang a rank (seen)
     knn = {"knn_acc": found.get("knn_acc"), "random_knn": meter.state["random_knn"]}
     run.finish(meter.summary(done, found.get("probe_acc")) | knn)
 
