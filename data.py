@@ -177,7 +177,7 @@ class Clip:
     zoom: float = 0.0  # > 0: instead, a square anywhere, as large as the short side / zoom (4DS: 1.15)
     flip: bool = True
     train: bool = True  # False: no randomness; clips centred in `segments` equal parts of the video, crops as `views` says
-    short: str = "repeat"  # a video shorter than the clip: "repeat" its last frame, "loop" it, or "error" (treated as damaged)
+    short: str = "repeat"  # a video shorter than the clip: "repeat" its last frame, "loop" it, "spread" the clip's frames evenly over it, or "error" (treated as damaged)
     clips: int = 1  # training: so many random clips from each opened video, decoded in one pass
     segments: int = 1  # evaluation: clips per video, spread over its length
     views: int = 1  # evaluation: 1 = centre square of 224/256 of the short side; 3 = the whole short side at left, centre, right
@@ -190,8 +190,8 @@ class Clip:
             raise DataError(f"fps must be a positive number, not {self.fps}")
         if not (self.zoom == 0 or 1 <= self.zoom < math.inf):
             raise DataError(f"zoom must be 0 or at least 1, not {self.zoom}")
-        if self.short not in ("repeat", "loop", "error"):
-            raise DataError(f"short must be repeat, loop or error, not {self.short!r}")
+        if self.short not in ("repeat", "loop", "spread", "error"):
+            raise DataError(f"short must be repeat, loop, spread or error, not {self.short!r}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
             raise DataError(f"crop scale {self.scale} must rise inside (0, 1], ratio {self.ratio} must rise and be positive")
 
@@ -225,6 +225,9 @@ def frame_positions(length, clip, u=0.5, segment=0, tick=1, step=None):
     at = (int(start) if whole else start) + np.arange(clip.frames) * step
     if clip.short == "loop":
         return at % length
+    if clip.short == "spread" and span > length:
+        at = np.linspace(0, length - tick, clip.frames)
+        return np.round(at).astype(int) if whole else at
     if clip.short == "error" and span > length * (1 + 1e-6):
         raise ValueError(f"the video is shorter than the clip: {length:.6g} {'frames' if whole else 'seconds'} of {span:.6g}")
     return np.minimum(at, length - tick)

@@ -824,22 +824,37 @@ def construct(build, args):
         raise UserError(str(error)) from error
 
 
+def budgeted(args, *parts):
+    """args with the --steps that --flops pays for. parts: (share of the steps, objective) of each
+    stage; a step costs the mean of cost(step) over 200 steps."""
+    mean = 0.0
+    for share, objective in parts:
+        mean += share * sum(objective.cost(step) for step in range(200)) / 200
+    steps = round(args.flops / mean)
+    if steps < 1:
+        raise UserError(f"--flops {args.flops:.3g}: one step costs {mean:.3g}")
+    return replace(args, steps=steps)
+
+
+def linear(step, total, first, last):
+    """first at step 0, last from step `total` on."""
+    return first + (last - first) * min(1.0, step / max(1, total))
+
+
 def cosine(step, total, first, last):
     """first at step 0, last from step `total` on."""
     share = min(1.0, step / max(1, total))
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def warmup_cosine(step, warmup, total, start, peak, last):
-    """Linear from start to peak over `warmup` steps, then a cosine to last at `total`."""
+DECAYS = {"cosine": cosine, "linear": linear}
+
+
+def warmup_decay(step, warmup, total, start, peak, last, decay="cosine"):
+    """Linear from start to peak over `warmup` steps, then by `decay` to last at `total`."""
     if step < warmup:
         return start + (peak - start) * step / warmup
-    return cosine(step - warmup, total - warmup, peak, last)
-
-
-def linear(step, total, first, last):
-    """first at step 0, last from step `total` on."""
-    return first + (last - first) * min(1.0, step / total)
+    return DECAYS[decay](step - warmup, total - warmup, peak, last)
 
 
 class Run:
@@ -849,10 +864,12 @@ class Run:
     asked = False
     stop = False
 
-    def __init__(self, args, free=()):
-        """free: flags of this script that a resumed run may change, besides FREE."""
+    def __init__(self, args, free=(), later={}):
+        """free: flags of this script that a resumed run may change, besides FREE. later: {flag:
+        what runs did before it was one}, where that is not its default."""
         self.args = args
         self.free = FREE | set(free)
+        self.later = later
         self.out = Path(args.out_dir)
         self.started = time.time()
         self.rank = int(os.environ.get("RANK", 0))
@@ -972,12 +989,12 @@ class Run:
     def mixes(self, config, file):
         """Why the run in the folder cannot go on with this config, or None.
 
-        A flag that the run did not have yet counts as its default.
+        A flag that the run did not have yet counts as what runs did then.
         """
         if not self.args.resume:
             return f"{self.out} holds a run: --resume continues it, another --out_dir starts afresh"
         old = json.loads(file.read_text())["config"]
-        defaults = json.loads(json.dumps(vars(type(self.args)())))
+        defaults = json.loads(json.dumps(vars(type(self.args)()) | self.later))
         differ = []
         for name in {**config, **old}:
             before = old.get(name, defaults.get(name))
@@ -1089,6 +1106,13 @@ class Run:
         if differ:
             raise UserError(f"--init {folder}: that run had other flags: {', '.join(differ[:3])}")
         dcp.load({"model": state}, checkpoint_id=found)  # into the objective's own tensors
+
+    def carry_optimizer(self, net, optimizer):
+        """--init_optimizer, after continue_from: the moments of --init's run too. A fresh Adam's
+        first updates are about five times as large as those of one that goes on."""
+        state = {"optimizer": dcs.get_optimizer_state_dict(net, optimizer)}
+        dcp.load(state, checkpoint_id=self.newest(self.args.init))
+        dcs.set_optimizer_state_dict(net, optimizer, state["optimizer"])
 
     def newest(self, folder):
         """The folder's newest whole checkpoint, or None; the same on all ranks."""
@@ -1401,6 +1425,15 @@ def gather(tokens, ids):
     return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
+def numbered(names):
+    """Names of which none occurs twice, for the log: 2x0.5, 2x0.5_2, 2x0.5_3."""
+    unique = []
+    for i, name in enumerate(names):
+        again = names[:i].count(name)
+        unique.append(f"{name}_{1 + again}" if again else name)
+    return unique
+
+
 # pictures
 
 def enlarge(values, grid, pixels):
@@ -1644,8 +1677,8 @@ def load_encoder(path, *, seed=0, key="target_encoder", **override):
 
 
 def load_start(path, shape):
-    """What training starts from: (encoder, shape as the file has it). path: a weight file, or the
-    folder of a run. ValueError where it does not fit."""
+    """What training starts from: (encoder, shape as the file has it, mean and std of the pixels it
+    has seen). path: a weight file, or the folder of a run. ValueError where it does not fit."""
     encoder, config = load_encoder(path)
     differ = []
     for name, value in shape.items():
@@ -1653,7 +1686,8 @@ def load_start(path, shape):
             differ.append(f"{name} is {config[name]} there and {value} here")
     if differ:
         raise ValueError(f"--init {path}: {', '.join(differ)}")
-    return encoder, {name: config[name] for name in SHAPE}
+    shape = {name: config[name] for name in SHAPE}
+    return encoder, shape, {name: config[name] for name in ("mean", "std")}
 
 
 def load_predictor(path, **override):
@@ -2087,6 +2121,13 @@ FOURDS_AXES = {
 }
 
 
+def readout_layer(depth, share=0.95):
+    """Blocks to run before 4DS's features are read (section 4.1: 95 %, which is 60 of 64; 75 % for
+    frozen classification). Never the last one: there the context has no gradient. (The official
+    code reads int((depth + 1) * 0.95) - 1: 21 of 24, 59 of 64.)"""
+    return max(1, min(int(share * depth), depth - 1))
+
+
 def from_4ds(path, file):
     """4DS: flat flax keys. What precedes the encoder's three parts differs between files; what lies
     outside them is a readout or a decoder."""
@@ -2109,5 +2150,6 @@ def from_4ds(path, file):
     config.update(
         pos="learned", heads=size["H"], final_norm=False, act="gelu_tanh", mean=[0.0] * 3,
         std=[1.0] * 3, frames=size["t"] * size["a"], size=size["s"] * size["p"],
+        layer=readout_layer(config["depth"]), layer_classify=readout_layer(config["depth"], 0.75),
     )
     return state, None, config

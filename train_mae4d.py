@@ -4,7 +4,8 @@ Carreira et al. 2024, "Scaling 4D Representations".
     z      = first blocks of E (x[keep])      (B,3,T,H,W) -> (B,K,D)   5 % of the tokens, at random
     zhat   = last blocks of E ([z, latents])  -> (B,K+n,D)             n learned latents join
     rgbhat = Linear(zhat of the latents)      -> (B,n,P)               each latent is one patch
-    L      = mean (rgbhat - rgb)^2 over all patches, hidden and seen, of raw RGB in [0,1]
+    L      = mean (rgbhat - rgb)^2 over all patches, hidden and seen; rgb is raw, in [0,1],
+             x standardised
 
     python train_mae4d.py --preset laptop                  two cores, minutes, no download: a linear
                                                            probe near 45 %, random weights 17
@@ -13,7 +14,7 @@ Carreira et al. 2024, "Scaling 4D Representations".
     python train_mae4d.py --preset j --dry_run             22B: memory and days on 8 to 256 GPUs
 
 OUT_DIR/samples shows masked | reconstructed | original. Probes read the encoder without latents,
-after 95 % of its blocks, or 75 % for classification.
+after 95 % of its blocks and never the last one, or 75 % for classification.
 assets/mae4d.md: every flag at work, what the log says, results, deviations.
 """
 import argparse
@@ -52,7 +53,8 @@ class Args:
     dec_blocks: int = 4                 # last blocks of the encoder, which latents join (22B: 2)
     out_patch: tuple[int, int] = (2, 16)            # frames and pixels of a latent (22B: 4 32)
     init_std: float = 0.02              # of the random weights (the paper is silent)
-    pos_std: float = 0.02               # of positions and latents; small models want more
+    pos_std: float = 0.02               # of positions and latents
+    standardise: bool = True            # what the encoder sees, by ImageNet's mean and deviation
     readout: float = 0.95               # share of the blocks after which probes read
     readout_classify: float = 0.75      # the same, for classification (section 4.1)
     init: str = ""                      # start from a run's folder, or a weight file's encoder
@@ -60,6 +62,7 @@ class Args:
     mask: str = "random:0.95"           # share that is hidden; tube:R, BLOCKSxSCALE[xTIME] too
     # --- optimization
     steps: int = 488_282
+    flops: float = 0.0                  # > 0: as many steps as this many FLOPs pay for
     batch_size: int = 2048              # clips of a step, over all ranks
     micro_batch: int = 0                # clips of a forward pass on a rank; 0: all at once
     lr: float = 1e-4
@@ -91,7 +94,7 @@ class Args:
 LAPTOP = dict(
     data=("world",), probe_data=("world", "world"), frames=8, size=32, patch=8, flip=False,
     zoom=0.0, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), mask="random:0.5",
-    model="vit_n", dec_blocks=2, out_patch=(2, 8), init_std=0.06, pos_std=0.5,
+    model="vit_n", dec_blocks=2, out_patch=(2, 8), init_std=0.06,
     steps=2000, batch_size=16, lr=2e-3, warmup=100,
     dtype="fp32", workers=1, log_every=100, sample_every=1000, out_dir="out/laptop_mae4d",
 )
@@ -104,6 +107,7 @@ BILLIONS_22 = dict(
     steps=1_000_000, lr=2e-4, warmup=100_000, fsdp=True, checkpoint=True, out_dir="out/mae4d_j",
 )
 PRESETS = {"laptop": LAPTOP, "laptop_video": LAPTOP_VIDEO, "j": BILLIONS_22}
+LATER = {"standardise": False}  # what runs did before this was a flag
 
 
 def parse_args(argv=None):
@@ -144,12 +148,12 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
-from model import SIZES, LatentGridDecoder, Meter, Run, ViT, block_flops, clip_gradients
-from model import compile_blocks, construct, count, days, dry_run, enlarge, launch, load_start
-from model import param_groups, patches, probe_lists, health, save_rows, set_rates, shard
-from model import some_rows, split_time, sync_gradients, unpatch, warmup_cosine
+from model import IMAGENET, SIZES, LatentGridDecoder, Meter, Run, ViT, block_flops, budgeted
+from model import clip_gradients, compile_blocks, construct, count, days, dry_run, enlarge, health
+from model import launch, load_start, param_groups, patches, probe_lists, readout_layer, save_rows
+from model import set_rates, shard, some_rows, split_time, sync_gradients, unpatch, warmup_decay
 
-RGB = dict(mean=[0.0] * 3, std=[1.0] * 3)  # of what is seen and decoded: raw, in [0,1]
+RGB = dict(mean=[0.0] * 3, std=[1.0] * 3)  # of raw pixels, in [0,1]
 
 
 # --- 4DS ------------------------------------------------------------------------------------------
@@ -164,15 +168,17 @@ class MAE4D(nn.Module):
             patch=args.patch, tubelet=args.tubelet, pos="learned", final_norm=False,
             act="gelu_tanh")
         start = None
+        # of what the encoder sees. Raw pixels would make most of a token one constant: random
+        # weights read flow no better than a constant does, and from standardised pixels they do
+        self.pixels = IMAGENET if args.standardise else RGB
         if args.init:
-            start, shape = load_start(args.init, shape)
+            start, shape, self.pixels = load_start(args.init, shape)
         self.encoder = ViT(
             **shape, frames=args.frames, size=args.size, init_std=args.init_std,
             checkpoint=args.checkpoint)
         self.decoder = LatentGridDecoder(
             width=shape["width"], frames=args.frames, size=args.size, patch=args.out_patch,
             init_std=args.init_std)
-        # small models learn sooner where the pixels do not drown the positions
         with torch.no_grad():
             for table in (self.encoder.pos_embed, self.decoder.pos_embed, self.decoder.latents):
                 table.mul_(args.pos_std / 0.02)
@@ -183,8 +189,8 @@ class MAE4D(nn.Module):
             raise ValueError(f"--dec_blocks {args.dec_blocks}: the encoder has {depth}")
         self.alone = depth - args.dec_blocks  # blocks that see the kept tokens only
         self.layers = {  # blocks after which probes read
-            "layer": max(1, round(args.readout * depth)),
-            "layer_classify": max(1, round(args.readout_classify * depth)),
+            "layer": readout_layer(depth, args.readout),
+            "layer_classify": readout_layer(depth, args.readout_classify),
         }
 
     @property
@@ -193,8 +199,8 @@ class MAE4D(nn.Module):
         return self.encoder
 
     def forward(self, x, keep=None, reconstruct=False):
-        """x (B,3,T,H,W) in [0,1]; keep: ids (B,K) -> loss, metrics, or with `reconstruct` the
-        decoded clips (B,3,T,H,W).
+        """x (B,3,T,H,W); keep: ids (B,K) -> loss, metrics, or with `reconstruct` the decoded clips
+        (B,3,T,H,W) in [0,1].
 
         Without masks: the tokens (B,N,D) that a classification probe reads, no latents involved.
         (FSDP gathers the root's parameters only inside this forward, so everything enters here.)
@@ -207,8 +213,16 @@ class MAE4D(nn.Module):
         frames, pixels = self.args.out_patch
         if reconstruct:
             return unpatch(rgbhat, self.decoder.grid, frames, pixels)
-        rgb = patches(x, frames, pixels).flatten(1, 3).flatten(2)  # (B,n,P)
+        rgb = patches(self.raw(x), frames, pixels).flatten(1, 3).flatten(2)  # (B,n,P)
         return (rgbhat - rgb).square().mean(), {"tokens": some_rows(z)}
+
+    def raw(self, x):
+        """What the encoder sees (B,3,T,H,W) -> RGB in [0,1], the target."""
+        if self.pixels == RGB:
+            return x
+        mean = x.new_tensor(self.pixels["mean"]).view(3, 1, 1, 1)
+        std = x.new_tensor(self.pixels["std"]).view(3, 1, 1, 1)
+        return x * std + mean
 
     def masks(self, step, batch_size, rows=None):
         """Ids (b,K) that are kept at one step, of these rows (a slice) of the batch; a function of
@@ -221,7 +235,7 @@ class MAE4D(nn.Module):
     def schedules(self, step):
         """Functions of the step alone."""
         a = self.args
-        lr = warmup_cosine(step, a.warmup, a.steps, 0.0, a.lr, a.final_lr)
+        lr = warmup_decay(step, a.warmup, a.steps, 0.0, a.lr, a.final_lr)
         return {"lr": lr, "weight_decay": a.weight_decay}
 
     def flops(self, kept):
@@ -232,15 +246,20 @@ class MAE4D(nn.Module):
         more = block_flops(e.width, e.mlp, [joined]) - block_flops(e.width, e.mlp, [kept])
         return 3 * (e.flops(kept) + self.args.dec_blocks * more + self.decoder.flops())
 
+    def cost(self, step):
+        """FLOPs of a step, over all ranks."""
+        batch = self.args.batch_size
+        return batch * self.flops(self.masks(step, batch, rows=slice(0, 1)).shape[1])
+
     def surprise(self, x, context):
         """(B,): error in decoding what follows the first `context` frames of x."""
         keep, _ = split_time(self.encoder, x, context)
-        error = self(x, keep, reconstruct=True) - x
+        error = self(x, keep, reconstruct=True) - self.raw(x)
         return error[:, :, context:].abs().mean((1, 2, 3, 4))
 
 
 def picture(path, x, keep, decoded, grid):
-    """Clips x (b,3,T,H,W), two rows each, of the first and the middle frame:
+    """Clips x (b,3,T,H,W) in [0,1], two rows each, of the first and the middle frame:
     masked | reconstructed | original."""
     frames = x.shape[2]
     rows = []
@@ -303,7 +322,9 @@ def plan(run, objective, kept):
 
 
 def main(args):
-    run = Run(args)
+    if args.flops:
+        args = budgeted(args, (1.0, construct(build, dataclasses.replace(args, dry_run=True))))
+    run = Run(args, later=LATER)
     objective = construct(build, args)
     grid = objective.encoder.grid
     # in every run: a --mask that cannot be drawn is told before the folder is taken
@@ -332,7 +353,7 @@ def main(args):
     meter = Meter(run, run.load(net, optimizer) if args.resume else {})
     first = done = meter.state.pop("step", 0)
     if first == 0 and not args.init:  # before learning: what it has to beat
-        meter.state["random_acc"] = run.accuracy(net, lists, clip, **RGB)
+        meter.state["random_acc"] = run.accuracy(net, lists, clip, **objective.pixels)
     loader = run.loader(sources, clip, first)
 
     for step in run.steps(first):
@@ -346,7 +367,7 @@ def main(args):
         keep = objective.masks(step, args.batch_size, run.rows)  # (b,K)
         for start in range(0, run.per_rank, run.micro):
             batch = meter.next(loader)
-            x = data.prepare(batch, run.device, **RGB)  # (b,3,T,H,W)
+            x = data.prepare(batch, run.device, **objective.pixels)  # (b,3,T,H,W)
             context = keep[start : start + run.micro].to(run.device)
             sync_gradients(net, start + run.micro == run.per_rank)
             with run.autocast():
@@ -373,18 +394,21 @@ def main(args):
                 decoded = net(x[:3], context[:3], reconstruct=True)
             if run.rank == 0:
                 file = run.out / "samples" / f"step_{done:08d}.png"
-                picture(file, x[:3], context[:3], decoded, grid)
+                picture(file, objective.raw(x[:3]), context[:3], decoded, grid)
         if args.probe_every and done % args.probe_every == 0 and done < args.steps:
-            run.log({"step": done, "probe_acc": run.accuracy(net, lists, clip, **RGB)})
+            probe_acc = run.accuracy(net, lists, clip, **objective.pixels)
+            run.log({"step": done, "probe_acc": probe_acc})
         if run.saves(done):
             run.save(done, net, optimizer, meter.state)
-            run.export(objective, done, **RGB, **objective.layers)
+            run.export(objective, done, **objective.pixels, **objective.layers)
         if run.stop:
             break
 
     if first == run.last:  # resumed at its end: a kill may have come before the export
-        run.export(objective, done, **RGB, **objective.layers)
-    probe_acc = run.accuracy(net, lists, clip, **RGB) if done == args.steps else None
+        run.export(objective, done, **objective.pixels, **objective.layers)
+    probe_acc = None
+    if done == args.steps:
+        probe_acc = run.accuracy(net, lists, clip, **objective.pixels)
     if probe_acc is not None:
         run.log({"step": done, "probe_acc": probe_acc})
     run.finish(meter.summary(done, probe_acc))

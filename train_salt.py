@@ -72,6 +72,7 @@ class Args:
     bucket: int = 1                     # > 1: token counts are multiples of it, for fewer shapes
     # --- optimization
     steps: int = 240_000                # of all stages together
+    flops: float = 0.0                  # > 0: as many steps as this many FLOPs pay for
     split: tuple[float, ...] = (1 / 6, 5 / 6)       # share of each stage; two students: three
     stage: int = 0                      # run this one only, counted from 1; 0: all
     batch_size: int = 3072              # clips of a step, over all ranks
@@ -108,7 +109,7 @@ LAPTOP = dict(
     data=("world",), probe_data=("world", "world"), frames=8, size=32, patch=8, flip=False,
     crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), masks=("4x0.3x0.5", "2x0.7x0.5"),
     model="vit_n", init_std=0.06, pred_depth=2, pred_width=64, pred_heads=4,
-    steps=3000, split=(2 / 3, 1 / 3), batch_size=16, lr=2e-3, start_lr=2e-4, warmup=60,
+    steps=3000, batch_size=16, lr=2e-3, start_lr=2e-4, warmup=60,
     final_weight_decay=0.04, clip_grad=10.0,
     dtype="fp32", workers=1, log_every=100, sample_every=1000, out_dir="out/laptop_salt",
 )
@@ -160,9 +161,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
 from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT
-from model import clip_gradients, compile_blocks, construct, cosine, count, dry_run, gather
-from model import health, latent_surprise, launch, load_encoder, param_groups, patches
-from model import probe_lists, rankme, set_rates, shard, some_rows, sync_gradients, warmup_cosine
+from model import budgeted, clip_gradients, compile_blocks, construct, cosine, count, dry_run
+from model import gather, health, latent_surprise, launch, load_encoder, numbered, param_groups
+from model import patches, probe_lists, rankme, set_rates, shard, some_rows, sync_gradients
+from model import warmup_decay
 
 
 # --- SALT -----------------------------------------------------------------------------------------
@@ -196,7 +198,8 @@ class MaskedPrediction(nn.Module):
 
     def total(self, losses, z, h):
         """The mean over the masks, and what the log shows."""
-        metrics = {f"loss_{mask}": loss.detach() for mask, loss in zip(self.args.masks, losses)}
+        names = numbered(self.args.masks)
+        metrics = {f"loss_{name}": loss.detach() for name, loss in zip(names, losses)}
         metrics |= {"tokens": some_rows(torch.cat(z, 1)), "targets": some_rows(h)}
         return sum(losses) / len(losses), metrics
 
@@ -211,7 +214,7 @@ class MaskedPrediction(nn.Module):
         """Functions of the step alone; nothing is stretched."""
         a = self.args
         return {
-            "lr": warmup_cosine(step, a.warmup, a.steps, a.start_lr, a.lr, a.final_lr),
+            "lr": warmup_decay(step, a.warmup, a.steps, a.start_lr, a.lr, a.final_lr),
             "weight_decay": cosine(step, a.steps, a.weight_decay, a.final_weight_decay),
         }
 
@@ -226,6 +229,11 @@ class MaskedPrediction(nn.Module):
         hidden = [ids.shape[1] for ids in pred]
         trained = self.encoder.flops(*kept) + self.predictor.flops(*zip(kept, hidden))
         return self.teacher_flops() + 3 * trained
+
+    def cost(self, step):
+        """FLOPs of a step, over all ranks."""
+        batch = self.args.batch_size
+        return batch * self.flops(*self.masks(step, batch, rows=slice(0, 1)))
 
     def teacher_flops(self):
         """It sees every token of a clip, of images a frame at a time."""
@@ -285,7 +293,7 @@ class Student(MaskedPrediction):
         """config: load_encoder's, which says what pixels the teacher was trained on."""
         super().__init__(args, out_width=teacher.width, teacher=teacher)
         self.teacher.eval().requires_grad_(False)
-        self.pixels = (config["mean"], config["std"])
+        self.teacher_pixels = (config["mean"], config["std"])
         grid = grid_of(teacher, args)
         if grid != self.encoder.grid:
             raise ValueError(f"the teacher's tokens lie on a grid of {grid}, the student's on "
@@ -309,7 +317,7 @@ class Student(MaskedPrediction):
     @torch.no_grad()
     def targets(self, x):
         """(B,N,C), layer-normed as V-JEPA's."""
-        h = self.teacher(renormalise(x, *self.pixels))
+        h = self.teacher(renormalise(x, *self.teacher_pixels))
         # CLS tokens come first, of images one a frame; they are no targets
         h = h[:, -math.prod(self.encoder.grid):]  # (B,N,C)
         return F.layer_norm(h.float(), h.shape[-1:])
@@ -449,8 +457,13 @@ def plan(run, rows):
 # --- the run --------------------------------------------------------------------------------------
 
 def main(args):
-    run = Run(args)
     sketches = sketch(args)
+    if args.flops:
+        shares = [args.split[number - 1] for number, *_ in sketches]
+        objectives = [objective for _, _, objective, _ in sketches]
+        args = budgeted(args, *zip(shares, objectives))
+        sketches = sketch(args)
+    run = Run(args)
     if args.dry_run:
         return plan(run, sketches)
     del sketches  # with --teacher's weights

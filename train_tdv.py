@@ -45,7 +45,7 @@ class Args:
     crop_ratio: tuple[float, float] = (1.0, 1.0)    # its aspect ratio
     flip: bool = False                  # half of the clips
     clips_per_video: int = 1            # cut from each decoded video; 4 where decoding is slow
-    short: Literal["repeat", "loop", "error"] = "repeat"    # a short video: repeat, loop or error
+    short: Literal["spread", "repeat", "loop", "error"] = "spread"  # what a short video becomes
     workers: int = 8                    # loader processes of a rank
     timeout: int = 600                  # so many seconds without a batch end the run
     max_bad_fraction: float = 0.1       # share of unreadable videos; more end the run
@@ -59,6 +59,7 @@ class Args:
     freeze: bool = False                # hold the encoder of --init; the head still learns
     motion: bool = True                 # --no-motion: zhat = z
     motion_depth: int = 0               # its blocks; 0: as many as the encoder
+    motion_init: Literal["zero", "small", "default"] = "zero"       # of its last layer
     motion_input: Literal["difference", "frame"] = "difference"     # or frame: the next frame whole
     motion_threshold: float = 0.0       # mean |change| of normalised pixels that a pair must exceed
     condition: Condition = "xattn"      # on z: xattn, film, adaln, adaln_zero or gated_adaln
@@ -83,10 +84,12 @@ class Args:
     mask_ratio: tuple[float, float] = (0.3, 0.2)    # iBOT: share of hidden patches, +-
     # --- optimization
     steps: int = 200_000
+    flops: float = 0.0                  # > 0: as many steps as this many FLOPs pay for
     batch_size: int = 16                # clips of a step, over all ranks
     micro_batch: int = 0                # clips of a forward pass on a rank; 0: all at once
     lr: float = 1e-4
     final_lr: float = 1e-9              # cosine
+    horizon: int = 0                    # of rate and EMA; 0: --steps (the official one: 3,000,000)
     motion_lr: float = 1.0              # factor for the motion encoder (the official script: 0.03)
     warmup: int = 5_000                 # steps, linear from 0: half an epoch of SSv2
     weight_decay: float = 0.01
@@ -129,13 +132,15 @@ DINO = dict(
 IBOT = DINO | dict(w_patch=1.0, prototypes=8192, out_dir="out/ibot")
 WORLD = dict(data=("world",), probe_data=("world", "world"))
 VIDEO = LAPTOP | dict(size=48, fps=4.0)
+# at 0.996 a thousand steps' teacher would hold little of what its student learned
+SHORT_RUN = dict(ema=0.98, final_ema=1.0, warmup=100)
 PRESETS = {
     "dino": DINO,
     "ibot": IBOT,
     "laptop": LAPTOP | WORLD | dict(out_dir="out/laptop_tdv"),
     "laptop_video": VIDEO | dict(out_dir="out/laptop_video_tdv"),
-    "laptop_video_dino": DINO | VIDEO | dict(out_dir="out/laptop_video_dino"),
-    "laptop_video_ibot": IBOT | VIDEO | dict(out_dir="out/laptop_video_ibot"),
+    "laptop_video_dino": DINO | VIDEO | SHORT_RUN | dict(out_dir="out/laptop_video_dino"),
+    "laptop_video_ibot": IBOT | VIDEO | SHORT_RUN | dict(out_dir="out/laptop_video_ibot"),
 }
 
 
@@ -180,11 +185,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
-from model import IMAGENET, SIZES, Meter, MotionEncoder, Run, UserError, ViT
+from model import IMAGENET, SIZES, Meter, MotionEncoder, Run, UserError, ViT, budgeted
 from model import clip_gradients, colours, compile_blocks, construct, cosine, dry_run, ema_update
 from model import enlarge, init_weights, launch, linear_probe, load_start, param_groups
 from model import health, probe_lists, save_rows, set_rates, shard, sync_gradients, to_unit
-from model import rotate, warmup_cosine
+from model import rotate, warmup_decay
 
 # rows of the centres
 CLS = 0
@@ -207,7 +212,7 @@ class TDV(nn.Module):
             patch=args.patch, tubelet=1, pos=args.pos, images=True, cls=True)
         start = None
         if args.init:
-            start, shape = load_start(args.init, shape)
+            start, shape, _ = load_start(args.init, shape)
         self.encoder = ViT(
             **shape, frames=args.frames, size=args.size, init_std=args.init_std,
             checkpoint=args.checkpoint)
@@ -234,6 +239,9 @@ class TDV(nn.Module):
             self.motion = MotionEncoder(
                 **shape, condition=args.condition, cls_condition=args.cls_condition,
                 checkpoint=args.checkpoint)
+            if args.motion_init != "zero":
+                std = {"small": 1e-3, "default": args.init_std}
+                nn.init.normal_(self.motion.proj.weight, std=std[args.motion_init])
 
     @property
     def product(self):
@@ -342,10 +350,11 @@ class TDV(nn.Module):
     def schedules(self, step):
         """Functions of the step alone."""
         a = self.args
+        end = a.horizon or a.steps
         return {
-            "lr": warmup_cosine(step, a.warmup, a.steps, 0.0, a.lr, a.final_lr),
+            "lr": warmup_decay(step, a.warmup, end, 0.0, a.lr, a.final_lr),
             "weight_decay": a.weight_decay,
-            "ema": cosine(step, a.steps, a.ema, a.final_ema),
+            "ema": cosine(step, end, a.ema, a.final_ema),
         }
 
     # what pictures, probes and physics read
@@ -407,6 +416,10 @@ class TDV(nn.Module):
         motion = self.motion.flops(n) if self.motion is not None else 0
         trained = encoder * (1 / 3 if a.freeze else 1) + motion + head
         return (a.frames - 1) * (3 * trained + self.target.flops(n) + head)
+
+    def cost(self, step):
+        """FLOPs of a step, over all ranks."""
+        return self.args.batch_size * self.flops()
 
     def head_flops(self, tokens):
         """Forward, of the head and its prototypes."""
@@ -799,29 +812,32 @@ def shades(values):
 
 
 def accuracies(run, net, objective, lists, clip):
-    """{name: accuracy} of four probes on means over a clip's tokens; {} without lists.
+    """{name: accuracy} of five probes on means over a clip's tokens; {} without lists.
 
-    teacher_acc: linear, on what the exported encoder has, the teacher's patches. probe_acc: linear,
-    on these and what the motion encoder knows. knn_acc, knn_student: the paper's monitor, on CLS.
+    teacher_acc: linear, on what the exported encoder has, the teacher's patches. student_acc: on
+    the student's, of which a short run's teacher has only a share. probe_acc: on the teacher's and
+    what the motion encoder knows. knn_acc, knn_student: the paper's monitor, on CLS.
     """
     if not lists:
         return {}
 
     def features(x):
-        """(b,3D), with a motion encoder (b,4D)."""
+        """(b,4D), with a motion encoder (b,5D)."""
         frames = x.shape[2]  # tokens: CLS of each frame, then patches
         with run.autocast():
             teacher = net(x, read="target")
             student = net(x, read="encoder")
-            parts = [teacher[:, :frames], student[:, :frames], teacher[:, frames:]]
+            parts = [teacher[:, :frames], student[:, :frames]]
+            parts += [student[:, frames:], teacher[:, frames:]]
             if objective.motion is not None:
                 parts.append(net(x, read="motion_tokens"))
             return torch.cat([part.float().mean(1) for part in parts], 1)
 
     width = objective.encoder.width
     heads = {
-        "teacher_acc": on_columns(linear_probe, slice(2 * width, 3 * width)),
-        "probe_acc": on_columns(linear_probe, slice(2 * width, None)),
+        "student_acc": on_columns(linear_probe, slice(2 * width, 3 * width)),
+        "teacher_acc": on_columns(linear_probe, slice(3 * width, 4 * width)),
+        "probe_acc": on_columns(linear_probe, slice(3 * width, None)),
         "knn_acc": on_columns(knn_probe, slice(0, width)),
         "knn_student": on_columns(knn_probe, slice(width, 2 * width)),
     }
@@ -884,8 +900,10 @@ def check(args):
 
 
 def main(args):
-    run = Run(args, free=("ce_rows",))
     check(args)
+    if args.flops:
+        args = budgeted(args, (1.0, construct(build, dataclasses.replace(args, dry_run=True))))
+    run = Run(args, free=("ce_rows",))
     objective = construct(build, args)
     if args.dry_run:
         # bytes: four float32 arrays of logits in ChunkedCE

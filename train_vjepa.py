@@ -59,6 +59,7 @@ class Args:
     init_std: float = 0.02              # of the random weights; narrow models want more
     highpass: float = 0.0               # > 0: hide what is static, scale the rest (not the paper's)
     init: str = ""                      # start from a run's folder, or a weight file's encoder
+    init_optimizer: bool = False        # with that run's optimizer state, too
     # --- masks
     masks: tuple[str, ...] = ("8x0.15", "2x0.7")    # BLOCKSxSCALE[xTIME], random:R tube:R causal:R
     aspect: tuple[float, float] = (0.75, 1.5)       # of a block
@@ -66,11 +67,13 @@ class Args:
     bucket: int = 1                     # > 1: token counts are multiples of it, for fewer shapes
     # --- optimization
     steps: int = 90_000
+    flops: float = 0.0                  # > 0: as many steps as this many FLOPs pay for
     batch_size: int = 3072              # clips of a step, over all ranks
     micro_batch: int = 0                # clips of a forward pass on a rank; 0: all at once
     lr: float = 6.25e-4
     start_lr: float = 2e-4
     final_lr: float = 1e-6
+    decay: Literal["cosine", "linear"] = "cosine"   # of the rate: cosine or linear
     warmup: int = 12_000                # steps
     weight_decay: float = 0.04
     final_weight_decay: float = 0.4     # linear (the official code: cosine)
@@ -100,6 +103,7 @@ class Args:
     # --- FWM-HW-LD
     terms: tuple[str, ...] = ()         # NAME:WEIGHT of the terms that are added: ld:1.0 hw:0.3
     tau: float = 1.0                    # temperature of hw: softmax(error / tau)
+    hw_standardise: bool = False        # errors of a clip to mean 0 and deviation 1 before that
     anneal: bool = False                # weights of kin_ terms fall to 0 over the run
     distance: bool = False              # base loss / sqrt(tokens to the nearest of the context)
     motion: float = 0.0                 # > 0: blocks lie where it moves: exp(this * motion)
@@ -127,8 +131,8 @@ VJEPA2 = dict(
     clip_grad=0.0, out_dir="out/vjepa2",
 )
 COOLDOWN = VJEPA2 | dict(
-    frames=64, steps=12_000, start_lr=5.25e-4, final_lr=1e-6, warmup=0, stretch=1.0,
-    out_dir="out/vjepa2_cooldown",
+    frames=64, steps=12_000, start_lr=5.25e-4, final_lr=1e-6, decay="linear", warmup=0,
+    init_optimizer=True, out_dir="out/vjepa2_cooldown",
 )
 PRESETS = {
     "laptop": LAPTOP,
@@ -236,9 +240,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
 from model import SIZES, Meter, Predictor, Run, UserError, ViT
-from model import clip_gradients, compile_blocks, construct, cosine, dry_run, ema_update, gather
-from model import health, latent_surprise, launch, linear, load_start, param_groups, probe_lists
-from model import set_rates, shard, some_rows, sync_gradients, warmup_cosine
+from model import budgeted, clip_gradients, compile_blocks, construct, cosine, dry_run, ema_update
+from model import gather, health, latent_surprise, launch, linear, load_start, numbered
+from model import param_groups, probe_lists, set_rates, shard, some_rows, sync_gradients
+from model import warmup_decay
 
 
 # --- V-JEPA ---------------------------------------------------------------------------------------
@@ -253,7 +258,7 @@ class VJEPA(nn.Module):
             patch=args.patch, tubelet=args.tubelet, pos=args.pos, highpass=args.highpass)
         start = None
         if args.init:
-            start, shape = load_start(args.init, shape)
+            start, shape, _ = load_start(args.init, shape)
         self.encoder = ViT(
             **shape, frames=args.frames, size=args.size, init_std=args.init_std,
             checkpoint=args.checkpoint)
@@ -301,7 +306,8 @@ class VJEPA(nn.Module):
 
     def total(self, losses, h):
         """The mean over the masks, and what the log shows."""
-        metrics = {f"loss_{mask}": loss.detach() for mask, loss in zip(self.args.masks, losses)}
+        named = zip(numbered(self.args.masks), losses)
+        metrics = {f"loss_{name}": loss.detach() for name, loss in named}
         return sum(losses) / len(losses), metrics | {"tokens": some_rows(h)}
 
     def masks(self, step, batch_size, rows=None, temporal_keep=1.0):
@@ -326,7 +332,7 @@ class VJEPA(nn.Module):
         a = self.args
         end = a.stretch * a.steps
         return {
-            "lr": warmup_cosine(step, a.warmup, end, a.start_lr, a.lr, a.final_lr),
+            "lr": warmup_decay(step, a.warmup, end, a.start_lr, a.lr, a.final_lr, a.decay),
             "weight_decay": linear(step, end, a.weight_decay, a.final_weight_decay),
             "ema": linear(step, end, a.ema, a.final_ema),
         }
@@ -337,6 +343,11 @@ class VJEPA(nn.Module):
         hidden = [ids.shape[1] for ids in pred]
         trained = self.encoder.flops(*kept) + self.predictor.flops(*zip(kept, hidden))
         return self.target.flops(math.prod(self.target.grid)) + 3 * trained
+
+    def cost(self, step):
+        """FLOPs of a step, over all ranks."""
+        batch = self.args.batch_size
+        return batch * self.flops(*self.masks(step, batch, rows=slice(0, 1)))
 
     def values(self, keep, pred):
         """What a block hands on, summed over the blocks: tokens x channels of one clip. What
@@ -366,17 +377,25 @@ class Step:
     fwm: nn.Module  # its args, weights, heads, dynamics() and step
 
 
-def hard(errors, tau):
-    """(B,n) -> their mean, weighted within each clip by softmax(error / tau) * n, which passes no
-    gradient (Eqs. 9 to 11)."""
+def hardness(errors, args):
+    """errors (B,n) -> weights (B,n) of mean 1 in each clip, without gradient: softmax(error / tau)
+    * n (Eqs. 9 and 10)."""
+    n = errors.shape[1]
+    errors = errors.detach()
+    if args.hw_standardise:
+        errors = F.layer_norm(errors, (n,))
     # clamped as in Adhikari's appendix D: without effect where errors / tau < 20
-    weight = (errors.detach() / tau).clamp(-20, 20).softmax(1)
-    return (weight * errors.shape[1] * errors).mean()
+    return n * (errors / args.tau).clamp(-20, 20).softmax(1)
+
+
+def hard(errors, args):
+    """(B,n) -> their mean, weighted (Eq. 11)."""
+    return (hardness(errors, args) * errors).mean()
 
 
 def hw(s):
     """The base loss once more, hard tokens weighted up."""
-    return sum(hard(errors, s.fwm.args.tau) for errors in s.errors) / len(s.errors)
+    return sum(hard(errors, s.fwm.args) for errors in s.errors) / len(s.errors)
 
 
 def static(s):
@@ -385,20 +404,22 @@ def static(s):
 
 
 def orth(s):
-    """No covariance of appearance and dynamics over all n tokens of the forward pass (Eq. 8)."""
+    """No covariance of appearance and dynamics over all n tokens of the forward pass: the mean
+    square of its entries. (Eq. 8 as printed, their sum times n, starts at 40,000 times the base
+    loss's gradient and more, against the paper's appendix B.)"""
     appearance, dynamics = s.z.flatten(0, 2).chunk(2, -1)  # (n,D/2)
     appearance = appearance - appearance.mean(0)
     dynamics = dynamics - dynamics.mean(0)
     # a sum of many small products of either sign: not in bf16
     with torch.autocast(s.z.device.type, enabled=False):
-        return (appearance.T @ dynamics).square().sum() / len(appearance)
+        return (appearance.T @ dynamics / len(appearance)).square().mean()
 
 
 def ld(s):
     """A head predicts the target's change; weighted like hw where hw is on (LD-HW)."""
     change = s.fwm.heads["ld"](s.fwm.dynamics(s.z[:, :-1]))
     errors = (change - s.h.diff(dim=1)).abs().mean(-1).flatten(1)  # (B,(t-1)*h*w)
-    return hard(errors, s.fwm.args.tau) if "hw" in s.fwm.weights else errors.mean()
+    return hard(errors, s.fwm.args) if "hw" in s.fwm.weights else errors.mean()
 
 
 def kin_l1(s):
@@ -578,6 +599,9 @@ class FWM(VJEPA):
             term = TERMS[name](s)
             loss = loss + weight * term
             metrics |= {name: term.detach(), f"{name}_weighted": weight * term.detach()}
+        if "hw" in self.weights:
+            # of a clip's tokens, in effect: at 1 hw only multiplies the base loss
+            metrics["hw_share"] = 1 / hardness(errors[0], self.args).square().mean()
         return loss, metrics
 
     def nearness(self, keep, pred):
@@ -695,9 +719,12 @@ def build(args):
 
 
 def main(args):
+    if args.flops:
+        args = budgeted(args, (1.0, construct(build, dataclasses.replace(args, dry_run=True))))
     run = Run(args)
-    if args.preset == "vjepa2_cooldown" and not (args.init or args.dry_run):
-        raise UserError("--preset vjepa2_cooldown goes on from a trained model: give --init RUN")
+    if args.init_optimizer and not (os.path.isdir(args.init) or args.dry_run):
+        raise UserError("--init_optimizer goes on from a run: give its folder as --init, or say "
+                        "--no-init_optimizer")
     objective = construct(build, args)
     # for --dry_run; a mask that cannot be drawn ends every run here, before anything is written
     samples = [objective.masks(step, min(args.batch_size, 64)) for step in range(8)]
@@ -726,6 +753,8 @@ def main(args):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
     meter = Meter(run, run.load(net, optimizer) if args.resume else {})
     first = done = meter.state.pop("step", 0)
+    if first == 0 and args.init_optimizer:
+        run.carry_optimizer(net, optimizer)
     if first == 0 and not args.init:  # before learning: what it has to beat
         meter.state["random_acc"] = run.accuracy(net, lists, clip)
     loader = run.loader(sources, clip, first)

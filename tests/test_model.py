@@ -954,7 +954,7 @@ def test_4ds_features_equal_numpy(prefix, encoder, tmp_path):
     model, config = M.load_encoder(tmp_path / "4ds.npz")
     wanted = dict(
         width=48, depth=2, heads=3, mlp=80, patch=8, tubelet=2, frames=6, size=32, pos="learned", act="gelu_tanh",
-        final_norm=False, eps=1e-6, mean=[0.0] * 3, std=[1.0] * 3,
+        final_norm=False, eps=1e-6, mean=[0.0] * 3, std=[1.0] * 3, layer=1, layer_classify=1,
     )
     assert {k: config[k] for k in wanted} == wanted
     x = torch.rand(2, 3, 6, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -84,7 +84,7 @@ def numpy_orth(z, h, x, errors, o):
     products = np.array(
         [[(flat[:, i] * flat[:, WIDTH // 2 + j]).sum() for j in range(WIDTH // 2)] for i in range(WIDTH // 2)]
     )
-    return (products**2).sum() / len(flat)
+    return ((products / len(flat)) ** 2).mean()
 
 
 def numpy_ld(z, h, x, errors, o):
@@ -229,12 +229,46 @@ def test_distance_weights_against_a_plain_search():
         assert 0 < np.min(weight) < 1 == np.max(weight)
 
 
+def test_orth_does_not_grow_with_the_number_of_tokens():
+    """Of independent halves it falls with it; what they share it finds at any number. At weight 0.01 it stays under
+    a tenth of the base loss (Eq. 8 as printed outweighs it by far)."""
+    o = objective(orth=1.0)
+    rng = np.random.default_rng(0)
+    shared = torch.from_numpy(rng.standard_normal((64, t, h * w, WIDTH // 2), dtype=np.float32))
+    z = torch.cat([shared, shared], -1)
+    few, many = (V.orth(V.Step(z[:b], None, None, [], o)).item() for b in (16, 64))
+    assert few == pytest.approx(many, rel=0.1) and many == pytest.approx(1 / (WIDTH // 2), rel=0.1)
+    loss, metrics = objective(orth=0.01)(*batch(o.args))
+    assert metrics["orth_weighted"].item() < 0.1 * loss.item()
+
+
+def test_the_share_of_tokens_that_hw_weights():
+    """1 where errors are alike, 1/n where one token has all the weight. Standardised errors choose at any scale of
+    the loss; others hardly choose where errors are small."""
+
+    def share(errors, args):
+        return 1 / V.hardness(errors, args).square().mean().item()
+
+    args, sharp = V.Args(hw_standardise=False), V.Args(hw_standardise=False, tau=0.1)
+    errors = torch.full((2, 20), 0.5)
+    assert share(errors, args) == pytest.approx(1)
+    errors[:, 3] = 1.5
+    assert share(errors, sharp) == pytest.approx(1 / 20, rel=0.01)
+    errors = torch.rand(4, 200)
+    plain = [share(scale * errors, args) for scale in (0.1, 1.0)]
+    scaled = [share(scale * errors, V.Args(hw_standardise=True)) for scale in (0.1, 1.0)]
+    assert plain[0] > 0.99 > 0.95 > plain[1] and scaled[0] == pytest.approx(scaled[1], rel=0.02) and scaled[0] < 0.6
+    o = objective(hw=1.0)
+    metrics = o(*batch(o.args))[1]
+    assert 0 < metrics["hw_share"] <= 1
+
+
 # --- who gets gradients ---------------------------------------------------------------------------
 
 
 def test_no_gradient_passes_through_the_weights_of_hard_tokens():
     e = torch.rand(B, 20, dtype=torch.float64, requires_grad=True)
-    V.hard(e, 0.5).backward()
+    V.hard(e, V.Args(tau=0.5)).backward()
     share = np.exp(e.detach().numpy() / 0.5)
     # w_i / (n B) and nothing else
     np.testing.assert_allclose(e.grad.numpy(), share / share.sum(1, keepdims=True) / B, rtol=1e-12)

@@ -161,7 +161,7 @@ def test_the_online_probe_reads_the_teacher_on_evaluation_clips(call, pictures, 
         z = teacher(x)  # (2,8*(1+16),D)
     read = seen[-1][2].split(128, 1)
     assert torch.allclose(read[0], z[:, :8].mean(1), atol=1e-5)
-    assert torch.allclose(read[2], z[:, 8:].mean(1), atol=1e-5)
+    assert torch.allclose(read[3], z[:, 8:].mean(1), atol=1e-5)
     assert not torch.allclose(read[1], z[:, :8].mean(1), atol=1e-3)
     assert last["knn_acc"] is not None
 
@@ -412,17 +412,43 @@ def test_runs_resume_and_ranks(run, tmp_path, flags):
         assert np.abs(np.array(losses(tmp_path / name)) - losses(tmp_path / "whole")).max() < 1e-4, name
 
 
-def test_a_frozen_start_probes_and_pictures(run, tmp_path):
+def test_the_horizon_and_how_the_motion_encoder_starts():
+    """--horizon: 100 steps of a longer schedule, as the official script's. Zero: z is predicted to stay, and only
+    the last layer learns at first."""
+    args = dataclasses.replace(T.Args(**T.PRESETS["laptop"]), steps=100, warmup=10, ema=0.9, final_ema=1.0)
+    short = T.build(args)
+    long = T.build(dataclasses.replace(args, horizon=3000))
+    assert long.schedules(99)["lr"] > 0.99 * args.lr > 0.01 * args.lr > short.schedules(99)["lr"]
+    assert long.schedules(99)["ema"] < 0.91 < 0.999 < short.schedules(99)["ema"]
+
+    x = torch.randn(2, 3, 8, 32, 32)
+    for start, still in (("zero", True), ("small", False), ("default", False)):
+        objective = T.build(dataclasses.replace(args, motion_init=start))
+        loss, metrics = objective(x)
+        loss.backward()
+        body = objective.motion.blocks[0].mlp.fc1.weight.grad
+        assert (metrics["moved"].item() == 0) is still is not bool(body.abs().sum() > 0), start
+    std = {name: T.build(dataclasses.replace(args, motion_init=name)).motion.proj.weight.std().item()
+           for name in ("small", "default")}
+    assert std == pytest.approx({"small": 1e-3, "default": args.init_std}, rel=0.05)
+
+
+def test_a_frozen_start_probes_and_pictures(run, pictures, tmp_path):
     """--init with --freeze leaves the encoder as it was and trains the motion encoder; the run's end has all
     accuracies, a picture and the drift."""
     encoder = M.ViT(**M.SIZES["vit_n"], patch=8, tubelet=1, frames=8, size=48, pos="learned", images=True, cls=True)
     M.save_encoder(tmp_path / "given.safetensors", encoder, encoder.config | M.IMAGENET)
     status, last, err = run(
-        "train_tdv.py", *TINY[:-6], "--warmup", 2, "--sample_every", 4, "--probe_data", "world", "world", "--init",
+        "train_tdv.py", *TINY[:-6], "--warmup", 2, "--sample_every", 4, "--probe_data", pictures, pictures, "--init",
         tmp_path / "given.safetensors", "--freeze", "--w_cls", 0, "--w_patch", 0, "--out_dir", tmp_path / "run",
         "--prototypes", 32,
     )
     assert status == 0 and None not in (last["probe_acc"], last["knn_acc"]), err[-2000:]
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in log if "teacher_acc" in line][-1]
+    assert {"teacher_acc", "student_acc", "probe_acc", "knn_acc", "knn_student"} <= {*found}
+    # frozen: the teacher is the student
+    assert found["teacher_acc"] == found["student_acc"] and found["knn_acc"] == found["knn_student"]
     after = M.load_encoder(tmp_path / "run")[0].state_dict()
     assert all(torch.equal(v, after[k]) for k, v in encoder.state_dict().items() if k != "pos_embed")
     assert (tmp_path / "run" / "samples" / "step_00000004.png").exists()

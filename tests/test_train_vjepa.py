@@ -17,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data as D
 import model as M
+import train_mae4d
+import train_salt
+import train_tdv
 import train_vjepa as V
 
 ROOT = Path(V.__file__).parent
@@ -153,10 +156,12 @@ def test_two_ranks_log_the_losses_of_one_process(run, tmp_path):
         assert len(got) == 6 and np.abs(np.array(got) - want).max() < 1e-5, (name, got, want)
 
 
-def test_the_online_probe_is_the_same_on_any_number_of_ranks(run, tmp_path):
-    """Three ranks do not divide the clips evenly: none waits for another, and no clip counts twice."""
-    probing = [f if f != "--probe_data" else ["--probe_data", "world", "world"] for f in TINY]
-    flags = [x for f in probing for x in (f if isinstance(f, list) else [f])] + ["--steps", 1, "--batch_size", 6]
+def test_the_online_probe_is_the_same_on_any_number_of_ranks(run, pictures, tmp_path):
+    """Three ranks do not divide eleven clips evenly: none waits for another, and no clip counts twice."""
+    eleven = pictures.with_name("eleven.txt")
+    eleven.write_text("".join(pictures.read_text().splitlines(keepends=True)[:11]))
+    flags = [*TINY, eleven, eleven, "--data", pictures, "--steps", 1, "--batch_size", 6, "--workers", 0]
+    flags.remove("--warmup"), flags.remove(2)
     one = run("train_vjepa.py", *flags, "--out_dir", tmp_path / "one")[1]
     three = run("train_vjepa.py", *flags, "--fsdp", "--out_dir", tmp_path / "three", ranks=3)[1]
     assert abs(one["random_acc"] - three["random_acc"]) < 3e-3 and one["random_acc"] > 0
@@ -177,6 +182,83 @@ def test_the_online_probe_reads_the_target_on_evaluation_clips(call, pictures, p
         assert torch.allclose(seen[-1][2], target(x).mean(1), atol=1e-6)
         assert not torch.allclose(seen[0][2], target(x).mean(1), atol=1e-3)
     assert last["probe_acc"] is not None
+
+
+# --- budgets, schedules, what goes on from another run --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (V, ("--terms", "ld:1")),
+        (V, ("--masks", "2x0.5", "2x0.5", "2x0.5")),
+        (train_salt, ()),
+        (train_salt, ("--split", "0.25", "0.25", "0.5")),
+        (train_tdv, ()),
+        (train_tdv, ("--objective", "views", "--local_crops", "2")),
+        (train_mae4d, ()),
+    ],
+)
+def test_flops_pay_for_as_many_steps(call, pictures, tmp_path, script, flags):
+    """--flops in place of --steps: fixed at the start, written to config.json, and spent to 1 % over all stages."""
+    small = [flag for flag in TINY if flag not in ("--probe_data", "--steps", 6, "--log_every", 1)]
+    asked = 2.0e11 if script is train_tdv else 4.0e11
+    call(script, *small, "--probe_data", "--data", pictures, "--workers", 0, "--flops", asked, *flags,
+         "--log_every", 1, "--out_dir", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["config"]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    spent = [line["flops"] for line in lines if "flops" in line][-1]
+    one = spent / lines[-1]["step"]
+    assert config["flops"] == asked and config["steps"] == lines[-1]["step"] > 5
+    # the rounding to whole steps of each stage, and 1 %
+    assert abs(spent / asked - 1) < 0.01 + 2 * one / asked, spent
+
+
+def test_a_budget_under_one_step_is_refused(run, tmp_path):
+    status, _, err = run("train_vjepa.py", *TINY, "--flops", 1e6, "--out_dir", tmp_path / "out")
+    assert status == 2 and "--flops 1e+06: one step costs" in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_cooldown_goes_on_with_the_optimizer_and_falls_linearly(call, pictures, tmp_path):
+    """V-JEPA 2: the rate falls on a line whose end lies at 1.25 times the steps, 1.06e-4, and the first update is no
+    larger than the last one of the run before: a fresh Adam's would be 5 times as large."""
+    args = V.Args(**V.PRESETS["vjepa2_cooldown"])
+    with torch.device("meta"):
+        rates = V.VJEPA(dataclasses.replace(args, model="vit_n", size=32)).schedules
+    assert [rates(step)["lr"] for step in (0, 6000, 12_000)] == pytest.approx([5.25e-4, 3.154e-4, 1.058e-4], rel=1e-3)
+
+    flags = [flag for flag in TINY if flag != "--probe_data"] + ["--probe_data", "--data", pictures, "--workers", 0]
+    flags += ["--warmup", 0, "--start_lr", 1e-3, "--final_lr", 1e-3, "--clip_grad", 0]
+    call(V, *flags, "--steps", 30, "--out_dir", tmp_path / "first")
+
+    def weights(out):
+        state = {"model": {"encoder.blocks.0.mlp.fc1.weight": torch.zeros(512, 128)}}
+        torch.distributed.checkpoint.load(state, checkpoint_id=M.newest(out))
+        return state["model"]["encoder.blocks.0.mlp.fc1.weight"]
+
+    moved = {}
+    for name, more in (("on", "--init_optimizer"), ("afresh", "--no-init_optimizer")):
+        call(V, *flags, "--steps", 1, "--init", tmp_path / "first", more, "--seed", 1, "--out_dir", tmp_path / name)
+        step = weights(tmp_path / name) - weights(tmp_path / "first")
+        moved[name] = step.square().mean().sqrt().item() / 1e-3
+    assert moved["on"] < 0.5 < 0.9 < moved["afresh"] < 1.1, moved
+
+
+def test_going_on_with_an_optimizer_needs_a_run(run, tmp_path):
+    for init in ((), ("--init", "weights.pt")):
+        status, _, err = run("train_vjepa.py", *TINY, "--init_optimizer", *init, "--out_dir", tmp_path / "out")
+        assert status == 2 and "--init_optimizer goes on from a run" in err and len(err.strip().splitlines()) == 1
+
+
+def test_equal_masks_have_a_line_each_in_the_log():
+    """V-JEPA's Table 15 has three times 2x0.5."""
+    _, objective, x, keep, pred = setting(masks=("2x0.5", "2x0.5", "4x0.2", "2x0.5"))
+    loss, metrics = objective(x, keep, pred)
+    names = ["loss_2x0.5", "loss_2x0.5_2", "loss_4x0.2", "loss_2x0.5_3"]
+    assert [name for name in metrics if name.startswith("loss_")] == names
+    assert loss.item() == pytest.approx(sum(metrics[name].item() for name in names) / 4, rel=1e-6)
+    assert len({metrics[name].item() for name in names}) == 4
 
 
 @pytest.mark.parametrize(
@@ -284,7 +366,8 @@ def test_a_new_objective_is_a_diff_of_under_30_lines(tmp_path):
     offered = re.findall(r"^  --(\w+)", page, re.M)
     code = fork.read_text() + (ROOT / "model.py").read_text()
     assert len(offered) > 40 and not {"ema", "final_ema", "terms", "tau"} & set(offered)
-    assert [name for name in offered if not re.search(rf"\b(args|a)\.{name}\b", code)] == []
+    read = {name for name in offered if re.search(rf"\b(args|a)\.{name}\b", code)}
+    assert set(offered) - read == {"preset"}  # which parse_args reads
     for gone in ("--ema", "--terms", "--distance"):
         refused = subprocess.run([*command, gone, "1"], cwd=tmp_path, capture_output=True, text=True)
         assert refused.returncode == 2
