@@ -190,6 +190,10 @@ for base, rows in ((FWM_UCF, ROWS_UCF), (FWM_PAPER, ROWS_PAPER)):
             # the target is the encoder itself, without gradient
             PRESETS[name] |= dict(ema=0.0, final_ema=0.0)
 PRESETS["kin_anneal"] |= dict(anneal=True)
+# the paper's weight of static, 0.05, empties the appearance half at this size
+PRESETS["laptop_fwm"] = LAPTOP | dict(
+    terms=("static:0.01", "orth:0.01", "hw:1.0", "ld:1.0"), distance=True,
+    out_dir="out/laptop_fwm")
 for name in ("future_predictive", "motion_future"):
     PRESETS[name] |= dict(temporal_keep=0.5)
 for name in ("motion_guided", "motion_future"):

@@ -451,6 +451,7 @@ def all_rows():
         if not row["terms"]:
             del row["terms"]
         rows[name] = row
+    rows["laptop_fwm"] = {"terms": V.PRESETS["laptop_fwm"]["terms"]}
     return rows
 
 
