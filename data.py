@@ -1,15 +1,20 @@
-"""Video in, training batches out: lists, decoding, sampling, augmentation, masks, and a built-in world.
+"""Video in, training batches out: lists, decoding, sampling, masks, and a built-in world.
 
-    python data.py index kinetics|ssv2|ucf|folders ROOT --out train.txt      # make a list of 'path label' rows from a dataset as downloaded
-    python data.py index scannet|davis|sintel|... ROOT --out train.txt       # the same for depth, masks, flow ...: clips with their dense labels
-    python data.py check train.txt                                           # read every file, report what is wrong with which
-    python data.py pack train.txt packed/ --short_side 256 --fps 7.5         # re-encode for speed (10x and more), originals untouched
+    python data.py index kinetics|ssv2|ucf|folders|frames ROOT --out train.txt    # 'path label'
+    python data.py index scannet|davis|sintel|... ROOT --out train.txt     # with their dense labels
+    python data.py check train.txt                       # read every file, report what is wrong
+    python data.py pack train.txt packed/ --short_side 256 --fps 7.5     # re-encode for speed (10x)
 
-Sample g of a run (g counts clips from the first step on) is a pure function of (seed, g): which video, which frames, which crop, flipped or not,
-and what replaces a damaged video. Ranks and workers only divide the g among themselves, so a run reads the same clips on any machine.
+Sample g of a run (g counts clips from the first step on) is a pure function of (seed, g): which
+video, which frames, which crop, flipped or not, and what replaces a damaged video. Ranks and
+workers only divide the g among themselves, so a run reads the same clips on any machine.
 
-Letters: B clips, T frames, H,W pixels; t,h,w token grid, N = t*h*w; K kept tokens, M predicted; token id = (ti*h + hi)*w + wi.
+A frame is the frame that was asked for, or the file counts as unreadable: see Video.
+
+Letters: B clips, T frames, H,W pixels; t,h,w token grid, N = t*h*w; K kept, M predicted tokens;
+token id = (ti*h + hi)*w + wi.
 """
+import ast
 import csv
 import hashlib
 import json
@@ -18,6 +23,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -30,6 +36,22 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
+
+def help_page(argv):
+    """The file's docstring, or that of the command that argv names."""
+    tree = ast.parse(Path(__file__).read_text("utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name in argv and node.name in COMMANDS:
+            flags = " ".join(f"--{argument.arg}" for argument in node.args.args)
+            return f"python data.py {node.name}: {ast.get_docstring(node)}\n\nFlags: {flags}"
+    return __doc__
+
+
+COMMANDS = ("check", "index", "pack")
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    print(help_page(sys.argv))  # before torch: it is instant
+    sys.exit()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,150 +59,521 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-VIDEOS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".gif", ".ts", ".flv", ".wmv", ".3gp"}
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}  # read as a video of one frame, and repeated into a still clip
-ATTEMPTS = 20  # so many damaged videos in a row end the run: at 10 % damage that never happens by chance (1e-20)
-
-
-TOLD = set()  # bad videos that this process has named: each once
+VIDEOS = {
+    ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".gif",
+    ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts",
+}
+# read as a video of one frame, and repeated into a still clip
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+# so many damaged videos in a row end the run: at 10 % damage that never happens by chance (1e-20)
+ATTEMPTS = 20
+# larger frames count as damage: one of 8192x8192 takes a decoder of six gigabytes (8K has 33)
+MAX_MEGAPIXELS = 36
+# decoded frames that a process holds at a time
+PIECE_BYTES = 2**27
+# bad videos that this process has named: each once
+TOLD = set()
+# what the loader processes of this process read: (workers, 4096) bytes, see Clips.say
+WATCHED = []
+# files that killed or hung a loader process, in a run that goes on: not opened again
+POISON = set()
 
 
 class DataError(ValueError):
-    """What the user must fix, in one line. Scripts print it and exit with status 2 before any work is done."""
+    """What the user must mend, in one line. Scripts print it and exit with status 2."""
 
 
-# --- lists ------------------------------------------------------------------------------------------------------------------------------
+# --- lists ----------------------------------------------------------------------------------------
+
+class Paths:
+    """Absolute paths that share one buffer of bytes: Python strings would take 0.16 GB a million
+    rows in *each* process, as a process that counts references to them cannot share their memory.
+    """
+
+    def __init__(self, root, text, spans):
+        """root: what relative ones start at; spans (n,2): where each lies in the bytes `text`."""
+        self.root = root
+        self.text = text
+        self.spans = spans
+
+    @classmethod
+    def of(cls, paths):
+        """From a list of str."""
+        encoded = [os.fsencode(path) for path in paths]
+        ends = np.cumsum([0] + [len(path) for path in encoded])
+        return cls("/", b"".join(encoded), np.stack([ends[:-1], ends[1:]], 1))
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __getitem__(self, i):
+        """The absolute path, a str."""
+        return os.path.normpath(os.path.join(self.root, self.written(i)))
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def written(self, i):
+        """As it stands in the list."""
+        start, end = self.spans[i]
+        return os.fsdecode(self.text[start:end])
+
 
 @dataclass
 class Source:
-    """One list. `labels` is int64, -1 where a row has none. The built-in world has labels and no paths."""
+    """One list. `labels` is int64, -1 where a row has none. The world has labels and no paths."""
     name: str
-    paths: list
+    paths: Paths
     labels: np.ndarray
-    weight: float | None = None  # share of the samples drawn from it; None: in proportion to its length
+    weight: float | None = None  # share of the samples drawn from it; None: by its length
     split: str = ""  # which clips of the built-in world; "" for files
+    classes: tuple = ()  # name of each label, where they have names
+    facts: np.ndarray | None = None  # (n,2) bytes and time of each file, where it was looked up
+    dataset: object = None  # gives the videos, instead of files (of_dataset)
 
     def __len__(self):
         return len(self.labels)
 
 
-def parse_list(spec, split="train", labelled=False, classes=None):
-    """Read `spec` = PATH or PATH:WEIGHT and check every row before any model is built.
+def parse_list(spec, split="train", labelled=False, classes=None, look=True):
+    """Read `spec` = PATH or PATH:WEIGHT, and check every row before any model is built.
 
-    PATH is a text file of rows `path label` (the label, an integer from 0, is what follows the last blank; without one the row is unlabelled), or
-    a comma-separated file whose header names the columns `path` and, if labelled, `label`, or a folder (each sub-folder a class; if there are
-    none, unlabelled), or the word "world" (its clips of this `split`). Relative paths start at the list's folder and stay inside it.
-    labelled=True refuses unlabelled rows; classes=C refuses labels outside 0..C-1. Raises DataError, as `file:line: what is wrong`.
+    PATH: a text file of rows `path label` (the label, an integer or a class name, follows the last
+    blank; a row may have none); a comma-separated file whose header names the columns `path` and,
+    if labelled, `label`; a folder (each sub-folder is a class; if there are none, unlabelled); one
+    video; a pattern, 'videos/*.mp4'; or the word "world" (its clips of this `split`). Relative
+    paths start at the list's folder and stay inside it. A folder of numbered images is one video.
+    labelled=True refuses unlabelled rows; classes=C refuses labels outside 0..C-1; look=False does
+    not look for the files. Raises DataError, as `file:line: what is wrong`.
     """
-    name, colon, tail = str(spec).rpartition(":")
-    weight = None
-    if colon and not os.path.exists(spec):
-        try:
-            weight = float(tail)
-        except ValueError:
-            raise DataError(f"{spec}: no such file or folder (a weight, as in LIST:0.5, must be a number)") from None
-        if not 0 < weight < math.inf:
-            raise DataError(f"{spec}: the weight must be a positive number, not {tail}")
-    else:
-        name = str(spec)
+    name, weight = split_weight(str(spec))
     if name == "world":
-        return Source("world", [], np.asarray(World(split).labels, dtype=np.int64), weight, split)
-
-    rows = list(folder_rows(name) if os.path.isdir(name) else file_rows(name))
-    if not rows:
-        raise DataError(f"{name}: the list is empty")
-    listings, labels = {}, np.full(len(rows), -1, dtype=np.int64)  # one directory listing each is far cheaper than one stat per file
-    for i, (where, path, label) in enumerate(rows):
-        folder, base = os.path.split(path)
-        if folder not in listings:
-            listings[folder] = {e.name for e in os.scandir(folder) if e.is_file()} if os.path.isdir(folder) else set()
-        if base not in listings[folder]:
-            if os.path.isdir(path):
-                raise DataError(f"{where}: {path!r} is a directory, not a video")
-            raise DataError(f"{where}: no file {path!r} (a row is 'path label' with an integer label; comma-separated files need a header "
-                            "with 'path')")
-        if label is None:
-            if labelled:
-                raise DataError(f"{where}: no label, and this task needs one (a row is 'path label')")
-            continue
-        if label < 0 or (classes and label >= classes) or label >= 2**31:
-            raise DataError(f"{where}: label {label} is out of range (labels run from 0 to {classes - 1 if classes else 'the last class'})")
-        labels[i] = label
-    return Source(name, [path for _, path, _ in rows], labels, weight)
-
-
-def file_rows(name):
-    """Yield (`file:line`, absolute path, label or None) of a list file."""
-    try:
-        text = Path(name).read_bytes().decode("utf-8-sig")  # -sig: a byte order mark is not part of the first path
-    except UnicodeDecodeError:
-        raise DataError(f"{name}: not a text file in UTF-8; a list has rows of 'path label'") from None
-    except OSError as error:
-        raise DataError(f"{name}: cannot read the list ({error.strerror})") from None
-    root = os.path.dirname(os.path.abspath(name))
-    lines = text.split("\n")  # not splitlines(), which also splits at characters that may stand in a file name
-    header = [column.strip().lower() for column in next(csv.reader(lines[:1]), [])]
-    if "youtube_id" in header or text.lstrip()[:1] in ("[", "{"):
-        layout = "kinetics" if "youtube_id" in header else "ssv2"
-        raise DataError(f"{name}: an annotation file, not a list; make one with: python data.py index {layout} ROOT --annotations {name}")
-    if "path" in header:
-        reader = csv.DictReader((line.rstrip("\r") for line in lines[1:]), fieldnames=header)
-        found = ((reader.line_num + 1, row["path"] or "", row.get("label")) for row in reader)
+        labels = np.asarray(World(split).labels, dtype=np.int64)
+        return Source("world", [], labels, weight, split, MOTIONS)
+    if os.path.isdir(name):
+        source = numbered_video(name) or folder_source(name)
+    elif Path(name).suffix.lower() in VIDEOS | IMAGES and os.path.isfile(name):
+        source = Source(name, Paths.of([os.path.abspath(name)]), np.array([-1]))
+    elif any(c in name for c in "*?[") and not os.path.exists(name):
+        source = pattern_source(name)
     else:
-        found = ((n, *split_row(line)) for n, line in enumerate(lines, 1) if line.strip())
-    for n, path, label in found:
-        where = f"{name}:{n}"
-        if "://" in path:
-            raise DataError(f"{where}: {path!r} is a URL; download it first")
-        full = os.path.normpath(os.path.join(root, path.strip()))
-        if not path.strip() or "\0" in path:
-            raise DataError(f"{where}: no path in this row")
-        if not os.path.isabs(path) and not full.startswith(root.rstrip("/") + "/"):
-            raise DataError(f"{where}: {path!r} leads out of the list's folder; write it as an absolute path if that is meant")
-        try:
-            yield where, full, int(label) if label not in (None, "") else None
-        except ValueError:
-            raise DataError(f"{where}: label {label!r} is not an integer from 0 up") from None
+        source = file_source(name)
+    source.weight = weight
+    if not len(source):
+        raise DataError(f"{name}: the list is empty")
+    check_rows(source, labelled, classes)
+    if look:
+        source.facts = file_facts(source)
+    return source
 
 
-def split_row(line):
-    """'a b.mp4 3' -> ('a b.mp4', '3'); 'a b.mp4' -> ('a b.mp4', None): only an integer can be a label, so names may hold blanks and commas."""
-    path, *label = line.strip().rsplit(None, 1)
-    return (path, label[0]) if label and label[0].lstrip("+-").isdigit() else (line.strip(), None)
+def of_dataset(dataset, labels=None, weight=None, name="dataset"):
+    """Any dataset as a source: dataset[row] is a video, uint8 (n,H,W,3), an array or a tensor, of
+    which clips are cut as from a file of n frames. labels: an integer for each row."""
+    labels = np.full(len(dataset), -1) if labels is None else np.asarray(labels, np.int64)
+    return Source(name, [], labels, weight, dataset=dataset)
 
 
-def folder_rows(name):
-    """The same for a folder of videos: with sub-folders, each is a class, numbered in the order of their names."""
+def split_weight(spec):
+    """'LIST:0.5' -> ('LIST', 0.5)"""
+    name, colon, tail = spec.rpartition(":")
+    if not colon or os.path.exists(spec):
+        return spec, None
+    try:
+        weight = float(tail)
+    except ValueError:
+        raise DataError(f"{spec}: no such file or folder (a weight, as in LIST:0.5, must be a "
+                        "number)") from None
+    if not 0 < weight < math.inf:
+        raise DataError(f"{spec}: the weight must be a positive number, not {tail}")
+    return name, weight
+
+
+def pattern_source(name):
+    """The files and folders that a shell pattern names, unlabelled."""
+    import glob
+
+    found = sorted(glob.glob(name, recursive=True))
+    paths = [os.path.abspath(path) for path in found if is_video(Path(path))]
+    if not paths:
+        raise DataError(f"{name}: no video has such a name")
+    return Source(name, Paths.of(paths), np.full(len(paths), -1))
+
+
+def folder_source(name):
+    """Each sub-folder with videos is a class, in the order of their names; without any, the
+    folder's own videos, unlabelled."""
     root = Path(os.path.abspath(name))
-    groups = sorted(p for p in root.iterdir() if p.is_dir() and media(p))
-    if not groups:
-        return [(name, str(path), None) for path in media(root)]
-    return [(f"{name}/{group.name}", str(path), label) for label, group in enumerate(groups) for path in media(group)]
+    found = []
+    labels = []
+    classes = []
+    for group in entries(root):
+        inside = list(media(group)) if group.is_dir() and not is_video(group) else []
+        if inside:
+            found += inside
+            labels += [len(classes)] * len(inside)
+            classes.append(group.name)
+    if not classes:
+        found = list(media(root))
+        labels = [-1] * len(found)
+    paths = Paths.of(str(path.relative_to(root)) for path in found)
+    paths.root = str(root)
+    return Source(name, paths, np.array(labels, np.int64), classes=tuple(classes))
+
+
+def entries(folder):
+    """What a person sees in a folder, sorted: no hidden files and no copies that systems leave."""
+    found = sorted(folder.iterdir())
+    for path in found:
+        if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
+            raise DataError(f"{path} leads back to {path.resolve()}, which holds it")
+    return [path for path in found if path.name[0] != "." and path.name != "__MACOSX"]
 
 
 def media(folder):
-    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in VIDEOS | IMAGES and p.is_file())
+    """The videos below a folder, at any depth; a folder of numbered images is one."""
+    for path in entries(folder):
+        if is_video(path):
+            yield path
+        elif path.is_dir():
+            yield from media(path)
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------------------------------
+def is_video(path):
+    if path.is_dir():
+        return bool(numbered_images(path))
+    return path.suffix.lower() in VIDEOS | IMAGES and path.is_file()
+
+
+def numbered_video(name):
+    """The folder as the only row of a source, where it is one video of numbered images."""
+    if not numbered_images(Path(name)):
+        return None
+    return Source(name, Paths.of([os.path.abspath(name)]), np.array([-1]))
+
+
+@lru_cache(maxsize=64)
+def numbered_images(folder):
+    """The images of a folder that holds one video: two or more, whose names differ by a number that
+    rises in even steps, and nothing else. Else an empty tuple."""
+    found = {}
+    heads = set()
+    for path in entries(folder):
+        match = re.fullmatch(r"(.*?)(\d+)", path.stem)
+        if not match or path.suffix.lower() not in IMAGES:
+            return ()
+        heads.add((match[1], path.suffix))
+        found[int(match[2])] = path
+    steps = np.diff(sorted(found))
+    if len(heads) != 1 or len(steps) == 0 or steps.min() != steps.max():
+        return ()
+    return tuple(found[number] for number in sorted(found))
+
+
+def file_source(name):
+    """A list file."""
+    try:
+        text = Path(name).read_bytes()
+    except OSError as error:
+        hint = "" if "." in name or "/" in name else "; the built-in world is called world"
+        raise DataError(f"{name}: cannot read the list ({error.strerror}){hint}") from None
+    text = text.removeprefix(b"\xef\xbb\xbf")
+    if b"\0" in text[:4096]:
+        raise DataError(f"{name}: not a list but a binary file; a list has rows of 'path label'")
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        raise DataError(f"{name}: not a text file in UTF-8; a list has rows of 'path label'") \
+            from None
+    if b"\n" not in text:
+        # line ends of old Macs
+        text = text.replace(b"\r", b"\n")
+    root = os.path.dirname(os.path.abspath(name))
+    first_line = text[: text.find(b"\n")].decode()
+    header = [column.strip().lower() for column in first_line.split(",")]
+    if "youtube_id" in header or text.lstrip()[:1] in (b"[", b"{"):
+        layout = "kinetics" if "youtube_id" in header else "ssv2"
+        raise DataError(f"{name}: an annotation file, not a list; make one with: python data.py "
+                        f"index {layout} ROOT --annotations {name}")
+    source = table_source(name, text) if "path" in header else plain_source(name, text)
+    source.paths.root = os.path.dirname(os.path.abspath(name))
+    check_paths(source)
+    return source
+
+
+def plain_source(name, text):
+    """Rows of `path label`, a few megabytes at a time."""
+    spans = []
+    labels = []
+    texts = {}
+    start = 0
+    while start < len(text):
+        end = text.find(b"\n", start + 2**22)
+        end = len(text) if end < 0 else end + 1
+        part, numbers, words = plain_rows(text[start:end])
+        for row, (path_end, word) in words.items():
+            part[row, 1] = path_end
+            texts[sum(map(len, labels)) + row] = word
+        spans.append(part + start)
+        labels.append(numbers)
+        start = end
+    spans = np.concatenate(spans or [np.zeros((0, 2), np.int64)])
+    source = Source(name, Paths("", text, spans), np.concatenate(labels or [np.zeros(0, np.int64)]))
+    return name_classes(source, texts)
+
+
+def plain_rows(text):
+    """Whole lines -> spans (n,2) of the paths, labels (n,), -1 where the last word is no integer,
+    and {row: (end of its path, word)} of labels that are class names.
+
+    Only after a file name can a word be a class name, as paths may hold blanks.
+    """
+    bytes_ = np.frombuffer(text, np.uint8)
+    blank = bytes_ <= 32
+    ends = np.flatnonzero(bytes_ == 10)
+    if not text.endswith(b"\n"):
+        ends = np.append(ends, len(text))
+    starts = np.append(0, ends[:-1] + 1)
+    inked = np.append(np.flatnonzero(~blank), len(text))
+    first = inked[np.searchsorted(inked, starts)]
+    filled = first < ends
+    first = first[filled]
+    last = inked[np.searchsorted(inked, ends[filled]) - 1] + 1
+    blanks = np.append(-1, np.flatnonzero(blank))
+    gap = blanks[np.searchsorted(blanks, last) - 1]
+    labels, whole = integers(bytes_, gap + 1, last)
+    labelled = whole & (gap > first)
+    path_end = np.where(labelled, inked[np.searchsorted(inked, np.maximum(gap, 0)) - 1] + 1, last)
+
+    words = {}
+    for row in np.flatnonzero(~labelled & (gap > first)):
+        head = text[first[row]: gap[row]].decode().rstrip()
+        word = text[gap[row] + 1: last[row]].decode()
+        if suffix_of(head) in VIDEOS | IMAGES and suffix_of(word) not in VIDEOS | IMAGES:
+            words[row] = first[row] + len(head.encode()), word
+    return np.stack([first, path_end], 1), np.where(labelled, labels, -1), words
+
+
+def suffix_of(name):
+    return os.path.splitext(name)[1].lower()
+
+
+def integers(bytes_, start, end):
+    """The integers (n,) written in bytes_[start:end], and which of these words are integers."""
+    signed = np.isin(bytes_[np.minimum(start, len(bytes_) - 1)], list(b"+-"))
+    negative = signed & (bytes_[np.minimum(start, len(bytes_) - 1)] == ord("-"))
+    start = start + signed
+    value = np.zeros(len(start), np.int64)
+    whole = end > start
+    for place in range(min(int((end - start).max(initial=0)), 19)):
+        at = start + place
+        inside = at < end
+        digit = bytes_[np.minimum(at, len(bytes_) - 1)].astype(np.int64) - ord("0")
+        whole &= ~inside | ((digit >= 0) & (digit <= 9))
+        value = np.where(inside, np.minimum(10 * value + digit, 2**53), value)
+    # a sign makes a label that is out of range, and is said to be
+    return np.where(negative, -value - 2, value), whole
+
+
+def table_source(name, text):
+    """Rows of a comma-separated file with a header."""
+    reader = csv.DictReader(text.decode().splitlines(keepends=True))
+    reader.fieldnames = [column.strip().lower() for column in reader.fieldnames]
+    paths = []
+    labels = []
+    lines = []
+    texts = {}
+    for row in reader:
+        word = (row.get("label") or "").strip()
+        number = re.fullmatch(r"[+-]?\d+", word)
+        if word and not number:
+            texts[len(paths)] = word
+        paths.append((row["path"] or "").strip())
+        labels.append(int(word) if number else -1)
+        lines.append(reader.line_num)
+    source = Source(name, Paths.of(paths), np.array(labels, np.int64))
+    source.lines = lines
+    return name_classes(source, texts)
+
+
+def name_classes(source, texts):
+    """Labels by name: those of classes.txt beside the list, else in alphabetical order."""
+    beside = Path(source.name).with_name("classes.txt")
+    if beside.is_file():
+        source.classes = tuple(beside.read_text("utf-8").splitlines())
+    if not texts:
+        return source
+    numbered = np.flatnonzero(source.labels != -1)
+    if len(numbered):
+        row, word = next(iter(texts.items()))
+        raise DataError(f"{where(source, row)}: label {word!r} is a name, and other rows have "
+                        "numbers")
+    row, word = next(((r, w) for r, w in texts.items() if re.fullmatch(r"[+-]?[\d.,]+", w)),
+                     (None, None))
+    if row is not None:
+        raise DataError(f"{where(source, row)}: label {word!r} is neither an integer nor a name")
+    if not source.classes:
+        source.classes = tuple(sorted(set(texts.values())))
+    number = {word: k for k, word in enumerate(source.classes)}
+    for row, word in texts.items():
+        if word not in number:
+            raise DataError(f"{where(source, row)}: label {word!r} is not one of the "
+                            f"{len(number)} of {beside}")
+        source.labels[row] = number[word]
+    return source
+
+
+def where(source, row):
+    """`file:line` of a row, for messages."""
+    if os.path.isdir(source.name):
+        return os.path.dirname(source.paths[row])
+    lines = getattr(source, "lines", None)
+    if lines is not None:
+        return f"{source.name}:{lines[row]}"
+    start = int(source.paths.spans[row, 0])
+    return f"{source.name}:{source.paths.text.count(10, 0, start) + 1}"
+
+
+def check_paths(source):
+    """Refuse rows that name no file below the list's folder."""
+    text = source.paths.text
+    suspicious = any(mark in text for mark in (b"://", b"..", b"\0"))
+    empty = np.flatnonzero(source.paths.spans[:, 1] <= source.paths.spans[:, 0])
+    rows = range(len(source)) if suspicious else empty
+    root = source.paths.root.rstrip("/") + "/"
+    for row in rows:
+        path = source.paths.written(row)
+        if not path or "\0" in path:
+            raise DataError(f"{where(source, row)}: no path in this row")
+        if "://" in path:
+            raise DataError(f"{where(source, row)}: {path!r} is a URL; download it first")
+        if not os.path.isabs(path) and not source.paths[row].startswith(root):
+            raise DataError(f"{where(source, row)}: {path!r} leads out of the list's folder; write "
+                            "it as an absolute path if that is meant")
+
+
+def check_rows(source, labelled, classes):
+    """Refuse labels that are missing or out of range."""
+    most = classes or 2**31
+    bad = (source.labels < -1) | (source.labels >= most)
+    if labelled:
+        bad |= source.labels == -1
+    if not bad.any():
+        return
+    row = int(bad.argmax())
+    label = int(source.labels[row])
+    if label == -1:
+        raise DataError(f"{where(source, row)}: no label, and this task needs one (a row is 'path "
+                        "label')")
+    label = label + 2 if label < 0 else label
+    raise DataError(f"{where(source, row)}: label {label} is out of range (labels run from 0 to "
+                    f"{classes - 1 if classes else 'the last class'})")
+
+
+def file_facts(source):
+    """Bytes and time of each file (n,2)."""
+    root = os.fsencode(source.paths.root)
+    text = source.paths.text
+
+    def look(spans):
+        facts = [facts_of(os.path.join(root, text[start:end])) for start, end in spans.tolist()]
+        return np.array(facts, np.int64)
+
+    # network file systems answer slowly, but several at a time
+    with ThreadPoolExecutor(4) as pool:
+        parts = np.array_split(source.paths.spans, 1 + len(source) // 4096)
+        facts = np.concatenate([*pool.map(look, parts)])
+    missing = facts[:, 0] < 0
+    if missing.any():
+        row = int(missing.argmax())
+        path = source.paths[row]
+        if os.path.isdir(path):
+            raise DataError(f"{where(source, row)}: {path!r} is a directory, not a video")
+        raise DataError(f"{where(source, row)}: no file {path!r} (a row is 'path label'; "
+                        "comma-separated files need a header with 'path')")
+    return facts
+
+
+def facts_of(path):
+    """Bytes of a file and when it was changed; of a folder of numbered images how many they are; -1
+    without one."""
+    try:
+        facts = os.stat(path)
+    except (OSError, ValueError):
+        return -1, 0
+    if stat.S_ISDIR(facts.st_mode):
+        return len(numbered_images(Path(os.fsdecode(path)))) or -1, facts.st_mtime_ns
+    return facts.st_size, facts.st_mtime_ns
+
+
+def match_classes(train, val):
+    """Two sources with labels from 0 to C-1 for the C classes that occur in either: by name where
+    both have names, else by number. Classes of one side only are named on stderr."""
+    named = train.classes and val.classes
+    keys = []
+    for source in (train, val):
+        names = source.classes if named else range(1 + int(source.labels.max(initial=-1)))
+        keys.append([names[label] for label in np.unique(source.labels[source.labels >= 0])])
+    known = list(dict.fromkeys(keys[0] + [key for key in keys[1] if key not in set(keys[0])]))
+    for side, mine, other in (("train", *keys), ("val", *keys[::-1])):
+        alone = [str(key) for key in mine if key not in set(other)]
+        if alone:
+            print(f"note: {len(alone)} of {len(known)} classes occur in {side} only: "
+                  f"{', '.join(alone[:10])}", file=sys.stderr)
+    number = {key: k for k, key in enumerate(known)}
+    names = dict(enumerate(train.classes or val.classes))
+    classes = tuple(known if named else [names.get(key, str(key)) for key in known])
+    matched = []
+    for source, mine in zip((train, val), keys):
+        old = np.unique(source.labels[source.labels >= 0])
+        new = np.array([number[key] for key in mine] or [0])
+        labels = new[np.searchsorted(old, source.labels) % len(new)]
+        labels = np.where(source.labels < 0, -1, labels)
+        matched.append(replace(source, labels=labels, classes=classes))
+    return matched
+
+
+def fingerprint(sources):
+    """Hashes of what the sources hold: "data_hash" of the lists' text, labels, and bytes of each
+    file, so that a changed list or a replaced video is noticed, and a copy elsewhere
+    is not; "data_times" of when the files were changed."""
+    digest = hashlib.sha256()
+    times = hashlib.sha256()
+    for source in sources:
+        digest.update(repr((source.weight, source.split)).encode() + source.labels.tobytes())
+        if not len(source.paths):
+            continue
+        sizes, changed = file_facts(source).T if source.facts is None else source.facts.T
+        digest.update(sizes.tobytes())
+        times.update(changed.tobytes())
+        digest.update(source.paths.text)
+    return {"data_hash": digest.hexdigest()[:32], "data_times": times.hexdigest()[:32]}
+
+
+# --- files ----------------------------------------------------------------------------------------
 
 @dataclass
 class Clip:
-    """How clips are cut from videos. Frames are `stride` apart, or 1/`fps` seconds apart when `fps` is given (then by time stamps, so that lists
-    of different frame rates, and packed ones, mix)."""
+    """How clips are cut from videos. Frames are `stride` apart, or 1/`fps` seconds apart when `fps`
+    is given (then by time stamps, so that lists of different frame rates, and packed ones, mix)."""
     frames: int = 16
     stride: int = 4
     fps: float | None = None
     size: int = 224  # pixels of the square the model sees
     scale: tuple = (0.3, 1.0)  # area of the random crop, as a share of the frame
     ratio: tuple = (0.75, 1.35)  # its width / height, log-uniform
-    zoom: float = 0.0  # > 0: instead, a square anywhere, as large as the short side / zoom (4DS: 1.15)
+    zoom: float = 0.0  # > 0: instead, a square anywhere, as large as the short side / zoom (4DS)
     flip: bool = True
-    train: bool = True  # False: no randomness; clips centred in `segments` equal parts of the video, crops as `views` says
-    short: str = "repeat"  # a video shorter than the clip: "repeat" its last frame, "loop" it, "spread" the clip's frames evenly over it, or "error" (treated as damaged)
-    clips: int = 1  # training: so many random clips from each opened video, decoded in one pass
+    # False: no randomness; clips centred in `segments` equal parts of the video, crops by `views`
+    train: bool = True
+    # a video shorter than the clip: "repeat" its last frame, "loop" it, "spread" the clip's frames
+    # evenly over it, or "error" (treated as damaged)
+    short: str = "repeat"
+    clips: int = 1  # training: so many from each opened video, in one window (clip_starts)
     segments: int = 1  # evaluation: clips per video, spread over its length
-    views: int = 1  # evaluation: 1 = centre square of 224/256 of the short side; 3 = the whole short side at left, centre, right
+    # evaluation: 1 = centre square of 224/256 of the short side; 3 = the whole short side at left,
+    # centre, right
+    views: int = 1
 
     def __post_init__(self):
         for name in ("frames", "stride", "size", "clips", "segments", "views"):
@@ -193,7 +586,11 @@ class Clip:
         if self.short not in ("repeat", "loop", "spread", "error"):
             raise DataError(f"short must be repeat, loop, spread or error, not {self.short!r}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
-            raise DataError(f"crop scale {self.scale} must rise inside (0, 1], ratio {self.ratio} must rise and be positive")
+            raise DataError(f"crop scale {self.scale} must rise inside (0, 1], ratio {self.ratio} "
+                            "must rise and be positive")
+
+
+PRINTABLE = bytes([9, 10, 13, *range(32, 127)])
 
 
 def import_torchcodec():
@@ -201,26 +598,363 @@ def import_torchcodec():
     try:
         import torchcodec.decoders
     except (ImportError, RuntimeError, OSError) as error:
-        raise DataError("reading video needs torchcodec and FFmpeg 4 to 8: `pip install -r requirements.txt` and `apt-get install -y ffmpeg` "
+        raise DataError("reading video needs torchcodec and FFmpeg 4 to 8: `pip install -r "
+                        "requirements.txt` and `apt-get install -y ffmpeg` "
                         f"({reason(error)[:80]}); the built-in world needs neither") from None
     return torchcodec.decoders
 
 
 def open_video(path):
-    """A decoder of `path`, frames uint8 (H,W,3). Exact seeking: packets are scanned once (0.5 ms for 10 s), so frame i is frame i also where the
-    header lies about the count or the frame rate varies. Opened where it is used: a decoder must not cross a fork or be shared by threads."""
-    still = Path(path).suffix.lower() in IMAGES
-    source = Path(path).read_bytes() if still else path  # FFmpeg cannot go back to the start of a jpg by name, of its bytes it can
-    return import_torchcodec().VideoDecoder(source, dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=1)
+    """A decoder of `path`, frames uint8 (H,W,3). It seeks by the header's frame rate: the packets
+    of a long file are not read to find out where a frame lies. (Video checks where it landed.)
+    Opened where it is used: a decoder must not cross a fork or be shared by threads."""
+    source = path
+    mode = "approximate"
+    with open(path, "rb") as file:
+        head = file.read(64)
+        # FFmpeg cannot go back to the start of a jpg by name, of its bytes it can
+        if suffix_of(path) in IMAGES:
+            source = head + file.read()
+            mode = "exact"
+    if head and not head.translate(None, PRINTABLE):
+        # playlists and scripts of FFmpeg's lead to other files, and some never end
+        raise ValueError("a text file, not a video")
+    return import_torchcodec().VideoDecoder(
+        source, dimension_order="NHWC", seek_mode=mode, num_ffmpeg_threads=1)
 
+
+def sequence(decoder):
+    """(frame uint8 (H,W,3), when it is shown, for how long) of one frame after the other, without
+    any seek but one before."""
+    following = torch.ops.torchcodec_ns.get_next_frame
+    while True:
+        try:
+            frame, time, duration = following(decoder._decoder)
+        except IndexError:
+            return
+        yield frame, time.item(), duration.item()
+
+
+class Video:
+    """An open video file, whose frames are asked for by number or by time. Where the frame rate
+    varies and no index says how, numbers count ticks of the mean rate as long as these fit.
+
+    A seek may land anywhere (in transport streams half of them land late), and headers lie. So the
+    time stamps that come back are compared with those that were asked for; where they differ, the
+    frames are found by decoding from a place before them, in the end from the file's start.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.decoder = open_video(path)
+        meta = self.decoder.metadata
+        self.rotation = meta.rotation or 0
+        self.pixel_aspect = float(meta.pixel_aspect_ratio or 1)
+        self.pixels = (meta.width or 0) * (meta.height or 0)
+        if self.pixels > 1e6 * MAX_MEGAPIXELS:
+            raise ValueError(f"frames of {meta.width}x{meta.height} are over the limit of "
+                             f"{MAX_MEGAPIXELS} megapixels (data.MAX_MEGAPIXELS)")
+        self.begin = float(meta.begin_stream_seconds or 0)
+        end = float(meta.end_stream_seconds or 0)
+        if not meta.average_fps or not end > self.begin:
+            raise ValueError("its header gives no frame rate or no duration")
+        # seconds from frame to frame, and all together
+        self.tick = 1 / meta.average_fps
+        self.seconds = end - self.begin
+        self.frames = max(1, round(self.seconds / self.tick))
+        self.slow = False  # was a frame not where a seek looked for it?
+        # when each frame is shown, where that is irregular and known: else begin + number * tick
+        self.times = None
+        if suffix_of(path) in (".mp4", ".m4v", ".mov", ".3gp"):
+            self.know(mp4_times(path))
+        # Does every time stamp after a seek mislead? In MPEG program streams only some packets have
+        # one, and from a seek to the next of these they are guessed. B-frames in AVI have none, and
+        # all frames are told one late
+        self.lies = suffix_of(path) in (".mpg", ".mpeg", ".vob")
+        if suffix_of(path) == ".avi":
+            _, first, _ = next(sequence(open_video(path)))
+            self.lies = first > self.begin + self.tick / 2
+
+    def know(self, times):
+        """times (n,) in seconds, or None."""
+        if times is not None and len(times) > 1:
+            self.times = times - times[0] + self.begin
+            self.frames = len(times)
+
+    def by_number(self, ids):
+        """Frames ids (n,) -> uint8 (n,H,W,3)."""
+        if self.lies:
+            self.slow = True
+            return self.count(ids)
+        for look_up in (False, True):
+            if look_up:
+                before = self.frames
+                self.know(packet_times(self.path))
+                if self.frames != before:
+                    raise Recount
+            for find in (self.seek, self.walk):
+                frames, times, durations = find(self.middle(ids))
+                if self.are(ids, times, durations):
+                    return frames
+                self.slow = True
+            if self.times is not None:
+                break
+        return self.count(ids)
+
+    def by_time(self, seconds):
+        """What is shown at these seconds (n,) after the first frame -> uint8 (n,H,W,3)."""
+        if self.lies:
+            return self.count(np.floor((seconds + 1e-3) / self.tick).astype(int))
+        # 1 ms late: a time that falls on a frame's start must not slip into the frame before (mkv
+        # rounds time stamps to 1 ms)
+        asked = self.begin + seconds + 1e-3
+        frames, times, durations = self.seek(asked)
+        shown = (times <= asked + 1e-6) & (asked < times + durations + 1e-3)
+        self.slow = not shown.all()
+        return self.walk(asked)[0] if self.slow else frames
+
+    def middle(self, ids):
+        """A moment at which each of these frames is shown."""
+        if self.times is None:
+            return self.begin + (ids + 0.5) * self.tick
+        ends = np.append(self.times[1:], self.times[-1] + self.tick)
+        return (self.times[ids] + ends[ids]) / 2
+
+    def are(self, ids, times, durations):
+        """Are what came back the frames ids? By a mean rate also how long each is shown must fit:
+        in a part of a video of twice the rate every second frame comes at the time asked for."""
+        if self.times is not None:
+            return np.abs(times - self.times[ids]).max() < 2e-3
+        late = np.abs(times - self.begin - ids * self.tick).max() > self.tick / 2
+        odd = (durations > 0) & (np.abs(durations / self.tick - 1) > 0.5)
+        return not late and not odd.any()
+
+    def seek(self, asked):
+        """What the decoder gives for these moments (n,), right or not -> frames, when each is
+        shown, for how long. A moment that it fails at is infinitely late."""
+        last = self.begin + self.seconds - 1e-4
+        try:
+            found = self.decoder.get_frames_played_at(np.clip(asked, self.begin, last).tolist())
+        except (RuntimeError, IndexError):
+            return None, np.full(len(asked), math.inf), np.zeros(len(asked))
+        return found.data, found.pts_seconds.numpy(), found.duration_seconds.numpy()
+
+    def walk(self, asked):
+        """The same by decoding all frames from a place before the first of them.
+
+        After a seek a decoder may leave out frames that lean on others before it. So where frames
+        are missing it starts earlier, until that changes nothing.
+        """
+        moments, places = np.unique(asked, return_inverse=True)
+        before = None
+        for margin in (3 * self.tick, 1.0, 10.0, math.inf):
+            decoder = open_video(self.path)
+            start = moments[0] - margin
+            if start > self.begin:
+                torch.ops.torchcodec_ns.seek_to_pts(decoder._decoder, start)
+            found, whole = self.last_before(moments, sequence(decoder))
+            times = [time for _, time, _ in found]
+            if found and (whole or times == before or start <= self.begin):
+                break
+            before = times
+        frames, times, durations = zip(*found)
+        return torch.stack(frames)[places], np.array(times)[places], np.array(durations)[places]
+
+    def last_before(self, moments, frames):
+        """What is shown at each of these rising moments, nothing where the frames begin later; and
+        whether none seems to be missing there."""
+        found = []
+        whole = True
+        shown = None
+        for frame in frames:
+            _, time, _ = frame
+            while len(found) < len(moments) and time > moments[len(found)]:
+                if shown is None and time > self.begin + 1e-3:
+                    return [], False
+                found.append(shown or frame)
+                whole = whole and time - found[-1][1] < 1.5 * self.tick
+            shown = frame
+            if len(found) == len(moments):
+                return found, whole
+        if shown is None:
+            return [], False
+        _, time, _ = shown
+        self.allow(moments[-1] - time - self.tick)
+        return found + [shown] * (len(moments) - len(found)), whole
+
+    def count(self, ids):
+        """Frames by number, decoding from the first one on."""
+        numbers, places = np.unique(ids, return_inverse=True)
+        found = []
+        number = -1
+        for frame, _, _ in sequence(open_video(self.path)):
+            number += 1
+            if number == numbers[len(found)]:
+                found.append(frame)
+            if len(found) == len(numbers):
+                break
+        missing = len(numbers) - len(found)
+        if missing:
+            self.allow((numbers[-1] - number) * self.tick)
+            found += [frame] * missing
+        return torch.stack(found)[places]
+
+    def allow(self, seconds):
+        """A file may hold some frames less than its header announces (AVI one, flv two)."""
+        if seconds > 3.5 * self.tick:
+            raise ValueError(f"it ends {seconds:.2f} s before the end that its header announces")
+
+
+class Pictures:
+    """One picture, a clip that stands still; or a folder of numbered ones, a video."""
+    rotation = 0
+    pixel_aspect = 1.0
+    pixels = 2**22
+    tick = 0.0
+
+    def __init__(self, path):
+        self.files = numbered_images(Path(path)) if os.path.isdir(path) else (path,)
+        self.frames = len(self.files)
+
+    def by_number(self, ids):
+        """Frames ids (n,) -> uint8 (n,H,W,3)."""
+        return torch.stack([self.picture(str(self.files[i])) for i in ids])
+
+    def picture(self, path):
+        decoder = open_video(path)
+        meta = decoder.metadata
+        if meta.width * meta.height > 1e6 * MAX_MEGAPIXELS:
+            raise ValueError(f"a picture of {meta.width}x{meta.height} is over the limit of "
+                             f"{MAX_MEGAPIXELS} megapixels (data.MAX_MEGAPIXELS)")
+        return decoder.get_frame_at(0).data
+
+
+class Given:
+    """A video that a dataset gives, uint8 (n,H,W,3)."""
+    rotation = 0
+    pixel_aspect = 1.0
+    pixels = 1
+    tick = 0.0
+
+    def __init__(self, array):
+        self.array = torch.as_tensor(array)
+        if self.array.dtype != torch.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
+            raise DataError(f"a dataset gives {self.array.dtype} {tuple(self.array.shape)}, and "
+                            "uint8 (n,H,W,3) is needed")
+        self.frames = len(array)
+
+    def by_number(self, ids):
+        """Frames ids (n,) -> uint8 (n,H,W,3)."""
+        return self.array[torch.from_numpy(ids)]
+
+
+def open_frames(path):
+    """What has `frames`, and by_number(): a Video, Pictures, or what a dataset gives."""
+    if not isinstance(path, str):
+        return Given(path)
+    if os.path.isdir(path) or suffix_of(path) in IMAGES:
+        return Pictures(path)
+    return Video(path)
+
+
+def inside(file, span, *names):
+    """Spans (start, end) of the mp4 boxes with this path of names."""
+    if not names:
+        yield span
+        return
+    place, end = span
+    while place + 8 <= end:
+        file.seek(place)
+        size, name = struct.unpack(">I4s", file.read(8))
+        head = 8
+        if size == 1:
+            size = struct.unpack(">Q", file.read(8))[0]
+            head = 16
+        if size == 0:
+            size = end - place
+        if size < head:
+            return
+        if name == names[0]:
+            yield from inside(file, (place + head, place + size), *names[1:])
+        place += size
+
+
+def mp4_table(file, track, name, kind):
+    """[(count, value)] of the table `name` of a track, as one value a frame; None without one."""
+    for start, end in inside(file, track, b"mdia", b"minf", b"stbl", name):
+        file.seek(start + 8)
+        runs = np.frombuffer(file.read(end - start - 8), [("count", ">u4"), ("value", kind)])
+        if runs["count"].sum() > 2**26:
+            return None
+        return np.repeat(runs["value"].astype(np.int64), runs["count"])
+    return None
+
+
+def mp4_times(path):
+    """When each frame of an mp4 is shown (n,), rising, in seconds, by the file's own index, of
+    which a few bytes are read. None where they are evenly spaced, or it does not say."""
+    try:
+        with open(path, "rb") as file:
+            for track in inside(file, (0, os.path.getsize(path)), b"moov", b"trak"):
+                times = track_times(file, track)
+                if times is not None:
+                    return times
+    except (struct.error, ValueError, MemoryError):
+        # the decoder says better what is wrong with it
+        return None
+    return None
+
+
+def track_times(file, track):
+    """mp4_times of one track."""
+    for start, _ in inside(file, track, b"mdia", b"hdlr"):
+        file.seek(start + 8)
+        if file.read(4) != b"vide":
+            return None
+    steps = mp4_table(file, track, b"stts", ">u4")
+    # how long the last frame is shown moves no other
+    if steps is None or len(np.unique(steps[:-1])) < 2:
+        return None
+    times = np.cumsum(steps) - steps
+    late = mp4_table(file, track, b"ctts", ">i4")
+    if late is not None:
+        times = times + late
+    for start, _ in inside(file, track, b"mdia", b"mdhd"):
+        file.seek(start)
+        version = file.read(4)[0]
+        file.seek(start + (20 if version else 12))
+        return np.sort(times) / struct.unpack(">I", file.read(4))[0]
+    return None
+
+
+@lru_cache(maxsize=256)
+def packet_times(path):
+    """The same of any file, which ffprobe reads whole; None without that program, or where packets
+    do not say when they are shown."""
+    command = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-show_entries",
+               "packet=pts_time", "-of", "csv=p=0", f"file:{path}"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True).stdout
+        return np.sort([float(line.split(",")[0]) for line in said.split()])
+    except (OSError, ValueError):
+        return None
+
+
+# --- clips ----------------------------------------------------------------------------------------
 
 def frame_positions(length, clip, u=0.5, segment=0, tick=1, step=None):
-    """Where the T frames of one clip lie in a video of `length`, both in frames, or in seconds when `step` and `tick` (the time between two frames
-    of the clip, and of the video) are given. `u` in [0, 1) places the clip in its segment; 0.5 centres it. Applies the short-clip policy."""
-    whole, step = step is None, step or clip.stride
+    """Where the T frames of one clip lie in a video of `length`, both in frames, or in seconds when
+    `step` and `tick` (the time between two frames of the clip, and of the video) are given.
+
+    `u` in [0, 1) places the clip in its segment; 0.5 centres it. Applies the short-clip policy.
+    """
+    whole = step is None
+    step = step or clip.stride
     span = (clip.frames - 1) * step + tick
     room = length / clip.segments - span
-    start = segment * length / clip.segments + ((room + whole) * u if room >= 0 else room / 2)  # + 1: every whole start is equally likely
+    start = segment * length / clip.segments
+    # + 1: every whole start is equally likely
+    start += (room + whole) * u if room >= 0 else room / 2
     start = min(max(start, 0), max(length - span, 0))
     at = (int(start) if whole else start) + np.arange(clip.frames) * step
     if clip.short == "loop":
@@ -229,20 +963,44 @@ def frame_positions(length, clip, u=0.5, segment=0, tick=1, step=None):
         at = np.linspace(0, length - tick, clip.frames)
         return np.round(at).astype(int) if whole else at
     if clip.short == "error" and span > length * (1 + 1e-6):
-        raise ValueError(f"the video is shorter than the clip: {length:.6g} {'frames' if whole else 'seconds'} of {span:.6g}")
+        raise ValueError(f"the video is shorter than the clip: {length:.6g} "
+                         f"{'frames' if whole else 'seconds'} of {span:.6g}")
     return np.minimum(at, length - tick)
 
 
+def in_one_window(first, us, starts, span, step):
+    """Numbers in [0, 1), `first` for the window and `us` for its clips -> ones that place the clips
+    close together, so that what they share is decoded once.
+
+    starts: how many places a clip may begin at; span, step: its length and the way from one of its
+    frames to the next. The window is anywhere, and the clips begin in one more length of a clip,
+    which they divide evenly, whole steps apart: they have frames in common, and no two begin alike.
+    Where that leaves too few places, they begin anywhere in the window.
+    """
+    spread = min(span, starts)
+    unit = step if spread >= len(us) * step else 1
+    places = int(spread / unit)
+    begin = int(first * (starts - (places - 1) * unit))
+    bounds = [k * places // len(us) for k in range(len(us) + 1)]
+    chosen = []
+    for u, low, high in zip(us, bounds, bounds[1:]):
+        chosen.append(begin + unit * (low + int(u * (high - low))))
+    return [(place + 0.5) / starts for place in chosen]
+
+
 def random_box(rng, height, width, scale, ratio):
-    """(top, left, height, width) of a random resized crop: ten tries at an area and a log-uniform aspect, else the largest centred box."""
+    """(top, left, height, width) of a random resized crop: ten tries at an area and a log-uniform
+    aspect, else the largest centred box."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    aspect = min(max(width / height, ratio[0]), ratio[1])
-    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    aspect = clamp(width / height, *ratio)
+    w = min(width, round(height * aspect))
+    h = min(height, round(width / aspect))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -253,15 +1011,32 @@ def random_square(rng, height, width, zoom):
 
 
 def view_box(height, width, view, views):
-    """The square of evaluation view `view`: what resizing the short side to 256 and cropping 224 leaves, but in one interpolation."""
-    side = max(round(min(height, width) * 224 / 256), 1) if views == 1 else min(height, width)
-    share = 0.5 if views == 1 else view / (views - 1)
-    along, across = round((max(height, width) - side) * share), (min(height, width) - side) // 2
+    """The square of evaluation view `view`: what resizing the short side to 256 and cropping 224
+    leaves, but in one interpolation."""
+    short = min(height, width)
+    side = short
+    share = 0.5
+    if views == 1:
+        side = max(round(short * 224 / 256), 1)
+    else:
+        share = view / (views - 1)
+    along = round((max(height, width) - side) * share)
+    across = (short - side) // 2
     return (across, along, side, side) if width >= height else (along, across, side, side)
 
 
+def choose_box(rng, height, width, clip, view):
+    """(top, left, height, width), in pixels as they are shown."""
+    if rng is None:
+        return view_box(height, width, view, clip.views)
+    if clip.zoom:
+        return random_square(rng, height, width, clip.zoom)
+    return random_box(rng, height, width, clip.scale, clip.ratio)
+
+
 def crop_resize(frames, box, size):
-    """uint8 (n,H,W,3) -> (n,size,size,3), the same box for all. Bilinear with antialiasing, in uint8, which torch does fast in channels-last."""
+    """uint8 (n,H,W,3) -> (n,size,size,3), the same box for all. Bilinear with antialiasing, in
+    uint8, which torch does fast in channels-last."""
     top, left, h, w = box
     x = frames[:, top : top + h, left : left + w].permute(0, 3, 1, 2)
     if (h, w) != (size, size):
@@ -269,150 +1044,153 @@ def crop_resize(frames, box, size):
     return x.permute(0, 2, 3, 1)
 
 
-def read_clips(path, clip, rngs=(None,), names=()):
-    """Decode clips of one video in one pass -> uint8 (rngs * segments * views, T, size, size, 3). Each rng of `rngs` gives a random start in each
-    segment and one box; None gives the evaluation clips. Geometry is as a player shows it: turned by the container's matrix, pixels made square.
-    names: also dense labels, which are cut like the frames -> (video, a dict for each clip).
-    Raises RuntimeError, ValueError, IndexError or AssertionError (DAMAGE) for a damaged video.
+@dataclass
+class Cut:
+    """Where a clip comes from: what labels of its frames are cut by."""
+    ids: np.ndarray  # (T,) numbers of its frames; with fps, seconds
+    box: tuple  # (top, left, height, width) in stored pixels
+    shape: tuple  # (T,H,W) of the video
+    repeats: bool  # is a frame there twice, as the video is too short or too slow?
 
-    Whole frames are decoded and then cut and resized: the decoder's own crop and resize are slower, 131 against 120 ms for 16 frames of 640x360.
-    The frames of all clips are asked for at once: the decoder sorts them, so what clips share, key frames included, is decoded once.
+
+def read_clips(path, clip, rngs=(None,)):
+    """Decode clips of one video -> uint8 (rngs * segments * views, T, size, size, 3).
+
+    Each rng of `rngs` gives a random start in each segment and one box; None gives the evaluation
+    clips. Several rngs: in_one_window. Geometry is as a player shows it: turned by the container's
+    matrix, pixels made square. Raises RuntimeError, ValueError, IndexError, AssertionError or
+    OSError (DAMAGE) for a damaged video.
     """
-    starts = [[0.5 if rng is None else rng.random() for _ in range(clip.segments)] for rng in rngs]
-    for lost in (0, 1):  # an AVI file with B-frames announces one frame more than it holds: if the last frame fails, do without it
-        video = open_video(path)
-        meta, length = video.metadata, max(len(video) - lost, 1)
-        tick = (meta.end_stream_seconds - meta.begin_stream_seconds) / len(video)
-        where = dict(length=length, tick=1)
-        if clip.fps and tick > 0:
-            where = dict(length=length * tick, tick=tick, step=1 / clip.fps)
-        cut = replace(clip, short="repeat") if Path(path).suffix.lower() in IMAGES else clip  # an image is a still clip, not a short one
-        at = np.stack([frame_positions(clip=cut, u=u, segment=s, **where) for us in starts for s, u in enumerate(us)])
+    return read_cuts(path, clip, rngs)[0]
+
+
+def read_cuts(path, clip, rngs=(None,)):
+    """read_clips, and a Cut of each clip.
+
+    Whole frames are decoded and then cut and resized: the decoder's own crop and resize are slower,
+    131 against 120 ms for 16 frames of 640x360. What clips share is decoded once, and of large
+    frames only so many are held at a time.
+    """
+    video = open_frames(path)
+    draws = []
+    for _ in range(clip.segments):
+        draws.append([0.5 if rng is None else rng.random() for rng in rngs])
+    window = rngs[0].random() if len(rngs) > 1 else 0.0
+    if isinstance(video, Pictures) and video.frames == 1:
+        clip = replace(clip, short="repeat")  # a still clip, not a short one
+    boxes = []  # of each rng, for each view; drawn where the first frames say their size
+    while True:
         try:
-            if "step" in where:  # 1 ms late: a time that falls on a frame's start must not slip into the frame before (mkv rounds stamps to 1 ms)
-                seconds = np.minimum(meta.begin_stream_seconds + at + 0.001, meta.end_stream_seconds - lost * tick - 1e-4)
-                frames = video.get_frames_played_at(seconds.ravel().tolist()).data
-            else:
-                frames = video.get_frames_at(at.ravel().tolist()).data
-            break
-        except RuntimeError:
-            if lost or at.max() < where["length"] - where["tick"] - 1e-9:
-                raise
-    height, width = frames.shape[1:3]
-    square = float(meta.pixel_aspect_ratio or 1) ** (-1 if meta.rotation and meta.rotation % 180 else 1)
-    square = square if 0.25 <= square <= 4 else 1.0  # beyond that the header is nonsense
-    shown, out, labels = (height, max(round(width * square), 1)), [], []
-    at = at.reshape(len(rngs), clip.segments, clip.frames)
-    for rng, segments, ids in zip(rngs, frames.unflatten(0, at.shape), at):
-        boxes = [view_box(*shown, v, clip.views) if rng is None else random_square(rng, *shown, clip.zoom) if clip.zoom
-                 else random_box(rng, *shown, clip.scale, clip.ratio) for v in range(clip.views)]
-        boxes = [(top, min(round(left / square), width - 1), h, max(round(w / square), 1)) for top, left, h, w in boxes]
-        out += [crop_resize(segment, box, clip.size) for segment in segments for box in boxes]
-        labels += [read_labels(path, names, i, box, clip.size, (len(video), height, width)) for i in ids for box in boxes] if names else []
-    video = torch.stack(out) if len(out) > 1 else out[0][None]  # a copy of a clip costs as much as its resize
-    return (video, labels) if names else video
+            return cut_clips(video, clip, rngs, draws, window, boxes)
+        except Recount:
+            continue
 
 
-# --- dense labels -----------------------------------------------------------------------------------------------------------------------
-
-PER_CLIP = ("K", "actions", "kind", "change")  # all other labels have a row for each frame
-PICTURES = ("depth", "masks", "flow", "flow_visible", "disparity", "disparity_visible")
-SEEN = {"visible": "tracks", "flow_visible": "flow", "disparity_visible": "disparity"}  # in a file that lacks it: wherever the other is known
+class Recount(Exception):
+    """It came out in reading that a video has another number of frames."""
 
 
-def read_labels(path, names, at, box, size, shape):
-    """The arrays `names` of the .safetensors file beside the video `path` of `shape` (T,H,W), of its frames `at`, cut and resized as crop_resize does with
-    `box`. A picture of labels may have another size than the frames; values in pixels are always pixels of the frames. One row may stand for all frames."""
-    beside, out = Path(path).with_suffix(".safetensors"), {}
-    corner, scale = torch.tensor([box[1], box[0]]), size / torch.tensor([box[3], box[2]])
-    centres = torch.stack(torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="xy"), -1)
-    if not beside.is_file():
-        raise DataError(f"{path}: no dense labels (no file {beside}); `python data.py index LAYOUT ROOT` makes them")
-    with safe_open(beside, "pt") as file:
-        has = set(file.keys())
-        for name in dict.fromkeys([*names, *(SEEN[n] for n in names if n in SEEN)]):
-            if name not in has:
-                if name in SEEN:
-                    continue
-                raise DataError(f"{beside}: no label {name!r}; it has {', '.join(sorted(has))}")
-            if name in PER_CLIP:
-                value = file.get_tensor(name)
-            else:
-                value, between = file.get_slice(name), name.startswith("flow")
-                rows = value.get_shape()[0]
-                if rows not in (1, shape[0] - between):
-                    raise ValueError(f"{name} has {rows} rows, and the video {shape[0]} frames")
-                ids = torch.from_numpy(at[:-1] if between else at).clamp_max(rows - 1)
-                value = value[int(ids.min()) : int(ids.max()) + 1][ids - ids.min()] if len(ids) else value[:0]
-            if name in PICTURES:
-                column, row = (((c + (torch.arange(size) + 0.5) / s) * value.shape[d] / shape[d]).long() for c, s, d in zip(corner, scale, (2, 1)))
-                value = value[:, row][:, :, column]
-            if name in ("right", "impossible"):
-                value = crop_resize(value, box, size)
-            elif name == "flow":
-                value = torch.where(torch.from_numpy(np.diff(at) == 1)[:, None, None, None], value * scale, math.nan)  # the last frame may be repeated
-            elif name == "disparity":
-                value = value * scale[0]
-            elif name == "tracks":
-                value = (value - corner) * scale
-            elif name == "boxes":
-                value = ((value.unflatten(-1, (2, 2)) - corner) * scale).clamp(0, size)
-                value = value.masked_fill((value[..., 1, :] <= value[..., 0, :]).any(-1)[..., None, None], math.nan).flatten(-2)
-            elif name == "K":
-                value = torch.cat([(value[:2] - corner[:, None] * value[2:]) * scale[:, None], value[2:]])
-            out[name] = value
-    for name in set(SEEN) & set(names):
-        end = out[SEEN[name]]
-        end = end if name == "visible" else centres + (end if name == "flow_visible" else torch.stack([-end, 0 * end], -1))
-        out[name] = out.get(name, torch.tensor(True)) & ((end >= 0) & (end < size)).all(-1)
-    return {name: out[name] for name in names}
+def cut_clips(video, clip, rngs, draws, window, boxes):
+    """What read_cuts returns. draws [segments][rngs], window: numbers in [0, 1) that place the
+    clips."""
+    by_time = bool(clip.fps) and video.frames > 1
+    where = dict(length=video.frames, tick=1)
+    if by_time and not video.tick:
+        raise ValueError("numbered images have no frame rate: give a stride instead of fps")
+    if by_time:
+        where = dict(length=video.seconds, tick=video.tick, step=1 / clip.fps)
+        tell_rate(video, clip.fps)
+    step = where.get("step", clip.stride) / where["tick"]
+    span = (clip.frames - 1) * step + 1
+    starts = 1 + max(0, int(where["length"] / clip.segments / where["tick"] - span))
+    videos = []
+    cuts = []
+    for segment, us in enumerate(draws):
+        if len(us) > 1:
+            us = in_one_window(window, us, starts, span, step)
+        at = [frame_positions(clip=clip, u=u, segment=segment, **where) for u in us]
+        at = np.stack(at).round(6)  # (rngs,T)
+        numbers, places = np.unique(at, return_inverse=True)
+        places = places.reshape(at.shape)
+        shape = (len(rngs), clip.views, clip.frames, clip.size, clip.size, 3)
+        out = torch.empty(shape, dtype=torch.uint8)
+        for start, frames in pieces(video, numbers, by_time):
+            if not boxes:
+                boxes += stored_boxes(video, frames.shape[1:3], clip, rngs)
+            for row, place, views in zip(out, places, boxes):
+                cut_out(row, place - start, frames, views)
+        videos.append(out)
+        for ids, views in zip(at, boxes):
+            shown = np.round(ids / video.tick) if by_time else ids
+            repeats = video.frames > 1 and len(np.unique(shown)) < clip.frames
+            shape = (video.frames, *frames.shape[1:3])
+            cuts.append([Cut(ids, box, shape, repeats) for box in views])
+    # as videos: rngs outermost, then segments, then views
+    order = []
+    for row in range(len(rngs)):
+        for views in cuts[row :: len(rngs)]:
+            order += views
+    return torch.stack(videos, 1).flatten(0, 2), order
 
 
-def stack(values):
-    """Tensors (or None) whose sizes differ -> one, filled up with "unknown": NaN, for masks 255, else 0."""
-    some = next((v for v in values if v is not None), torch.zeros(0))
-    shape = [max(n) for n in zip(*(v.shape for v in values if v is not None))] or [0] * some.ndim
-    out = some.new_full((len(values), *shape), math.nan if some.is_floating_point() else 255 if some.dtype == torch.uint8 and some.ndim == 3 else 0)
-    for row, v in zip(out, values):
-        if v is not None:
-            row[tuple(slice(n) for n in v.shape)] = v
-    return out
+def tell_rate(video, fps):
+    """Say once that a video has not as many frames a second as are asked for."""
+    if fps * video.tick > 1.01 and "rate" not in TOLD:
+        TOLD.add("rate")
+        print(f"note: {video.path} has {1 / video.tick:.3g} frames a second, of which {fps:.3g} "
+              "are asked for: frames repeat, here and in others like it", file=sys.stderr)
 
 
-def dense_batches(source, clip, names, *, batch_size, workers=0, rank=0, ranks=1, rows=None, seed=0, timeout=600):
-    """eval_batches with dense labels: each batch also holds the arrays `names`, b = clips as in "video" (one per video unless segments or views ask for
-    more). The list's videos have them beside, clip.mp4 + clip.safetensors (`python data.py index`); the built-in world renders them.
-
-        depth       (b,T,H,W)     float32  along the optical axis: metres; world: units, the wall is at about 1
-        pose        (b,T,4,4)     float32  camera to world, axes x right, y down, z ahead; lengths as depth
-        K           (b,3,3)       float32  pixels: u = (K @ (x,y,z))[0] / z
-        masks       (b,T,H,W)     uint8    object or class; 255 not labelled. world: 0 wall, 1 floor, 2, 3 spheres, 4, 5 boxes
-        boxes       (b,T,O,4)     float32  x0, y0, x1, y1 in pixels of object o, NaN in all four where it is not seen. world: of objects 2 to 5
-        tracks      (b,T,P,2)     float32  x, y in pixels of point p; visible (b,T,P) bool. world: all are visible in frame 0
-        flow        (b,T-1,H,W,2) float32  pixels to the right and down until the next frame; flow_visible (b,T-1,H,W) bool: is seen there, too
-        right       (b,T,H,W,3)   uint8    what a second camera on the right sees of the same moment
-        disparity   (b,T,H,W)     float32  pixels to the left at which `right` shows it; disparity_visible (b,T,H,W) bool: is seen there
-        impossible  (b,T,H,W,3)   uint8    the same scene with something impossible in it; "video" is the possible one
-        kind        (b,)          int64    what is impossible (world: index into IMPOSSIBLE); change (b,) int64: the first frame that differs
-        actions     (b,O,C)       uint8    1 for each of C actions that object o performs
-
-    Column j of a picture covers x from j to j + 1, row i likewise: a pixel's centre is at (j + 0.5, i + 0.5). Floats are NaN where nothing is known, and
-    O and P are filled up with NaN (actions 0, visible False) to the most in the batch; visible is False where the point is unknown or outside.
-    Labels are cut and resized with the frames: nearest for pictures of labels, and values in pixels are moved and scaled. Nothing is flipped. clip.train
-    gives random starts and boxes as in eval_batches. Raises DataError for a label that a clip does not have, and for what would break the labels' time:
-    fps (use stride), flow with a stride.
-    """
-    if clip.fps or (clip.stride > 1 and any(name.startswith("flow") for name in names)):
-        raise DataError("dense labels are those of frames: give stride, not fps, and with flow stride 1")
-    return eval_batches(source, replace(clip, flip=False), batch_size=batch_size, workers=workers, rank=rank, ranks=ranks, rows=rows, seed=seed,
-                        timeout=timeout, names=names)
+def pieces(video, numbers, by_time):
+    """(how many came before, uint8 (n,H,W,3)) of the frames that are asked for, a few of large ones
+    at a time."""
+    count = max(1, PIECE_BYTES // (3 * max(1, video.pixels)))
+    find = video.by_time if by_time else video.by_number
+    for start in range(0, len(numbers), count):
+        yield start, find(numbers[start : start + count])
 
 
-# --- the plan and the loader ------------------------------------------------------------------------------------------------------------
+def stored_boxes(video, shape, clip, rngs):
+    """For each rng a box for each view, in stored pixels."""
+    height, width = shape
+    # a header that says more than 4 says nonsense
+    square = video.pixel_aspect if 0.25 <= video.pixel_aspect <= 4 else 1.0
+    if video.rotation % 180:
+        square = 1 / square
+    boxes = []
+    for rng in rngs:
+        views = []
+        for view in range(clip.views):
+            shown = choose_box(rng, height, max(round(width * square), 1), clip, view)
+            top, left, h, w = shown
+            left = min(round(left / square), width - 1)
+            views.append((top, left, h, max(round(w / square), 1)))
+        boxes.append(views)
+    return boxes
 
-DAMAGE = (RuntimeError, ValueError, IndexError, AssertionError, OSError, SafetensorError)  # what torchcodec, FFmpeg and safetensors raise on bad files
-ORDER, MIX, REPLACE, AUGMENT = range(4)  # random streams: default_rng([seed, stream, ...]) never meets another's numbers; train_tdv.py has 4 and 5
-BLOCK = 1024  # weighted sources are mixed in exact proportion (rounded to 1/1024) in every block of so many draws
+
+def cut_out(out, place, frames, boxes):
+    """Fill out (views,T,size,size,3) where the frame at `place` (T,) lies among `frames`."""
+    here = (place >= 0) & (place < len(frames))
+    if not here.any():
+        return
+    ids, again = np.unique(place[here], return_inverse=True)
+    # neighbours are cut without a copy
+    some = slice(ids[0], ids[-1] + 1) if ids[-1] - ids[0] < len(ids) else ids
+    here = torch.from_numpy(here)
+    for view, box in zip(out, boxes):
+        view[here] = crop_resize(frames[some], box, view.shape[1])[again]
+
+
+# --- the plan and the loader ----------------------------------------------------------------------
+
+# what torchcodec, FFmpeg and safetensors raise on bad files
+DAMAGE = (RuntimeError, ValueError, IndexError, AssertionError, OSError, SafetensorError)
+# random streams: default_rng([seed, stream, ...]) never meets another's numbers; train_tdv.py has 4
+# and 5
+ORDER, MIX, REPLACE, AUGMENT = range(4)
+# weighted sources are mixed in exact proportion (rounded to 1/1024) in every block of so many draws
+BLOCK = 1024
 
 
 @lru_cache(maxsize=32)  # this and the next epoch of up to 15 sources
@@ -421,138 +1199,263 @@ def shuffled(n, *key):
 
 
 class Plan:
-    """Which row is read at draw v: a pure function of (seed, v). Rows are numbered through all sources. Each source, or without weights the
-    concatenation of all, is walked in epochs: every row once in a shuffled order, then a new order."""
+    """Which row is read at draw v: a pure function of (seed, v). Rows are numbered through all
+    sources. Each source, or without weights the concatenation of all, is walked in epochs: every
+    row once in a shuffled order, then a new order."""
 
     def __init__(self, sources, seed):
-        self.seed, self.offsets = seed, np.cumsum([0] + [len(s) for s in sources])
-        weighted = any(s.weight is not None for s in sources)
-        self.groups = list(zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist())) if weighted else [(0, int(self.offsets[-1]))]
-        quota = np.array([1.0 if s.weight is None else s.weight for s in sources] if weighted else [1.0])
-        quota *= BLOCK / quota.sum()
+        self.seed = seed
+        self.offsets = np.cumsum([0] + [len(source) for source in sources])
+        self.groups = [(0, int(self.offsets[-1]))]
+        quota = np.ones(1)
+        if any(source.weight is not None for source in sources):
+            bounds = self.offsets.tolist()
+            self.groups = list(zip(bounds[:-1], bounds[1:]))
+            quota = np.array([1.0 if s.weight is None else s.weight for s in sources])
+        quota = quota * BLOCK / quota.sum()
         self.counts = np.floor(quota).astype(int)
-        self.counts[np.argsort(self.counts - quota, kind="stable")[: BLOCK - self.counts.sum()]] += 1
+        left = BLOCK - self.counts.sum()
+        self.counts[np.argsort(self.counts - quota, kind="stable")[:left]] += 1
         if self.counts.min() == 0:
-            raise DataError(f"{sources[self.counts.argmin()].name}: its weight is under 1/{BLOCK} of all weights together")
+            raise DataError(f"{sources[self.counts.argmin()].name}: its weight is under 1/{BLOCK} "
+                            "of all weights together")
 
     def row(self, v, attempt=0):
         """The row of draw v, or of its attempt-th replacement: another row of the same source."""
         block, place = divmod(v, BLOCK)
-        mix = np.repeat(np.arange(len(self.groups)), self.counts)[shuffled(BLOCK, self.seed, MIX, block)]
+        mix = np.repeat(np.arange(len(self.groups)), self.counts)
+        mix = mix[shuffled(BLOCK, self.seed, MIX, block)]
         group = mix[place]
         start, stop = self.groups[group]
         if attempt:
-            return start + int(np.random.default_rng([self.seed, REPLACE, v, attempt]).integers(stop - start))
-        epoch, i = divmod(block * int(self.counts[group]) + int((mix[:place] == group).sum()), stop - start)
+            rng = np.random.default_rng([self.seed, REPLACE, v, attempt])
+            return start + int(rng.integers(stop - start))
+        before = block * int(self.counts[group]) + int((mix[:place] == group).sum())
+        epoch, i = divmod(before, stop - start)
         return start + int(shuffled(stop - start, self.seed, ORDER, group, epoch)[i])
 
 
 class Clips(torch.utils.data.Dataset):
-    """What a worker does: `dataset.__getitems__(numbers)` is one micro-batch. numbers: sample numbers g when there is a plan, else rows."""
+    """What a worker does: `dataset.__getitems__(numbers)` is one micro-batch. numbers: sample
+    numbers g when there is a plan, else rows."""
 
-    def __init__(self, sources, clip, seed, plan=None, names=()):
-        if any(s.paths for s in sources):
+    def __init__(self, sources, clip, seed, plan=None, names=(), after=None):
+        """names: labels that the world renders. after: what a worker does to each batch."""
+        if any(len(source.paths) for source in sources):
             import_torchcodec()  # a machine without FFmpeg is told so before any work
-        self.sources, self.clip, self.seed, self.plan, self.names = sources, clip, seed, plan, tuple(names)
-        self.offsets = np.cumsum([0] + [len(s) for s in sources])
-        self.worlds = [None if s.paths else World(s.split, frames=clip.frames, size=clip.size) for s in sources]
+        self.sources = sources
+        self.clip = clip
+        self.seed = seed
+        self.plan = plan
+        self.names = tuple(names)
+        self.after = after
+        self.per = clip.clips if plan else 1  # numbers that share a video
+        self.many = clip.segments * clip.views  # clips of a number
+        self.offsets = np.cumsum([0] + [len(source) for source in sources])
+        self.worlds = {}
+        for i, source in enumerate(sources):
+            if source.split:
+                self.worlds[i] = World(source.split, frames=clip.frames, size=clip.size)
+        self.reading = None  # what this worker reads, for whoever finds it dead
 
     def __getitems__(self, numbers):
         try:
-            return self.batch(numbers)
+            batch = self.batch(list(numbers))
+            return self.after(batch) if self.after else batch
         except DataError as error:
-            return error  # as a value: raised in a worker it would reach the user inside two tracebacks
+            return error  # as a value: raised in a worker it would reach the user in two tracebacks
 
     def batch(self, numbers):
-        clip, numbers = self.clip, list(numbers)
-        per = clip.clips if self.plan else 1  # numbers that share a video
-        many = per * clip.segments * clip.views  # clips read from it
-        video = torch.zeros(len(numbers) // per * many, clip.frames, clip.size, clip.size, 3, dtype=torch.uint8)
-        flip, label = torch.zeros(len(video), dtype=torch.bool), torch.full((len(numbers),), -1)
-        ok, names, bad, rendered, dense = torch.ones(len(numbers), dtype=torch.bool), [], [], {}, [{}] * len(video)
-        for i in range(0, len(numbers), per):
-            here = slice(i // per * many, (i // per + 1) * many)
-            for attempt in range(ATTEMPTS if self.plan else 1):
-                row = self.plan.row(numbers[i] // per, attempt) if self.plan else int(numbers[i])
-                s = int(np.searchsorted(self.offsets, row, side="right")) - 1
-                source, row = self.sources[s], row - int(self.offsets[s])
-                rngs = [np.random.default_rng([self.seed, AUGMENT, n, attempt]) if clip.train else None for n in numbers[i : i + per]]
-                label[i : i + per] = int(source.labels[row])
-                if not source.paths:  # not cropped and not flipped: left and right are two of its classes
-                    rendered.setdefault(s, []).append((here, row))
-                    break
-                flip[here] = torch.tensor([clip.train and clip.flip and rng.random() < 0.5 for rng in rngs]).repeat_interleave(many // per)
-                try:
-                    if self.names:
-                        video[here], dense[here] = read_clips(source.paths[row], clip, rngs, self.names)
-                    else:
-                        video[here] = read_clips(source.paths[row], clip, rngs)
-                    break
-                except DataError:
-                    raise
-                except DAMAGE as error:
-                    bad.append((source.paths[row], reason(error)))
-            else:
-                ok[i] = False
-                if self.plan:
-                    raise DataError(f"{ATTEMPTS} videos in a row cannot be read, the last one {bad[-1][0]}: {bad[-1][1]}")
-            names += [source.paths[row] if source.paths else f"world/{source.split}/{row}"] * per
-        for s, rows in rendered.items():  # the world is rendered a batch at a time, which is many times faster than clip by clip
-            made = self.worlds[s].render([row for _, row in rows], self.names)
-            for i, (here, _) in enumerate(rows):
-                video[here], dense[here] = made["video"][i], [{name: made[name][i] for name in self.names}] * many
-        batch = {"video": video, "flip": flip, "label": label, "index": torch.tensor(numbers), "path": names, "ok": ok, "bad": bad}
-        return batch | {name: stack([labels.get(name) for labels in dense]) for name in self.names}
+        clip = self.clip
+        n = len(numbers)
+        shape = (n, self.many, clip.frames, clip.size, clip.size, 3)
+        out = {
+            "video": torch.zeros(shape, dtype=torch.uint8),
+            "flip": torch.zeros(n, dtype=torch.bool),
+            "label": torch.full((n,), -1), "index": torch.tensor(numbers), "path": [""] * n,
+            "ok": torch.ones(n, dtype=torch.bool), "bad": [], "cut": [None] * (n * self.many),
+            "padded": 0,
+        }
+        rendered = {}
+        for first in range(0, n, self.per):
+            group = range(first, first + self.per)
+            source, row = self.read(numbers, group, out)
+            if source in self.worlds:
+                for k, i in enumerate(group):
+                    # nothing is decoded, so each of several clips is another one
+                    other = (row + k * len(self.sources[source]) // self.per)
+                    other %= len(self.sources[source])
+                    out["label"][i] = int(self.sources[source].labels[other])
+                    out["path"][i] = self.name(source, other)
+                    rendered.setdefault(source, []).append((i, other))
+        # a batch at a time, which is many times faster than clip by clip
+        labels = {}
+        for source, places in rendered.items():
+            made = self.worlds[source].render([row for _, row in places], self.names)
+            for k, (i, _) in enumerate(places):
+                out["video"][i] = made["video"][k]
+                labels[i] = {name: made[name][k] for name in self.names}
+        out["video"] = out["video"].flatten(0, 1)
+        out["flip"] = out["flip"].repeat_interleave(self.many)
+        for name in self.names:
+            value = torch.stack([labels[i][name] for i in range(n)])
+            out[name] = value.repeat_interleave(self.many, 0)
+        return out
+
+    def read(self, numbers, group, out):
+        """The clips of one video into the places `group` of the batch -> source, row. Where it is
+        damaged, the plan says which other video takes its place."""
+        for attempt in range(ATTEMPTS if self.plan else 1):
+            source, row = self.pick(numbers[group[0]], attempt)
+            if source in self.worlds:  # not cropped and not flipped: left and right are classes
+                return source, row
+            path = self.name(source, row)
+            out["label"][group.start : group.stop] = int(self.sources[source].labels[row])
+            out["path"][group.start : group.stop] = [path] * len(group)
+            rngs = [None] * len(group)
+            if self.clip.train:
+                keys = [[self.seed, AUGMENT, numbers[i], attempt] for i in group]
+                rngs = [np.random.default_rng(key) for key in keys]
+            flips = [self.clip.train and self.clip.flip and rng.random() < 0.5 for rng in rngs]
+            try:
+                if path in POISON:
+                    raise ValueError("a loader process died or hung as it read this")
+                self.say(path)
+                dataset = self.sources[source].dataset
+                what = path if dataset is None else dataset[row]
+                video, cuts = read_cuts(what, self.clip, rngs)
+                self.say("")
+            except DataError:
+                raise
+            except DAMAGE as error:
+                out["bad"].append((path, reason(error)))
+                continue
+            out["flip"][group.start : group.stop] = torch.tensor(flips)
+            clips = (len(group), self.many)
+            out["video"][group.start : group.stop] = video.unflatten(0, clips)
+            out["cut"][group.start * self.many : group.stop * self.many] = cuts
+            out["padded"] += sum(cut.repeats for cut in cuts if cut)
+            return source, row
+        if self.plan:
+            path, why = out["bad"][-1]
+            raise DataError(f"{ATTEMPTS} videos in a row cannot be read, the last one {path}: "
+                            f"{why}")
+        out["ok"][group.start] = False
+        return source, row
+
+    def name(self, source, row):
+        source = self.sources[source]
+        if source.split:
+            return f"world/{source.split}/{row}"
+        return source.paths[row] if len(source.paths) else f"{source.name}/{row}"
+
+    def pick(self, number, attempt):
+        """Source and row of a number."""
+        row = self.plan.row(number // self.per, attempt) if self.plan else number
+        source = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        return source, row - int(self.offsets[source])
+
+    def say(self, path):
+        """Note what is read now, "" for nothing, where the main process sees it if this one dies:
+        the number of the process, then the path."""
+        info = torch.utils.data.get_worker_info()
+        if info:
+            text = struct.pack("q", os.getpid()) + os.fsencode(path)[:4080] + b"\0"
+            text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            self.reading[info.id, : len(text)] = text
 
 
 def reason(error):
     """One line: the text of a torchcodec error without the place in its source code."""
-    text = re.sub(r"^\w+, \S+\.cpp:\d+, ", "", " ".join(str(error).split()) or type(error).__name__)
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"^\w+, \S+\.cpp:\d+, ", "", text)
     return "no video stream" if "best video stream is unknown" in text else text[:200]
 
 
-def make_loader(sources, clip, *, seed, batch_size, micro_batch, rank=0, ranks=1, workers=0, start_step=0, steps, timeout=600):
-    """The micro-batches of `rank` for the steps start_step to steps - 1: batch_size / ranks / micro_batch of them a step, in order.
+def make_loader(
+    sources, clip, *, seed, batch_size, micro_batch, steps, start_step=0, rank=0, ranks=1,
+    workers=0, timeout=600,
+):
+    """The micro-batches of `rank` for the steps start_step to steps - 1: batch_size / ranks /
+    micro_batch of them a step, in order.
 
-    Step s holds the samples g = s * batch_size ... (s+1) * batch_size - 1; rank r takes the r-th of `ranks` equal parts. A batch is a dict:
-    video uint8 (b,T,H,W,3), flip bool (b,) (done by prepare), label int64 (b,) (of the clip as stored: flipping may turn left into right),
-    index int64 (b,) = g, path of each clip, bad = [(path, reason)] of the videos that could not be read and were replaced (named on stderr, once).
+    Step s holds the samples g = s * batch_size ... (s+1) * batch_size - 1; rank r takes the r-th of
+    `ranks` equal parts. A batch is a dict:
+
+        video uint8 (b,T,H,W,3)     flip bool (b,)      done by prepare
+        label int64 (b,)            of the clip as stored: flipping may turn left into right
+        index int64 (b,)            the sample numbers g
+        path  of each clip          bad [(path, reason)] of videos that could not be read and were
+                                    replaced; named on stderr, once
+        cut   of each clip          a Cut: frame numbers, box, stored size (None: the world)
+        padded                      how many clips have a frame twice
+
     A worker that is silent for `timeout` seconds, or dies, raises RuntimeError (see dead_worker).
     """
     if batch_size < 1 or micro_batch < 1 or batch_size % (ranks * micro_batch):
-        raise DataError(f"batch_size {batch_size} must be a positive multiple of ranks {ranks} x micro_batch {micro_batch}")
+        raise DataError(f"batch_size {batch_size} must be a positive multiple of ranks {ranks} x "
+                        f"micro_batch {micro_batch}")
     if micro_batch % clip.clips:
-        raise DataError(f"micro_batch {micro_batch} must be a multiple of the {clip.clips} clips read from each video")
-    if clip.clips > 1 and not all(s.paths for s in sources):
-        raise DataError("several clips per video need video files; the built-in world renders every clip anew")
+        raise DataError(f"micro_batch {micro_batch} must be a multiple of the {clip.clips} clips "
+                        "read from each video")
     if not clip.train or clip.segments * clip.views > 1:
         raise DataError("training takes random clips: train=True, segments=1, views=1")
     dataset = Clips(sources, clip, seed, Plan(sources, seed))
-    first = (s * batch_size + rank * batch_size // ranks for s in range(start_step, steps))
-    return stream(dataset, (range(a, a + micro_batch) for f in first for a in range(f, f + batch_size // ranks, micro_batch)), workers, timeout)
+    each = batch_size // ranks
+
+    def batches():
+        for step in range(start_step, steps):
+            first = step * batch_size + rank * each
+            for start in range(first, first + each, micro_batch):
+                yield range(start, start + micro_batch)
+
+    return stream(dataset, batches(), workers, timeout)
 
 
-def eval_batches(source, clip, *, batch_size, workers=0, rank=0, ranks=1, rows=None, seed=0, timeout=600, names=()):
-    """Batches over the rows of one source, each row once and in order (`rows` picks and orders them; rank r takes rows[r::ranks]).
+def eval_batches(
+    source, clip, *, batch_size, workers=0, rank=0, ranks=1, rows=None, seed=0, timeout=600,
+    names=(), after=None,
+):
+    """Batches over the rows of one source, each row once and in order (`rows` picks and orders
+    them; rank r takes rows[r::ranks]).
 
-    As make_loader's, but video is (b * segments * views, T,H,W,3), videos outermost, flip likewise; index is the row; ok bool (b,) is False, and the
-    video black, where it cannot be read. clip.train=True: random starts (one in each segment), box and flip, a function of (seed, row).
-    names: dense labels, for which dense_batches is the door.
+    As make_loader's, but video is (b * segments * views, T,H,W,3), videos outermost, flip and cut
+    likewise; index is the row; ok bool (b,) is False, and the video black, where it cannot be read.
+    clip.train=True: random starts (one in each segment), box and flip, a function of (seed, row).
+    names: labels that the world renders. after: a function of a batch, done by the workers.
     """
     rows = np.arange(len(source)) if rows is None else np.asarray(rows)
     rows = rows[rank::ranks].tolist()
-    return stream(Clips([source], clip, seed, names=names), (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), workers, timeout)
+    batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+    return stream(Clips([source], clip, seed, names=names, after=after), batches, workers, timeout)
 
 
-def labelled_features(read, source, clip, device, *, workers=0, rank=0, ranks=1, gather=lambda value: [value], timeout=600, **pixels):
-    """read(x) -> (b, D) over all rows of a source, shared among the ranks -> features (n, D), label (n,), ok (n,), in list order and on every rank.
-    gather(value): the values of all ranks. pixels: prepare's mean and std."""
-    padded = np.resize(np.arange(len(source)), -(-len(source) // ranks) * ranks)  # as many batches on every rank
-    batches = eval_batches(source, clip, rows=padded, batch_size=64, workers=workers, rank=rank, ranks=ranks, timeout=timeout)
-    rows = [(read(prepare(b, device, **pixels)).float().cpu(), b["label"], b["ok"], b["index"]) for b in batches]
-    *values, index = (torch.cat(r) for r in zip(*(row for part in gather(rows) for row in part)))
+def labelled_features(
+    read, source, clip, device, *, workers=0, rank=0, ranks=1, gather=lambda value: [value],
+    timeout=600, **pixels,
+):
+    """read(x) -> (b, D) over all rows of a source, shared among the ranks -> features (n, D), label
+    (n,), ok (n,), in list order and on every rank. gather(value): the values of all ranks. pixels:
+    prepare's mean and std."""
+    # as many batches on every rank
+    padded = np.resize(np.arange(len(source)), -(-len(source) // ranks) * ranks)
+    batches = eval_batches(
+        source, clip, rows=padded, batch_size=64, workers=workers, rank=rank, ranks=ranks,
+        timeout=timeout)
+    rows = []
+    for batch in batches:
+        features = read(prepare(batch, device, **pixels)).float().cpu()
+        rows.append((features, batch["label"], batch["ok"], batch["index"]))
+    everyone = sum(gather(rows), [])
+    *values, index = (torch.cat(column) for column in zip(*everyone))
     order = torch.from_numpy(np.unique(index.numpy(), return_index=True)[1])
-    return [v[order] for v in values]
+    return [value[order] for value in values]
+
+
+def idle_cores(ranks=1):
+    """Loader processes for each of the ranks of this machine: cores that are left, 8 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return clamp(cores // ranks - 1, 1, 8)
 
 
 def as_it_is(batch):
@@ -560,10 +1463,14 @@ def as_it_is(batch):
 
 
 def stream(dataset, batches, workers, timeout):
-    # Its own generator: the loader's base seed must not come from, and so advance, torch's global random state.
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
-                                         timeout=timeout if workers else 0, pin_memory=workers > 0 and torch.cuda.is_available(),
-                                         generator=torch.Generator().manual_seed(dataset.seed))
+    if workers:
+        dataset.reading = torch.zeros(workers, 4096, dtype=torch.uint8).share_memory_()
+        WATCHED.append(dataset.reading)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
+        timeout=timeout if workers else 0, pin_memory=workers > 0 and torch.cuda.is_available(),
+        # its own: the loader's base seed must not come from torch's global random state
+        generator=torch.Generator().manual_seed(dataset.seed))
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
@@ -575,44 +1482,50 @@ def stream(dataset, batches, workers, timeout):
 
 
 def dead_worker(error):
-    """One line on a loader process that died or hangs, or None where the error says something else. PyTorch raises it in the main thread wherever that
-    happens to be, or else its queue loses the connection; so scripts ask at their outermost level, and then leave."""
-    if not (lost := isinstance(error, ConnectionError)) and "DataLoader" not in str(error):
+    """One line on a loader process that died or hangs, or None where the error says something else.
+    PyTorch raises it in the main thread wherever that happens to be, or else its queue loses the
+    connection; so scripts ask at their outermost level, and then leave."""
+    lost = isinstance(error, ConnectionError)
+    if not lost and "DataLoader" not in str(error):
         return None
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler raises once more while Python leaves
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler raises as Python leaves
     text = "its connection was lost" if lost else " ".join(str(error).split())
-    return f"a loader process died or hangs ({text}); nothing saved is lost: --resume goes on. Out of memory: fewer --workers"
+    pids = [int(pid) for pid in re.findall(r"\d+", text.partition("pid(s)")[2])]
+    for table in WATCHED:
+        for row in table.numpy():
+            (pid,) = struct.unpack("q", row[:8].tobytes())
+            path = os.fsdecode(row[8:].tobytes().partition(b"\0")[0])
+            if path and (pid in pids or not pids):
+                POISON.add(path)
+    named = f" as it read {', '.join(sorted(POISON)[:3])}, left out from now on" if POISON else ""
+    return (f"a loader process died or hangs{named} ({text}); nothing saved is lost: --resume goes "
+            "on. Out of memory: fewer --workers")
 
 
 def prepare(batch, device="cpu", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-    """uint8 video and flip -> float32 (b,3,T,H,W) on the device, flipped and normalised there: a quarter of the bytes cross the bus."""
-    x = batch["video"].to(device, non_blocking=True).permute(0, 4, 1, 2, 3).contiguous()  # permuted while it is bytes: 3x faster than as floats
-    which = batch["flip"].nonzero().flatten().to(device, non_blocking=True)  # found on the CPU, so the device is not waited for
+    """uint8 video and flip -> float32 (b,3,T,H,W) on the device, flipped and normalised there: a
+    quarter of the bytes cross the bus."""
+    x = batch["video"].to(device, non_blocking=True)
+    x = x.permute(0, 4, 1, 2, 3).contiguous()  # while it is bytes: 3x faster than as floats
+    # found on the CPU, so the device is not waited for
+    which = batch["flip"].nonzero().flatten().to(device, non_blocking=True)
     x[which] = x[which].flip(-1)
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1, 1) * 255 for v in (mean, std))
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1, 1) * 255
+                 for v in (mean, std))
     return x.float().sub_(mean).div_(std)
-
-
-def fingerprint(sources):
-    """A hash of what the sources say and of each file's size and time, so that a changed list or a replaced video is noticed."""
-    digest = hashlib.sha256()
-    for source in sources:
-        digest.update(repr((source.weight, source.split, source.paths)).encode() + source.labels.tobytes())
-        parts = [source.paths[i : i + 1000] for i in range(0, len(source.paths), 1000)]
-        with ThreadPoolExecutor(16) as pool:  # network file systems answer slowly, but many at a time
-            for stats in pool.map(lambda part: [(s.st_size, s.st_mtime_ns) for s in map(os.stat, part)], parts):
-                digest.update(repr(stats).encode())
-    return digest.hexdigest()
 
 
 def save_png(path, image):
     """Write uint8 (H,W,3)."""
     height, width, _ = image.shape
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    rows = np.pad(np.asarray(image, dtype=np.uint8).reshape(height, -1), ((0, 0), (1, 0)))  # each row starts with its filter: none
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-                           + chunk(b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b""))
+    rows = np.asarray(image, dtype=np.uint8).reshape(height, -1)
+    rows = np.pad(rows, ((0, 0), (1, 0)))  # each row starts with its filter: none
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for kind, body in ((b"IHDR", head), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(kind + body))
+        parts.append(struct.pack(">I", len(body)) + kind + body + check)
+    Path(path).write_bytes(b"".join(parts))
 
 
 # --- masks ----------------------------------------------------------------------------------------
@@ -824,75 +1737,156 @@ def early_tokens(grid, temporal_keep):
     return slices * h * w
 
 
-# --- dense data sets as downloaded -> clip.mp4 + clip.safetensors ------------------------------------------------------------------------
-# One reader for each kind of file: paths of one clip -> array with a row for each.
+# --- dense data sets as downloaded -> clip.mp4 + clip.safetensors ---------------------------------
+# Readers of files of which there is one for each frame: paths -> an array with a row for each.
+
+# grey or colour, bits -> what FFmpeg calls it
+PIXELS = {(True, 8): "gray", (True, 16): "gray16le", (False, 8): "rgb24", (False, 16): "rgb48le"}
+
 
 def png(paths):
-    """(n,H,W) or (n,H,W,3), uint8, or uint16 where the files have 16 bits; of palettes the indices. All in one call of FFmpeg, whose decoder is exact."""
-    width, height, bits, kind = struct.unpack(">IIBB", Path(paths[0]).read_bytes()[16:26])
-    form = "pal8" if kind == 3 else {(True, 8): "gray", (True, 16): "gray16le", (False, 8): "rgb24", (False, 16): "rgb48le"}[kind in (0, 4), max(bits, 8)]
-    raw = np.frombuffer(pipe(paths, "-f", "rawvideo", "-pix_fmt", form, "-"), np.uint16 if bits == 16 else np.uint8).reshape(len(paths), -1)
-    channels = 3 if form.startswith("rgb") else 1
-    return raw[:, : height * width * channels].reshape(len(paths), height, width, *[3] * (channels == 3)).copy()  # after indices stands the palette
+    """(n,H,W) or (n,H,W,3), uint8, or uint16 where the files have 16 bits; of palettes the indices.
+
+    All in one call of FFmpeg, whose decoder is exact.
+    """
+    header = Path(paths[0]).read_bytes()[16:26]
+    width, height, bits, kind = struct.unpack(">IIBB", header)
+    pixels = "pal8" if kind == 3 else PIXELS[kind in (0, 4), max(bits, 8)]
+    raw = pipe(paths, "-f", "rawvideo", "-pix_fmt", pixels, "-")
+    values = np.frombuffer(raw, np.uint16 if bits == 16 else np.uint8)
+    shape = (height, width, 3) if pixels.startswith("rgb") else (height, width)
+    # after the indices stands the palette
+    values = values.reshape(len(paths), -1)[:, : math.prod(shape)]
+    return values.reshape(-1, *shape).copy()
 
 
 def pipe(images, *out):
     """Image files of one kind through FFmpeg."""
-    codec = Path(images[0]).suffix.lower()[1:].replace("jpg", "jpeg").replace("jpeg", "mjpeg")
-    done = subprocess.run(["ffmpeg", "-v", "error", "-f", "image2pipe", "-framerate", "10", "-c:v", codec, "-i", "-", *out],
-                          input=b"".join(Path(p).read_bytes() for p in images), capture_output=True)
+    codec = re.sub("jpe?g", "mjpeg", Path(images[0]).suffix.lower()[1:])
+    command = ["ffmpeg", "-v", "error", "-f", "image2pipe", "-framerate", "10", "-c:v", codec]
+    data = b"".join(Path(image).read_bytes() for image in images)
+    done = subprocess.run([*command, "-i", "-", *out], input=data, capture_output=True)
     if done.returncode:
         raise ValueError(f"{images[0]}: {done.stderr.decode(errors='replace').strip()[:200]}")
     return done.stdout
 
 
 def flo(paths):
-    """Middlebury's optical flow: the number 202021.25, width, height, then u and v of each pixel."""
-    heads = [np.fromfile(p, "<i4", 3) for p in paths]
-    return np.stack([np.fromfile(p, "<f4", offset=12).reshape(h, w, 2) for p, (_, w, h) in zip(paths, heads)])
+    """Middlebury's optical flow: the number 202021.25, width, height, then u, v of each pixel."""
+    flows = []
+    for path in paths:
+        _, width, height = np.fromfile(path, "<i4", 3)
+        values = np.fromfile(path, "<f4", offset=12)
+        flows.append(values.reshape(height, width, 2))
+    return np.stack(flows)
 
 
 def pfm(paths):
-    """Lines 'Pf' (or 'PF': three channels), 'width height', a scale that is negative for little-endian, then rows from the bottom up."""
-    out = []
-    for p in paths:
-        kind, width, height, scale, body = re.match(rb"(P[fF])\s+(\d+)\s+(\d+)\s+(\S+)\s(.*)", Path(p).read_bytes(), re.S).groups()
-        out.append(np.frombuffer(body, "<f4" if float(scale) < 0 else ">f4").reshape(int(height), int(width), -1)[::-1].squeeze(-1 if kind == b"Pf" else ()))
-    return np.stack(out).astype(np.float32)
+    """Lines 'Pf' (or 'PF': three channels), 'width height' and a scale, then rows, bottom up.
+
+    The scale is negative for little-endian.
+    """
+    images = []
+    for path in paths:
+        match = re.match(rb"(P[fF])\s+(\d+)\s+(\d+)\s+(\S+)\s(.*)", path.read_bytes(), re.S)
+        kind, width, height, scale, body = match.groups()
+        values = np.frombuffer(body, "<f4" if float(scale) < 0 else ">f4")
+        image = values.reshape(int(height), int(width), -1)[::-1]
+        images.append(image.squeeze(-1) if kind == b"Pf" else image)
+    return np.stack(images).astype(np.float32)
 
 
-def unless(value, unknown):
+def pfm_flow(paths):
+    return pfm(paths)[..., :2]
+
+
+def matrices(paths):
+    return np.stack([np.loadtxt(path) for path in paths])
+
+
+def nan_where(unknown, value):
     """`value` as float32 with NaN where `unknown`, which may have fewer axes."""
-    return np.where(unknown.reshape(*unknown.shape, *[1] * (value.ndim - unknown.ndim)), np.nan, value).astype(np.float32)
+    value = value.astype(np.float32)
+    value[unknown] = np.nan
+    return value
 
 
-def known(value):
-    return unless(value, value == 0)
+def scaled_png(paths, scale, offset=0):
+    """Depth or disparity; 0 is unknown."""
+    raw = png(paths)
+    return nan_where(raw == 0, (raw - offset) / scale)
 
 
 def kitti_flow(paths):
     raw = png(paths).astype(np.float32)
-    return unless((raw[..., :2] - 2**15) / 64, raw[..., 2] == 0)
+    return nan_where(raw[..., 2] == 0, (raw[..., :2] - 2**15) / 64)
 
 
-def re10k(paths, frames):
-    """ID.txt: a URL, then a row for each frame: time stamp, fx, fy, cx, cy (shares of width and height), two zeros, the 3x4 of world to camera."""
-    rows = {line.split()[0]: np.array(line.split()[1:], float) for line in Path(paths[0]).read_text().splitlines()[1:] if line.strip()}
-    rows = np.stack([rows[p.stem] for p in frames])
-    height, width, _ = open_video(frames[0]).get_frame_at(0).data.shape
-    (fx, fy, cx, cy), camera = rows[0, :4] * [width, height, width, height], np.tile(np.eye(4), (len(rows), 1, 1))
+def kitti_valid(paths):
+    return png(paths)[..., 2] > 0
+
+
+def not_occluded(paths):
+    return png(paths) == 0
+
+
+def relabel(paths, table):
+    return table[png(paths)]
+
+
+IDS = np.arange(256, dtype=np.uint8)
+# labelId -> one of the 19 classes that are evaluated
+CITYSCAPES = np.full_like(IDS, 255)
+CITYSCAPES[[7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]] = IDS[:19]
+# 0 is not labelled, the classes start at 1
+ADE20K = np.roll(IDS, 1)
+# 2016: black and white; 2017: indices of objects
+DAVIS = IDS.copy()
+DAVIS[255] = 1
+
+
+# Readers of a file about a whole clip: path, the clip's frames -> pairs (label, array).
+
+
+def intrinsics(path, frames):
+    yield "K", np.loadtxt(path)[:3, :3]
+
+
+def re10k(path, frames):
+    """ID.txt: a URL, then a row for each frame.
+
+    Time stamp, fx, fy, cx, cy (shares of width and height), two zeros, the 3x4 of world to camera.
+    """
+    cameras = {}
+    for line in path.read_text().splitlines()[1:]:
+        if line.strip():
+            time, *numbers = line.split()
+            cameras[time] = np.array(numbers, float)
+    rows = np.stack([cameras[frame.stem] for frame in frames])
+    camera = np.tile(np.eye(4), (len(rows), 1, 1))
     camera[:, :3] = rows[:, 6:].reshape(-1, 3, 4)
-    return np.linalg.inv(camera), np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+    yield "pose", np.linalg.inv(camera)
+
+    height, width, _ = open_video(frames[0]).get_frame_at(0).data.shape
+    fx, fy, cx, cy = rows[0, :4] * [width, height, width, height]
+    yield "K", np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
 
 
-def by_object(rows, frames, width):
-    """rows: (object, number of the frame, values of `width`) -> (frames, objects, width), NaN where there is no row."""
-    rows = [(o, int(t), v) for o, t, v in rows if 0 <= int(t) < frames]
-    number = {o: i for i, o in enumerate(dict.fromkeys(o for o, _, _ in rows))}
-    out = np.full((frames, len(number), width), np.nan, np.float32)
-    for o, t, v in rows:
-        out[t, number[o]] = v
-    return out
+def by_object(tracks, frames, scale):
+    """Tracks (object, numbers of frames, a row of values for each) -> (frames,objects,values).
+
+    Each row is multiplied by `scale`; NaN where there is none.
+    """
+    objects = {}
+    for name, numbers, rows in tracks:
+        for number, row in zip(numbers, rows):
+            if 0 <= int(number) < frames:
+                if name not in objects:
+                    objects[name] = np.full((frames, len(scale)), np.nan, np.float32)
+                objects[name][int(number)] = np.multiply(row, scale)
+    # reshape: there may be no object
+    values = np.reshape([*objects.values()], (-1, frames, len(scale)))
+    return values.swapaxes(0, 1)
 
 
 @lru_cache(maxsize=2)
@@ -900,143 +1894,295 @@ def load_json(path):
     return json.loads(Path(path).read_text("utf-8"))
 
 
-def perception(paths, frames, name):
-    """all_train.json: video -> object_tracking and point_tracking, each track of an id, frame_ids and bounding_boxes (x0,y0,x1,y1) or points (y,x), shares."""
-    about, video = load_json(str(paths[0]))[frames[0].stem], open_video(str(frames[0]))
-    width, height = video.metadata.width, video.metadata.height
-    if name == "boxes":
-        rows = [(o["id"], t, np.multiply(b, [width, height] * 2)) for o in about["object_tracking"] for t, b in zip(o["frame_ids"], o["bounding_boxes"])]
-    else:
-        rows = [(o["id"], t, (x * width, y * height)) for o in about["point_tracking"] for t, (y, x) in zip(o["frame_ids"], o["points"])]
-    return by_object(rows, len(video), 4 if name == "boxes" else 2)
+def kubric(path, frames):
+    """Kubric's metadata.json: for each instance bbox_frames and bboxes (y0,x0,y1,x1), shares."""
+    about = load_json(str(path))
+    width, height = about["metadata"]["resolution"]
+    instances = enumerate(about["instances"])
+    tracks = [(i, thing["bbox_frames"], thing["bboxes"]) for i, thing in instances]
+    boxes = by_object(tracks, len(frames), [height, width] * 2)
+    yield "boxes", boxes[..., [1, 0, 3, 2]]
 
 
-def waymo(paths, frames):
-    """SEGMENT/CAMERA/TIMESTAMP.jpg, and SEGMENT/camera_box.csv: the segment's table camera_box of the v2 release, from parquet to csv."""
-    times = {p.stem: t for t, p in enumerate(frames)}
-    with open(paths[0], newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["key.camera_name"] == frames[0].parent.name and r["key.frame_timestamp_micros"] in times]
-    value = lambda r, sign: [float(r[f"[CameraBoxComponent].box.center.{k}"]) + sign * float(r[f"[CameraBoxComponent].box.size.{k}"]) / 2 for k in "xy"]
-    return by_object([(r["key.camera_object_id"], times[r["key.frame_timestamp_micros"]], value(r, -1) + value(r, 1)) for r in rows], len(frames), 4)
+def tap_vid(path, frames):
+    """TAP-Vid's target_points (P,T,2) and occluded (P,T)."""
+    arrays = np.load(path)
+    yield "tracks", arrays["target_points"].swapaxes(0, 1)
+    yield "visible", ~arrays["occluded"].T.astype(bool)
 
 
-def kubric(paths, frames):
-    """metadata.json of Kubric's worker: for each instance bbox_frames and bboxes (y0,x0,y1,x1), shares."""
-    about = load_json(str(paths[0]))
-    height, width = about["metadata"]["resolution"][::-1]
-    return by_object([(o, t, np.multiply([x0, y0, x1, y1], [width, height] * 2)) for o, instance in enumerate(about["instances"])
-                      for t, (y0, x0, y1, x1) in zip(instance["bbox_frames"], instance["bboxes"])], len(frames), 4)
+def waymo(path, frames):
+    """The segment's table camera_box of the v2 release, from parquet to csv."""
+    camera = frames[0].parent.name
+    times = {frame.stem: number for number, frame in enumerate(frames)}
+    tracks = []
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            if row["key.camera_name"] != camera:
+                continue
+            time = row["key.frame_timestamp_micros"]
+            if time in times:
+                keys = ("center.x", "center.y", "size.x", "size.y")
+                x, y, width, height = (float(row[f"[CameraBoxComponent].box.{k}"]) for k in keys)
+                box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+                tracks.append((row["key.camera_object_id"], [times[time]], [box]))
+    yield "boxes", by_object(tracks, len(frames), [1] * 4)
 
 
-CITYSCAPES = np.full(256, 255, np.uint8)  # labelId -> one of the 19 classes that are evaluated
-CITYSCAPES[[7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]] = np.arange(19)
-
-# layout: (frames, as a pattern of paths under the root whose group is the clip, {label: (pattern in the frame's path, its replacement, reader of the paths
-# so found, and of the frames)}). A label without any file is left out; where single files are missing, nothing is known. Empty replacement: --annotations
+# layout: a pattern of the frames' paths under the root, whose first group is the clip, then rows:
+# label ("" where one file is about the whole clip), the path of the file, with the groups of the
+# frame's, its reader, and what the reader is told further.
+# A label without any file is left out; where single files are missing, nothing is known.
 LAYOUTS = {
-    "scannet": (r"([^/]+)/color/\d+\.jpg", {  # as exported by SensReader
-        "depth": (r"color/(\d+)\.jpg", r"depth/\1.png", lambda p, f: known(png(p) / 1000)),
-        "pose": (r"color/(\d+)\.jpg", r"pose/\1.txt", lambda p, f: np.stack([*map(np.loadtxt, p)])),
-        "K": (r"color/\d+\.jpg", "intrinsic/intrinsic_color.txt", lambda p, f: np.loadtxt(p[0])[:3, :3])}),
-    "re10k": (r"frames/(\w+/[^/]+)/\d+\.\w+", {  # the lists in train/ and test/, frames named by time stamp
-        "pose": (r"frames/(\w+/[^/]+)/\d+\.\w+", r"\1.txt", lambda p, f: re10k(p, f)[0]),
-        "K": (r"frames/(\w+/[^/]+)/\d+\.\w+", r"\1.txt", lambda p, f: re10k(p, f)[1])}),
-    "perception": (r"(?:.*/)?(video_\d+)\.mp4", {  # --annotations all_train.json
-        "boxes": ("", "", lambda p, f: perception(p, f, "boxes")), "tracks": ("", "", lambda p, f: perception(p, f, "tracks"))}),
-    "movi": (r"(?:(.*)/)?rgba_\d+\.png", {  # what Kubric's worker writes; tracks.npz: TAP-Vid's target_points (P,T,2) and occluded (P,T)
-        "masks": ("rgba_", "segmentation_", lambda p, f: png(p)), "boxes": (r"rgba_\d+\.png", "metadata.json", kubric),
-        "tracks": (r"rgba_\d+\.png", "tracks.npz", lambda p, f: np.load(p[0])["target_points"].swapaxes(0, 1)),
-        "visible": (r"rgba_\d+\.png", "tracks.npz", lambda p, f: ~np.load(p[0])["occluded"].T.astype(bool))}),
-    "waymo": (r"(.*/\d)/\d+\.jpg", {"boxes": (r"\d/\d+\.jpg", "camera_box.csv", waymo)}),
-    "davis": (r"JPEGImages/(.*)/\d+\.jpg", {"masks": ("JPEGImages(.*)jpg", r"Annotations\1png", lambda p, f: (m := png(p)) - (m == 255) * np.uint8(254))}),
-    "ade20k": (r"images/(.*)\.jpg", {"masks": ("images(.*)jpg", r"annotations\1png", lambda p, f: png(p) - np.uint8(1))}),  # ADEChallengeData2016
-    "cityscapes": (r"leftImg8bit/(.*)_leftImg8bit\.png", {
-        "masks": ("leftImg8bit/(.*)_leftImg8bit", r"gtFine/\1_gtFine_labelIds", lambda p, f: CITYSCAPES[png(p)]),
-        "disparity": ("leftImg8bit/(.*)_leftImg8bit", r"disparity/\1_disparity", lambda p, f: known(png(p) / 256) - np.float32(1 / 256)),
-        "right": ("leftImg8bit/(.*)_leftImg8bit", r"rightImg8bit/\1_rightImg8bit", lambda p, f: png(p))}),
-    "sintel": (r"training/((?:clean|final)/[^/]+)/frame_\d+\.png", {
-        "flow": (r"training/\w+(.*)png", r"training/flow\1flo", lambda p, f: flo(p)),
-        "flow_visible": (r"training/\w+", "training/occlusions", lambda p, f: png(p) == 0)}),
-    "chairs": (r"(.*)_img[12]\.ppm", {"flow": (r"img\d\.ppm", "flow.flo", lambda p, f: flo(p[:1]))}),
-    "kitti": (r"training/((?:image_2|colored_0)/\d+)_1[01]\.png", {
-        "flow": (r"image_2|colored_0", "flow_occ", lambda p, f: kitti_flow(p)),
-        "flow_visible": (r"image_2|colored_0", "flow_noc", lambda p, f: png(p)[..., 2] > 0),
-        "disparity": (r"image_2", "disp_occ_0", lambda p, f: known(png(p) / 256)), "right": ("image_2", "image_3", lambda p, f: png(p))}),
-    "sceneflow": (r"(frames_\w+/.*)/left/\d+\.png", {
-        "disparity": (r"frames_\w+(.*)png", r"disparity\1pfm", lambda p, f: pfm(p)), "right": ("/left/", "/right/", lambda p, f: png(p)),
-        "flow": (r"frames_\w+/(.*)/left/(\d+)\.png", r"optical_flow/\1/into_future/left/OpticalFlowIntoFuture_\2_L.pfm", lambda p, f: pfm(p)[..., :2])}),
-    "middlebury": (r"(.*)/im0\.png", {"disparity": ("im0.png", "disp0.pfm", lambda p, f: pfm(p)), "right": ("im0", "im1", lambda p, f: png(p))}),
+    # as exported by SensReader
+    "scannet": (
+        r"([^/]+)/color/(\d+)\.jpg",
+        ("depth", r"\1/depth/\2.png", scaled_png, 1000),
+        ("pose", r"\1/pose/\2.txt", matrices),
+        ("", r"\1/intrinsic/intrinsic_color.txt", intrinsics),
+    ),
+    # the lists in train/ and test/, frames named by time stamp
+    "re10k": (
+        r"frames/(\w+/[^/]+)/\d+\.\w+",
+        ("", r"\1.txt", re10k),
+    ),
+    # what Kubric's worker writes
+    "movi": (
+        r"(?:(.*)/)?rgba_(\d+)\.png",
+        ("masks", r"\1/segmentation_\2.png", png),
+        ("", r"\1/metadata.json", kubric),
+        ("", r"\1/tracks.npz", tap_vid),
+    ),
+    # SEGMENT/CAMERA/TIMESTAMP.jpg
+    "waymo": (
+        r"((.*)/\d)/\d+\.jpg",
+        ("", r"\2/camera_box.csv", waymo),
+    ),
+    "davis": (
+        r"JPEGImages/(.*)/(\d+)\.jpg",
+        ("masks", r"Annotations/\1/\2.png", relabel, DAVIS),
+    ),
+    # ADEChallengeData2016
+    "ade20k": (
+        r"images/(.*)\.jpg",
+        ("masks", r"annotations/\1.png", relabel, ADE20K),
+    ),
+    "cityscapes": (
+        r"leftImg8bit/(.*)_leftImg8bit\.png",
+        ("masks", r"gtFine/\1_gtFine_labelIds.png", relabel, CITYSCAPES),
+        ("disparity", r"disparity/\1_disparity.png", scaled_png, 256, 1),
+        ("right", r"rightImg8bit/\1_rightImg8bit.png", png),
+    ),
+    "sintel": (
+        r"training/((?:clean|final)/([^/]+))/(frame_\d+)\.png",
+        ("flow", r"training/flow/\2/\3.flo", flo),
+        ("flow_visible", r"training/occlusions/\2/\3.png", not_occluded),
+    ),
+    "chairs": (
+        r"(.*)_img[12]\.ppm",
+        ("flow", r"\1_flow.flo", flo),
+    ),
+    "kitti": (
+        r"training/((?:image_2|colored_0)/(\d+))_(1[01])\.png",
+        ("flow", r"training/flow_occ/\2_\3.png", kitti_flow),
+        ("flow_visible", r"training/flow_noc/\2_\3.png", kitti_valid),
+        ("disparity", r"training/disp_occ_0/\2_\3.png", scaled_png, 256),
+        ("right", r"training/image_3/\2_\3.png", png),
+    ),
+    "sceneflow": (
+        r"(frames_\w+/(.*))/left/(\d+)\.png",
+        ("disparity", r"disparity/\2/left/\3.pfm", pfm),
+        ("right", r"\1/right/\3.png", png),
+        ("flow", r"optical_flow/\2/into_future/left/OpticalFlowIntoFuture_\3_L.pfm", pfm_flow),
+    ),
+    "middlebury": (
+        r"(.*)/im0\.png",
+        ("disparity", r"\1/disp0.pfm", pfm),
+        ("right", r"\1/im1.png", png),
+    ),
 }
 
 
-def dense_clips(layout, root, annotations):
-    """Yield (name, images or one video or (video, first second, seconds), a function that reads the labels) of a data set."""
-    natural = lambda path: [int(c) if i % 2 else c for i, c in enumerate(re.split(r"(\d+)", path))]  # 10.jpg after 9.jpg
-    files = sorted((p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()), key=natural)
-    if layout in SPECIAL:
-        yield from SPECIAL[layout](root, files, annotations)
-        return
-    groups, (pattern, rows) = {}, LAYOUTS[layout]
-    for p in files:
-        if m := re.fullmatch(pattern, p):
-            groups.setdefault(m[1] or "clip", []).append(p)
-    for name, frames in groups.items():
-        for i in range(0, len(frames), 256):  # long videos in pieces, which fit the memory
-            part = frames[i : i + 256]
-            yield f"{name}_{i:06d}" if len(frames) > 256 else name, [root / p for p in part], lambda part=part: {
-                label: value for label, row in rows.items() if (value := read_row(label, row, root, part, annotations)) is not None}
+def frame_clips(root, files, pattern, *rows):
+    """The clips of a layout of LAYOUTS, as dense_clips() yields them."""
+    clips = {}
+    for path in files:
+        if match := re.fullmatch(pattern, path):
+            clips.setdefault(match[1] or "clip", []).append(match)
+    for name, frames in clips.items():
+        # long videos in pieces, which fit the memory
+        for i in range(0, len(frames), 256):
+            piece = frames[i : i + 256]
+            images = [root / match[0] for match in piece]
+            piece_name = f"{name}_{i:06d}" if len(frames) > 256 else name
+            yield piece_name, images, frame_labels(root, piece, rows)
 
 
-def read_row(label, row, root, frames, annotations):
-    pattern, put, reader = row
-    paths = [root / re.sub(pattern, put, p, count=1) if put else Path(annotations) for p in (frames[:-1] if label.startswith("flow") else frames)]
-    found = [i for i, p in enumerate(paths) if p.is_file()]
-    if not found:
-        return None
-    value = reader([paths[i] for i in found], [root / p for p in frames])
-    if len(found) == len(paths):
-        return value
-    out = np.full((len(paths), *value.shape[1:]), np.nan if value.dtype.kind == "f" else 255 if label == "masks" else 0, value.dtype)
-    out[found] = value
-    return out
+def frame_labels(root, frames, rows):
+    """Yield (label, array) for `rows` of LAYOUTS. frames: matches of the layout's pattern."""
+    for label, place, reader, *arguments in rows:
+        # the last frame has no flow
+        labelled = frames[:-1] if label.startswith("flow") else frames
+        # not root / ..., as a place begins with a slash where its first group is empty
+        paths = [Path(f"{root}/{match.expand(place)}") for match in labelled]
+        found = [i for i, path in enumerate(paths) if path.is_file()]
+        if not found:
+            continue
+        if not label:
+            yield from reader(paths[0], [root / match[0] for match in frames])
+            continue
+        value = reader([paths[i] for i in found], *arguments)
+        if len(found) < len(paths):
+            unknown = 255 if label == "masks" else 0
+            if value.dtype.kind == "f":
+                unknown = np.nan
+            whole = np.full((len(paths), *value.shape[1:]), unknown, value.dtype)
+            whole[found] = value
+            value = whole
+        yield label, value
+
+
+# Layouts in which a clip is not simply a folder of frames.
+
+
+def perception(root, files, annotations):
+    """--annotations all_train.json: video -> object_tracking and point_tracking."""
+    videos = {}
+    for path in files:
+        if match := re.fullmatch(r"(?:.*/)?(video_\d+)\.mp4", path):
+            videos.setdefault(match[1], root / path)
+    for name, video in videos.items():
+        yield name, [video], perception_labels(video, annotations)
+
+
+def perception_labels(path, annotations):
+    """A track has an id, frame_ids and bounding_boxes (x0,y0,x1,y1) or points (y,x), shares."""
+    about = load_json(annotations)[path.stem]
+    video = open_video(str(path))
+    width = video.metadata.width
+    height = video.metadata.height
+    objects = [
+        (track["id"], track["frame_ids"], track["bounding_boxes"])
+        for track in about["object_tracking"]
+    ]
+    yield "boxes", by_object(objects, len(video), [width, height] * 2)
+    points = [
+        (track["id"], track["frame_ids"], track["points"])
+        for track in about["point_tracking"]
+    ]
+    yield "tracks", by_object(points, len(video), [height, width])[..., ::-1]
 
 
 def intphys(root, files, annotations):
-    """BLOCK/SCENE/{1,2,3,4}/scene/scene_001.png ... and status.json, which says whether it is possible: two movies of a scene are, two are not. Each of
-    these goes with the possible one that it shares its beginning with."""
+    """BLOCK/SCENE/{1,2,3,4}/scene/scene_001.png ... and status.json: whether it is possible.
+
+    Two movies of a scene are, two are not. Each of these goes with the possible one that it shares
+    its beginning with.
+    """
     scenes = {}
-    for p in files:
-        if m := re.fullmatch(r"(.*)/(\d)/scene/scene_\d+\.png", p):
-            scenes.setdefault(m[1], {}).setdefault(m[2], []).append(root / p)
+    for path in files:
+        if match := re.fullmatch(r"(.*)/(\d)/scene/scene_\d+\.png", path):
+            movies = scenes.setdefault(match[1], {})
+            movies.setdefault(match[2], []).append(root / path)
     for scene, movies in scenes.items():
-        status = {k: json.loads((root / scene / k / "status.json").read_text()) for k in movies}
-        possible = {k: bool(s.get("header", s).get("is_possible", s.get("possible"))) for k, s in status.items()}
-        for k in (k for k in movies if not possible[k]):
-            same = {j: next((t for t, (a, b) in enumerate(zip(movies[j], movies[k])) if a.read_bytes() != b.read_bytes() and (png([a]) != png([b])).any()),
-                            len(movies[k])) for j in movies if possible[j]}
-            j = max(same, key=same.get)
-            yield f"{scene}_{k}", movies[j], lambda a=movies[k], t=same[j], b=scene: {
-                "impossible": png(a), "change": np.array(t), "kind": np.array(int((re.search(r"O(\d)", b) or [0, 1])[1]) - 1)}
+        possible = [k for k in movies if is_possible(root / scene / k / "status.json")]
+        for k, movie in movies.items():
+            if k not in possible:
+                change = {j: first_difference(movies[j], movie) for j in possible}
+                j = max(change, key=change.get)
+                yield f"{scene}_{k}", movies[j], intphys_labels(scene, movie, change[j])
+
+
+def is_possible(status):
+    about = json.loads(status.read_text())
+    return about.get("header", about).get("is_possible", about.get("possible"))
+
+
+def first_difference(movie, other):
+    """The number of the first frame that differs; their count if none does."""
+    for number, (a, b) in enumerate(zip(movie, other)):
+        # equal bytes are equal pictures, and need no decoding
+        if a.read_bytes() != b.read_bytes() and (png([a]) != png([b])).any():
+            return number
+    return len(other)
+
+
+def intphys_labels(scene, impossible, change):
+    block = re.search(r"O(\d)", scene)
+    yield "impossible", png(impossible)
+    yield "change", np.array(change)
+    yield "kind", np.array(int(block[1]) - 1 if block else 0)
 
 
 def ava(root, files, annotations):
-    """--annotations ava_train_v2.2.csv: video, second, x0, y0, x1, y1 (shares), action, person. A clip of two seconds around each annotated second, whose
-    boxes hold for all of its frames; action a is column a - 1 of 80."""
-    videos, rows = {Path(p).stem: root / p for p in files if Path(p).suffix.lower() in VIDEOS}, {}
+    """--annotations ava_train_v2.2.csv: video, second, x0, y0, x1, y1 (shares), action, person.
+
+    A clip of two seconds around each annotated second, whose boxes hold for all of its frames;
+    action a is column a - 1 of 80.
+    """
+    paths = [root / path for path in files]
+    videos = {path.stem: path for path in paths if path.suffix.lower() in VIDEOS}
+    clips = {}
     with open(annotations, newline="") as file:
         for row in csv.reader(file):
             if len(row) >= 8 and row[0] in videos:
-                rows.setdefault((row[0], int(row[1])), {}).setdefault((row[7], *map(float, row[2:6])), []).append(int(row[6]))
-    for (name, second), people in rows.items():
-        meta = open_video(str(videos[name])).metadata
+                name, second, *box, action, person = row[:8]
+                people = clips.setdefault((name, int(second)), {})
+                people.setdefault((person, *map(float, box)), []).append(int(action))
+    for (name, second), people in clips.items():
+        video = videos[name]
+        meta = open_video(str(video)).metadata
         actions = np.zeros((len(people), 80), np.uint8)
         for i, ids in enumerate(people.values()):
             actions[i, np.array(ids) - 1] = 1
-        boxes = np.array([box for _, *box in people])[None] * ([meta.width, meta.height] * 2)  # one row, which stands for all frames
-        yield f"{name}_{second:05d}", (videos[name], max(second - 1, 0), 2), lambda a=actions, b=boxes: {"boxes": b, "actions": a}
+        boxes = [box for _, *box in people]
+        # one row, which stands for all frames
+        boxes = np.array([boxes]) * ([meta.width, meta.height] * 2)         # (1,people,4)
+        labels = [("boxes", boxes), ("actions", actions)]
+        yield f"{name}_{second:05d}", (video, max(second - 1, 0), 2), labels
 
 
-SPECIAL = {"intphys": intphys, "ava": ava}  # layouts in which a clip is not simply a folder of frames
+SPECIAL = {"perception": perception, "intphys": intphys, "ava": ava}
+
+
+def natural(path):
+    """A key to sort by: 10.jpg after 9.jpg."""
+    parts = re.split(r"(\d+)", path)
+    parts[1::2] = map(int, parts[1::2])
+    return parts
+
+
+def dense_clips(layout, root, annotations):
+    """The clips of a data set: (name, frames, labels) of each.
+
+    frames: images, or one video, or (video, first second, seconds). labels: pairs (label, array),
+    most of them read only when they are asked for.
+    """
+    files = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+    files.sort(key=natural)
+    if layout in SPECIAL:
+        return SPECIAL[layout](root, files, annotations)
+    return frame_clips(root, files, *LAYOUTS[layout])
+
+
+def save_frames(frames, path, crf):
+    """Frames as dense_clips() yields them -> a video."""
+    encode = ["-an", "-c:v", "libx264rgb", "-crf", str(crf), "-preset", "veryfast", "-y", str(path)]
+    if isinstance(frames, tuple):
+        video, start, seconds = frames
+        cut = ["-ss", str(start), "-t", str(seconds), "-i", str(video)]
+        subprocess.run(["ffmpeg", "-v", "error", *cut, *encode], check=True)
+    elif frames[0].suffix.lower() in VIDEOS:
+        shutil.copyfile(frames[0], path)
+    else:
+        pipe(frames, *encode)
+
+
+def label_tensor(value):
+    """Of floats: float32, NaN where they are not finite."""
+    if value.dtype.kind == "f":
+        value = nan_where(~np.isfinite(value), value)
+    return torch.from_numpy(value.copy("C"))
 
 
 def index_dense(layout, root, out, annotations, crf):
@@ -1044,77 +2190,123 @@ def index_dense(layout, root, out, annotations, crf):
     if not shutil.which("ffmpeg"):
         raise DataError("dense labels need the ffmpeg program: apt-get install -y ffmpeg")
     if layout in ("perception", "ava") and not os.path.isfile(annotations):
-        raise DataError(f"index {layout} needs --annotations FILE" + (f": no file {annotations}" if annotations else ""))
-    rows, labels, name = [], Counter(), "1"
+        missing = f": no file {annotations}" if annotations else ""
+        raise DataError(f"index {layout} needs --annotations FILE{missing}")
+    rows = []
+    counts = Counter()
+    name = "1"
     try:
-        for name, frames, read in tqdm(dense_clips(layout, root, annotations), disable=None):
+        for name, frames, labels in tqdm(dense_clips(layout, root, annotations), disable=None):
             video = out.parent / out.stem / f"{name.replace('/', '-')}.mp4"
-            half = video.with_suffix(".tmp.mp4")
             video.parent.mkdir(parents=True, exist_ok=True)
-            encode = ["-an", "-c:v", "libx264rgb", "-crf", str(crf), "-preset", "veryfast", "-y", str(half)]
-            if isinstance(frames, tuple):
-                path, start, seconds = frames
-                subprocess.run(["ffmpeg", "-v", "error", "-ss", str(start), "-t", str(seconds), "-i", str(path), *encode], check=True)
-            elif frames[0].suffix.lower() in VIDEOS:
-                shutil.copyfile(frames[0], half)
-            else:
-                pipe(frames, *encode)
-            arrays = {label: unless(v, ~np.isfinite(v)) if v.dtype.kind == "f" else v for label, v in read().items()}
-            save_file({label: torch.from_numpy(v.copy("C")) for label, v in arrays.items()}, video.with_suffix(".safetensors"))
+            half = video.with_suffix(".tmp.mp4")
+            save_frames(frames, half, crf)
+            tensors = {label: label_tensor(value) for label, value in labels}
+            save_file(tensors, video.with_suffix(".safetensors"))
+            # last: a video that is there has its labels
             os.replace(half, video)
             rows.append((video, -1))
-            labels.update([*arrays])
-    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError, struct.error, subprocess.SubprocessError) as error:
-        raise DataError(f"{root}: clip {name} is not as {layout} should be ({type(error).__name__}: {reason(error)})") from None
+            counts.update(tensors.keys())
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError,
+            struct.error, subprocess.SubprocessError) as error:
+        raise DataError(f"{root}: clip {name} is not as {layout} should be "
+                        f"({type(error).__name__}: {reason(error)})") from None
     if not rows:
         raise DataError(f"{root}: no clips in the layout of {layout}")
     write_list(out, rows)
-    return {"list": str(out), "rows": len(rows), "labels": dict(labels)}, 0
+    return {"list": str(out), "rows": len(rows), "labels": dict(counts)}, 0
 
 
-# --- command line -----------------------------------------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
-def check(path: str, workers: int = 2):
-    """Read every file of a list to its last frame, and report what they are and which are bad. Exit status 0: all sound, 1: some bad, 2: no list.
+def check(path: str, workers: int = 2, frames: int = 16, stride: int = 4, fps: float = 0):
+    """Read every file of a list to its last frame, and report what they are, which are bad, and
+    what clips of them would be. Exit status 0: all sound, 1: some bad, 2: no list.
 
     Args:
         path: a list, or a folder of videos
         workers: processes; 0 reads in this one
+        frames: of a clip
+        stride: video frames from one to the next
+        fps: instead, frames a second
     """
     source = parse_list(path)
     import_torchcodec()
     files = in_processes(inspect_video, [*dict.fromkeys(source.paths)], workers)
-    good, bad = [f for f in files if not f["reason"]], [f for f in files if f["reason"]]
-    for f in bad:
-        print(f"bad: {f['path']}: {f['reason']}")
-    for f in good:
-        if f["announced"] not in (None, f["frames"]):
-            print(f"note: {f['path']}: its header announces {f['announced']} frames, it has {f['frames']}")
-    summary = {"rows": len(source), "files": len(files), "bad": len(bad), "labels": len(np.unique(source.labels[source.labels >= 0]))}
-    for name in ("codec", "size", "fps"):
-        summary[name] = dict(Counter(f[name] for f in good).most_common(8))
+    good = [file for file in files if not file["reason"]]
+    bad = [file for file in files if file["reason"]]
+    for file in bad:
+        print(f"bad: {file['path']}: {file['reason']}")
+    for file in good:
+        if file["announced"] not in (None, file["frames"]):
+            print(f"note: {file['path']}: its header announces {file['announced']} frames, it has "
+                  f"{file['frames']}")
+    summary = {"rows": len(source), "files": len(files), "bad": len(bad),
+               "labels": len(np.unique(source.labels[source.labels >= 0]))}
+    for name in ("codec", "size", "fps", "pixels"):
+        summary[name] = dict(Counter(file[name] for file in good).most_common(8))
     for name in ("frames", "seconds"):
-        summary[name] = dict(zip(("min", "median", "max"), np.quantile([f[name] for f in good] or [0], (0, 0.5, 1)).round(3).tolist()))
+        numbers = [file[name] for file in good] or [0]
+        marks = np.quantile(numbers, (0, 0.5, 1)).round(3).tolist()
+        summary[name] = dict(zip(("min", "median", "max"), marks))
+
+    # what is lost or slow, in videos
+    def over(limit):
+        return sum(limit(file) for file in good)
+
+    summary["shorter_than_a_clip"] = over(
+        lambda file: (frames - 1) / fps > file["seconds"] if fps
+        else (frames - 1) * stride >= file["frames"])
+    summary["slower_than_fps"] = over(lambda file: fps > 1.01 * file["fps"])
+    summary["over_8_bits"] = over(lambda file: file["bits"] > 8)
+    summary["read_without_seeking"] = over(lambda file: file["slow"])
     for name, value in summary.items():
-        print(f"{name:8}{value}")
+        print(f"{name:20} {value}")
+    if summary["shorter_than_a_clip"]:
+        print("clips longer than their video repeat its last frame: --short says what else")
+    if summary["read_without_seeking"] or summary["over_8_bits"]:
+        print(f"faster, and without these: python data.py pack {path} packed/")
     return summary, int(bool(bad))
 
 
+def checksum(frame):
+    return zlib.crc32(np.ascontiguousarray(frame.numpy()))
+
+
 def inspect_video(path):
-    """Decode every frame -> {"path", "reason" (None if sound), "codec", "size", "fps", "seconds", "frames", "announced" by the header}."""
+    """Decode every frame, and some again as clips are read -> {"path", "reason" (None if sound),
+    "codec", "size", "pixels" (their format), "bits", "fps", "seconds", "frames", "announced" by the
+    header, "slow": its frames are not where a seek looks for them}."""
     facts = {"path": path, "reason": None}
     try:
-        video = open_video(path)
-        meta, n = video.metadata, len(video)
-        for i in range(0, n, 16):
-            try:
-                video.get_frames_in_range(i, min(i + 16, n))
-            except RuntimeError:
-                if i + 16 < n or n == 1:
-                    raise
-                open_video(path).get_frames_at([*range(i, n - 1)] or [i - 1])  # as in read_clips, the very last frame may be missing
-        facts |= {"codec": meta.codec, "size": f"{meta.width}x{meta.height}", "fps": round(meta.average_fps or 0, 2), "frames": n,
-                  "seconds": meta.end_stream_seconds - meta.begin_stream_seconds, "announced": meta.num_frames_from_header}
+        video = open_frames(path)
+        if isinstance(video, Pictures):
+            frame = video.by_number(np.arange(video.frames))[0]
+            return facts | {"codec": suffix_of(str(video.files[0]))[1:], "fps": 0, "seconds": 0,
+                            "size": f"{frame.shape[1]}x{frame.shape[0]}", "pixels": "rgb24",
+                            "bits": 8, "frames": video.frames, "announced": None, "slow": False}
+        sums = []
+        times = []
+        for frame, time, _ in sequence(open_video(path)):
+            sums.append(checksum(frame))
+            times.append(time)
+        last = len(sums) - 1
+        if not video.lies and last > 1 and np.ptp(np.diff(times)) > video.tick / 2:
+            video.know(np.array(times))
+        places = np.array([0, 0.2, 0.5, 0.8, 1]) * min(last, video.frames - 1)
+        ids = np.unique(places.astype(int))
+        again = [checksum(frame) for frame in video.by_number(ids)]
+        video.allow((video.frames - 1 - last) * video.tick)
+        if again != [sums[number] for number in ids]:
+            raise ValueError("its frames are not where they were asked for")
+        meta = video.decoder.metadata
+        bits = re.search(r"p(\d+)[lb]e$", meta.pixel_format or "")
+        facts |= {
+            "codec": meta.codec, "size": f"{meta.width}x{meta.height}", "pixels": meta.pixel_format,
+            "bits": int(bits[1]) if bits else 8, "fps": round(meta.average_fps, 2),
+            "frames": len(sums), "seconds": video.seconds,
+            "announced": meta.num_frames_from_header, "slow": video.slow,
+        }
     except DAMAGE as error:
         facts["reason"] = reason(error)
     return facts
@@ -1124,69 +2316,129 @@ def in_processes(function, items, workers):
     """[function(item), ...] with a progress bar, in fresh processes."""
     if workers < 1:
         return [function(item) for item in tqdm(items, disable=None)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return [*tqdm(pool.map(function, items, chunksize=4), total=len(items), disable=None)]
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
+        results = pool.map(function, items, chunksize=4)
+        return [*tqdm(results, total=len(items), disable=None)]
 
 
-def index(layout: Literal["kinetics", "ssv2", "ucf", "folders", "scannet", "re10k", "perception", "movi", "waymo", "davis", "ade20k", "cityscapes", "sintel",
-                          "chairs", "kitti", "sceneflow", "middlebury", "intphys", "ava"],
-          root: str, out: str = "", annotations: str = "", labels: str = "", crf: int = 0):
-    """Make a list of 'path label' rows of a dataset as downloaded, and classes.txt beside it (line k, from 0, names label k).
+LABELLED = ("kinetics", "ssv2", "ucf", "folders", "frames")
+DENSE = (
+    "scannet", "re10k", "perception", "movi", "waymo", "davis", "ade20k", "cityscapes", "sintel",
+    "chairs", "kitti", "sceneflow", "middlebury", "intphys", "ava",
+)
 
-    Videos that are annotated but not found under the root are counted and left out. kinetics and folders: a classes.txt that is there already is
-    obeyed, so that the train and the val list number the classes alike.
 
-    Data sets with dense labels (scannet and all after it) are written anew, as clip.mp4 and clip.safetensors, into a folder named like the list.
-    Which files of each are read stands in the table LAYOUTS.
+def index(
+    layout: Literal[LABELLED + DENSE], root: str, out: str = "", annotations: str = "",
+    labels: str = "", crf: int = 0,
+):
+    """Make a list of 'path label' rows of a dataset as downloaded, and classes.txt beside it (line
+    k, from 0, names label k).
+
+    Videos that are annotated but not found under the root are counted and left out. kinetics and
+    folders: a classes.txt that is there already is obeyed, so that the train and the val list
+    number the classes alike. frames: each folder of numbered images is a video, unlabelled.
+
+    Data sets with dense labels (scannet and all after it) are written anew, as clip.mp4 and
+    clip.safetensors, into a folder named like the list. Which files of each are read stands in the
+    table LAYOUTS.
 
     Args:
         layout: whose layout
-        root: the folder that holds the videos, at any depth; of dense data sets the folder as unpacked
+        root: the folder that holds the videos, at any depth; of dense data sets as unpacked
         out: the list to write (default: LAYOUT.txt)
-        annotations: kinetics: csv with label, youtube_id, time_start, time_end; ssv2: train.json; ucf: trainlist01.txt (classInd.txt beside it);
-            perception: all_train.json; ava: ava_train_v2.2.csv
+        annotations: kinetics: csv with label, youtube_id, time_start, time_end; ssv2: train.json;
+            ucf: trainlist01.txt (classInd.txt beside it); perception: all_train.json; ava:
+            ava_train_v2.2.csv
         labels: ssv2: labels.json
         crf: dense: x264's quality of the clips; 0 is lossless, and large
     """
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder")
-    out, note = Path(out or f"{layout}.txt"), Path(annotations)
-    if layout in LAYOUTS | SPECIAL:
+    out = Path(out or f"{layout}.txt")
+    if layout in DENSE:
         return index_dense(layout, Path(root), out, annotations, crf)
-    known, files = out.parent / "classes.txt", {path.stem: path for path in media(root)}
-    if layout != "folders" and not note.is_file():
-        raise DataError(f"index {layout} needs --annotations FILE" + (f": no file {annotations}" if annotations else ""))
-    if layout == "ssv2" and not os.path.isfile(labels):
-        raise DataError(f"index ssv2 needs --labels FILE" + (f": no file {labels}" if labels else ""))
+    known = out.parent / "classes.txt"
+    for flag, needed, file in (("annotations", ("kinetics", "ssv2", "ucf"), annotations),
+                               ("labels", ("ssv2",), labels)):
+        if layout in needed and not os.path.isfile(file):
+            lacks = f": no file {file}" if file else ""
+            raise DataError(f"index {layout} needs --{flag} FILE{lacks}")
+    files = {path.stem: path for path in media(Path(root))}
+    classes = known.read_text("utf-8").splitlines() if known.is_file() else None
     try:
-        lines = [] if layout == "folders" else [line for line in note.read_text("utf-8-sig").splitlines() if line.strip()]
-        classes = known.read_text("utf-8").splitlines() if known.is_file() else None
-        if layout == "folders":
-            rows = [(path, os.path.basename(where)) for where, path, label in folder_rows(root) if label is not None]
-        elif layout == "kinetics":  # files are named ID_START_END or ID
-            rows = [(files.get("{}_{:06d}_{:06d}".format(r["youtube_id"], *(int(float(r[k])) for k in ("time_start", "time_end"))),
-                               files.get(r["youtube_id"])), r.get("label") or None) for r in csv.DictReader(lines)]
-        elif layout == "ssv2":
-            numbers = json.loads(Path(labels).read_text("utf-8"))
-            classes = sorted(numbers, key=lambda name: int(numbers[name]))
-            rows = [(files.get(str(r["id"])), re.sub(r"[\[\]]", "", r["template"]) if "template" in r else None)
-                    for r in json.loads("\n".join(lines))]
-        else:
-            classes = [line.split()[1] for line in (note.parent / "classInd.txt").read_text("utf-8").splitlines() if line.strip()]
-            rows = [(files.get(Path(line.split()[0]).stem), line.split("/")[0]) for line in lines]
+        rows, said = READ[layout](root, files, Path(annotations), labels)
     except (OSError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{annotations}: not {layout} annotations ({type(error).__name__}: {reason(error)})") from None
-    classes = classes or sorted({name for _, name in rows if name is not None})
+        raise DataError(f"{annotations}: not {layout} annotations ({type(error).__name__}: "
+                        f"{reason(error)})") from None
+    classes = said or classes or sorted({name for _, name in rows if name is not None})
     number = {name: k for k, name in enumerate(classes)} | {None: -1}
     for _, name in rows:
         if name not in number:
-            raise DataError(f"class {name!r} is not one of the {len(classes)} of " + (labels or ("classInd.txt" if layout == "ucf" else str(known))))
+            place = {"ssv2": labels, "ucf": "classInd.txt"}.get(layout, str(known))
+            raise DataError(f"class {name!r} is not one of the {len(classes)} of {place}")
     found = [(path, number[name]) for path, name in rows if path]
     if not found:
-        raise DataError(f"{root}: {len(files)} videos, and none is " + ("in a class folder" if layout == "folders" else f"named in {annotations}"))
-    write(known, "".join(f"{name}\n" for name in classes))
+        lacks = f"named in {annotations}" if annotations else "in a class folder"
+        if layout == "frames":
+            lacks = "a folder of numbered images"
+        raise DataError(f"{root}: {len(files)} videos, and none is {lacks}")
+    if classes:
+        write(known, "".join(f"{name}\n" for name in classes))
     write_list(out, found)
-    return {"list": str(out), "rows": len(found), "classes": len(classes), "missing": len(rows) - len(found)}, 0
+    missing = len(rows) - len(found)
+    return {"list": str(out), "rows": len(found), "classes": len(classes), "missing": missing}, 0
+
+
+# each gives [(path or None, class name or None)] and the class names, where the layout says them
+
+def read_folders(root, files, note, labels):
+    source = folder_source(root)
+    if not source.classes:
+        return [], None
+    return [(path, source.classes[k]) for path, k in zip(source.paths, source.labels)], None
+
+
+def read_frames(root, files, note, labels):
+    return [(path, None) for path in files.values() if path.is_dir()], None
+
+
+def read_kinetics(root, files, note, labels):
+    """Files are named ID_START_END or ID."""
+    rows = []
+    for row in csv.DictReader(filled_lines(note)):
+        start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
+        name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
+        path = files.get(name, files.get(row["youtube_id"]))
+        rows.append((path, row.get("label") or None))
+    return rows, None
+
+
+def read_ssv2(root, files, note, labels):
+    numbers = json.loads(Path(labels).read_text("utf-8"))
+    rows = []
+    for row in json.loads("\n".join(filled_lines(note))):
+        name = re.sub(r"[\[\]]", "", row["template"]) if "template" in row else None
+        rows.append((files.get(str(row["id"])), name))
+    return rows, sorted(numbers, key=lambda name: int(numbers[name]))
+
+
+def read_ucf(root, files, note, labels):
+    classes = [line.split()[1] for line in filled_lines(note.parent / "classInd.txt")]
+    rows = []
+    for line in filled_lines(note):
+        path = Path(line.split()[0])
+        rows.append((files.get(path.stem), line.split("/")[0]))
+    return rows, classes
+
+
+READ = {"kinetics": read_kinetics, "ssv2": read_ssv2, "ucf": read_ucf, "folders": read_folders,
+        "frames": read_frames}
+
+
+def filled_lines(path):
+    return [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
 
 
 def write(path, text):
@@ -1196,72 +2448,125 @@ def write(path, text):
 
 
 def write_list(out, rows):
-    """rows: (path, label). Paths under the list's folder are written relative to it, so that the folder can be moved; others absolute."""
+    """rows: (path, label). Paths under the list's folder are written relative to it, so that the
+    folder can be moved; others absolute."""
     folder = os.path.abspath(out.parent) + "/"
-    rows = [(os.path.abspath(path).removeprefix(folder), label) for path, label in rows]
-    write(out, "".join(f"{path} {label}\n" if label >= 0 else f"{path}\n" for path, label in rows))
+    lines = []
+    for path, label in rows:
+        path = os.path.abspath(path).removeprefix(folder)
+        lines.append(f"{path} {label}\n" if label >= 0 else f"{path}\n")
+    write(out, "".join(lines))
 
 
-def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 8, crf: int = 23, fast_decode: bool = True, workers: int = 2):
-    """Re-encode the videos of a list for fast reading, and write a list of the same name into the folder OUT. The originals are not touched.
+def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 8, crf: int = 23,
+         fast_decode: bool = True, workers: int = 2):
+    """Re-encode the videos of a list for fast reading, and write a list of the same name into the
+    folder OUT. The originals are not touched.
 
-    Interrupted, it goes on where it stopped. Files that cannot be read to the end are reported and left out (exit status 1).
+    Interrupted, it goes on where it stopped. Files that cannot be read to the end are reported and
+    left out (exit status 1).
 
     Args:
         path: a list, or a folder of videos
         out: the folder to write
         short_side: pixels; smaller videos keep their size
-        fps: frames a second, 0 as they are. Training at stride 4 on 30 fps wants 7.5, and then --fps 7.5 or --stride 1
+        fps: frames a second, 0 as they are.
+            Training at stride 4 on 30 fps wants 7.5, and then --fps 7.5 or --stride 1
         gop: frames from one key frame to the next
         crf: x264's quality; lower is better and larger
         fast_decode: without CABAC and deblocking: twice as fast to read, 10 % larger
         workers: processes
     """
-    if not (short_side >= 16 and 0 <= fps < 1000 and gop >= 1 and 0 <= crf <= 51):
-        raise DataError(f"short_side {short_side} (16 or more), fps {fps} (0 to 1000), gop {gop} (1 or more) or crf {crf} (0 to 51) is out of range")
-    source, folder = parse_list(path), Path(out)
+    encode = encoding(short_side, fps, gop, crf, fast_decode)
+    source = parse_list(path)
+    folder = Path(out)
     if os.path.isdir(path) and folder.resolve().is_relative_to(Path(path).resolve()):
-        raise DataError(f"{out} lies in {path}, whose next reading would find every video twice; choose a folder outside")
+        raise DataError(f"{out} lies in {path}, whose next reading would find every video twice; "
+                        "choose a folder outside")
     import_torchcodec()
     if not shutil.which("ffmpeg"):
         raise DataError("pack needs the ffmpeg program: apt-get install -y ffmpeg")
-    short = f"min({short_side},min(iw*sar,ih))/min(iw*sar,ih)/2"  # never larger than it was; pixels become square; even sides
-    resize = (f"fps={fps}," if fps else "") + f"scale='2*round(iw*sar*{short})':'2*round(ih*{short})':flags=area,setsar=1"
-    encode = ["-an", "-sn", "-dn", "-vf", resize,
-              "-pix_fmt", "yuv420p", "-c:v", "libx264", "-crf", str(crf), "-g", str(gop), "-bf", "0"] + ["-tune", "fastdecode"] * fast_decode
     root = os.path.dirname(os.path.abspath(source.name)) + "/"
-    if (folder / "pack.json").exists():
-        before = json.loads((folder / "pack.json").read_text("utf-8"))
-        if isinstance(before, list):  # of older versions
+    claim(out, encode, root)
+
+    targets = {}
+    for video in source.paths:
+        target = folder / "videos" / video.removeprefix(root).lstrip("/")
+        if not video.endswith(".mp4"):
+            target = target.with_name(target.name + ".mp4")
+        targets[video] = target
+    jobs = [(video, target, encode) for video, target in targets.items()]
+    reasons = in_processes(pack_video, jobs, workers)
+    bad = {video: why for video, why in zip(targets, reasons) if why}
+    for video, why in bad.items():
+        print(f"bad: {video}: {why}")
+        del targets[video]
+
+    pairs = zip(source.paths, source.labels)
+    rows = [(targets[video], label) for video, label in pairs if video in targets]
+    name = Path(source.name).name
+    # a folder may have the name of the clips' own
+    if os.path.isdir(source.name):
+        name += ".txt"
+    write_list(folder / name, rows)
+    summary = {
+        "list": str(folder / name),
+        "rows": len(rows),
+        "bad": len(bad),
+        "mb_before": sum(map(os.path.getsize, targets)) / 1e6,
+        "mb_after": sum(map(os.path.getsize, targets.values())) / 1e6,
+    }
+    return summary, int(bool(bad))
+
+
+def encoding(short_side, fps, gop, crf, fast_decode):
+    """FFmpeg's options."""
+    if not (short_side >= 16 and 0 <= fps < 1000 and gop >= 1 and 0 <= crf <= 51):
+        raise DataError(f"short_side {short_side} (16 or more), fps {fps} (0 to 1000), "
+                        f"gop {gop} (1 or more) or crf {crf} (0 to 51) is out of range")
+    # never larger than it was; pixels become square; even sides
+    half = f"min({short_side},min(iw*sar,ih))/min(iw*sar,ih)/2"
+    filters = f"scale='2*round(iw*sar*{half})':'2*round(ih*{half})':flags=area,setsar=1"
+    if fps:
+        filters = f"fps={fps},{filters}"
+    options = ["-an", "-sn", "-dn", "-vf", filters, "-pix_fmt", "yuv420p", "-c:v", "libx264",
+               "-crf", str(crf), "-g", str(gop), "-bf", "0"]
+    if fast_decode:
+        options += ["-tune", "fastdecode"]
+    return options
+
+
+def claim(out, encode, root):
+    """Write into pack.json what the folder holds; refuse one that holds something else."""
+    note = Path(out) / "pack.json"
+    if note.exists():
+        before = json.loads(note.read_text("utf-8"))
+        # of older versions
+        if isinstance(before, list):
             before = {"encode": before, "root": root}
         if before["encode"] != encode:
-            raise DataError(f"{out} was packed with other settings (see its pack.json); choose another folder")
-        if before["root"] != root:  # a file there may have the name of another video, and would be taken for it
-            raise DataError(f"{out} holds videos packed from {before['root']}, not {root}; choose another folder")
-    write(folder / "pack.json", json.dumps({"encode": encode, "root": root}))
-    jobs = {}
-    for path in source.paths:
-        target = folder / "videos" / path.removeprefix(root).lstrip("/")
-        jobs[path] = path, target if path.endswith(".mp4") else target.with_name(target.name + ".mp4"), encode
-    failed = {path: why for path, why in zip(jobs, in_processes(pack_video, [*jobs.values()], workers)) if why}
-    for path, why in failed.items():
-        print(f"bad: {path}: {why}")
-    rows = [(str(jobs[path][1]), int(label)) for path, label in zip(source.paths, source.labels) if path not in failed]
-    packed = folder / (Path(source.name).name + (".txt" if os.path.isdir(source.name) else ""))  # a folder may have the name of the clips' own
-    write_list(packed, rows)
-    before, after = (sum(os.path.getsize(job[k]) for path, job in jobs.items() if path not in failed) / 1e6 for k in (0, 1))
-    summary = {"list": str(packed), "rows": len(rows), "bad": len(failed), "mb_before": before, "mb_after": after}
-    return summary, int(bool(failed))
+            raise DataError(f"{out} was packed with other settings (see its pack.json); "
+                            "choose another folder")
+        # a file there may have the name of another video, and would be taken for it
+        if before["root"] != root:
+            raise DataError(f"{out} holds videos packed from {before['root']}, not {root}; "
+                            "choose another folder")
+    write(note, json.dumps({"encode": encode, "root": root}))
 
 
 def pack_video(job):
-    """Re-encode one file -> None, or the reason why not. The target is renamed into place when complete; one that is there is not made again."""
+    """Re-encode one file -> None, or the reason why not.
+
+    The target is renamed into place when complete; one that is there is not made again.
+    """
     path, target, encode = job
     if target.exists():
         return None
     target.parent.mkdir(parents=True, exist_ok=True)
-    temp = target.with_name(f".{os.getpid()}.mp4")  # file: keeps names with a colon from being read as a protocol; explode: no half-decoded videos
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-err_detect", "explode", "-threads", "1", "-i", f"file:{path}", *encode,
+    temp = target.with_name(f".{os.getpid()}.mp4")
+    # explode: no half-decoded videos; file: keeps names with a colon from being read as a protocol
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-err_detect", "explode",
+               "-threads", "1", "-i", f"file:{path}", *encode,
                "-threads", "1", "-movflags", "+faststart", "-y", f"file:{temp}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -1277,11 +2582,13 @@ def pack_video(job):
 
 def main():
     import tyro  # late: whoever imports data.py needs no flags
+    commands = {function.__name__: function for function in (check, index, pack)}
     try:
-        summary, status = tyro.extras.subcommand_cli_from_dict({f.__name__: f for f in (check, index, pack)}, description=__doc__,
-                                                               config=(tyro.conf.PositionalRequiredArgs,))
+        summary, status = tyro.extras.subcommand_cli_from_dict(
+            commands, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
     except (DataError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(json.dumps(summary))
     sys.exit(status)
 

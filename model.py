@@ -736,7 +736,7 @@ SHARES = {"ema", "final_ema", "max_bad_fraction", "betas", "temporal_keep", "mot
 FREE = {  # flags that a resumed run may change
     "out_dir", "resume", "stop_at", "workers", "timeout", "micro_batch", "save_every", "keep",
     "log_every", "probe_every", "sample_every", "compile", "fsdp", "checkpoint", "wandb",
-    "max_bad_fraction", "max_skips", "dry_run",
+    "max_bad_fraction", "max_skips", "dry_run", "new_data",
 }
 
 
@@ -750,8 +750,11 @@ class Stop(Exception):
 
 def launch(main, args):
     """Run main(args). What can be foreseen ends in one line, all else in a traceback."""
+    poison = Path(args.out_dir) / "poison.txt"
     try:
         check_ranges(args)
+        if poison.exists():
+            data.POISON.update(poison.read_text().splitlines())
         if not args.data:
             args = replace(args, data=("world",))
             if os.environ.get("RANK", "0") == "0" and not args.dry_run:
@@ -770,6 +773,9 @@ def launch(main, args):
         why = data.dead_worker(error)
         if not why:
             raise
+        if data.POISON:
+            with open(poison, "a") as file:
+                file.writelines(f"{path}\n" for path in sorted(data.POISON))
         leave(why, 1)
     except (OSError, dcp.api.CheckpointException) as error:  # a full disk, say
         cause = next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
@@ -791,7 +797,7 @@ def check_ranges(args):
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, (int, float)):
                 continue
-            bad = not 0 <= number < math.inf
+            bad = not 0 <= number < math.inf and not (name == "workers" and number == -1)
             bad = bad or (name in POSITIVE and number == 0)
             bad = bad or (name in SHARES and number > 1)
             bad = bad or (name == "betas" and number == 1)
@@ -808,7 +814,8 @@ def check_ranges(args):
 def probe_lists(args):
     """The online probe's two lists, or none."""
     splits = zip(args.probe_data, ("probe", "val"))
-    return [data.parse_list(spec, split, labelled=True) for spec, split in splits]
+    lists = [data.parse_list(spec, split, labelled=True) for spec, split in splits]
+    return data.match_classes(*lists) if lists else lists
 
 
 def construct(build, args):
@@ -875,6 +882,9 @@ class Run:
         self.rank = int(os.environ.get("RANK", 0))
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
         self.last = min(args.steps, args.stop_at or args.steps)
+        self.workers = args.workers
+        if args.workers < 0:
+            self.workers = data.idle_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
         if args.batch_size % (self.ranks * max(1, args.micro_batch)):
             raise UserError(f"--batch_size {args.batch_size} is not a multiple of {self.ranks} "
@@ -938,18 +948,25 @@ class Run:
 
     # the out directory
 
-    def open(self, script, data_hash):
+    def sources(self):
+        """The lists of --data. One rank looks for their files."""
+        return [data.parse_list(spec, look=self.rank == 0) for spec in self.args.data]
+
+    def open(self, script, sources):
         """Take the out directory, write config.json and the first log line, listen to signals."""
         files = (script, data.__file__, __file__)
-        sources = b"".join(Path(file).read_bytes() for file in files)
+        code = b"".join(Path(file).read_bytes() for file in files)
         cuda = self.device.type == "cuda"
+        config = json.loads(json.dumps(vars(self.args)))
+        if self.rank == 0:
+            config |= data.fingerprint(sources)
         head = {
             "script": Path(script).stem,
-            "config": json.loads(json.dumps(vars(self.args) | {"data_hash": data_hash})),
+            "config": config,
             "argv": sys.argv,
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "numpy": np.__version__},
-            "source": hashlib.sha256(sources).hexdigest()[:16],
+            "source": hashlib.sha256(code).hexdigest()[:16],
             "ranks": self.ranks,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
         }
@@ -994,13 +1011,20 @@ class Run:
         if not self.args.resume:
             return f"{self.out} holds a run: --resume continues it, another --out_dir starts afresh"
         old = json.loads(file.read_text())["config"]
+        if old.get("data_hash") != config["data_hash"] and not self.args.new_data:
+            return (f"{self.out} was started with other data than {' '.join(self.args.data)}: "
+                    "files, sizes or labels differ; --new_data goes on with these")
+        if old.get("data_times") not in (None, config["data_times"]):
+            self.say("note: the files of --data have other times than when the run was started")
         defaults = json.loads(json.dumps(vars(type(self.args)()) | self.later))
         differ = []
         for name in {**config, **old}:
             before = old.get(name, defaults.get(name))
             now = config.get(name, "no such flag any more")
             gone = name not in config and not before
-            if name not in self.free and before != now and not gone:
+            # the same data under other paths are the same data
+            told = name in ("data", "data_hash", "data_times")
+            if name not in self.free and before != now and not gone and not told:
                 differ.append(f"{name} ({before} -> {now})")
         if differ:
             return f"{self.out} was started with other settings: {', '.join(differ)}"
@@ -1037,7 +1061,7 @@ class Run:
         args = self.args
         return iter(data.make_loader(
             sources, clip, seed=args.seed, batch_size=args.batch_size, micro_batch=self.micro,
-            rank=self.rank, ranks=self.ranks, workers=args.workers, timeout=args.timeout,
+            rank=self.rank, ranks=self.ranks, workers=self.workers, timeout=args.timeout,
             start_step=first, steps=self.last))
 
     def steps(self, first):
@@ -1170,7 +1194,7 @@ class Run:
         for source in lists:
             sets.append(data.labelled_features(
                 features, source, replace(clip, train=False, clips=1), self.device,
-                workers=self.args.workers, rank=self.rank, ranks=self.ranks, gather=self.gather,
+                workers=self.workers, rank=self.rank, ranks=self.ranks, gather=self.gather,
                 timeout=self.args.timeout, **pixels))
         (x, y, read), (x_val, y_val, read_val) = sets
         found = {}
@@ -1194,10 +1218,12 @@ class Meter:
 
     def __init__(self, run, state):
         self.run = run
-        self.state = {"random_acc": None, "bad": 0, "loss": None, "window": [], "flops": 0.0}
+        self.state = {"random_acc": None, "bad": 0, "padded": 0, "loss": None, "window": [],
+                      "flops": 0.0}
         self.state |= state
         self.skips = 0
         self.parts = []
+        self.warned = False
         self.restart()
 
     def restart(self):
@@ -1212,6 +1238,12 @@ class Meter:
         begin = time.perf_counter()
         batch = next(loader)
         self.waited += time.perf_counter() - begin
+        share = batch["padded"] / len(batch["path"])
+        if share > 0.1 and not self.warned:
+            self.warned = True
+            self.run.say(f"warning: in {share:.0%} of the first clips frames repeat, as their "
+                         "videos are too short or too slow: --short says what else; python data.py "
+                         "check")
         return batch
 
     def add(self, loss, metrics, batch, **per_clip):
@@ -1225,9 +1257,11 @@ class Meter:
         """Are loss and gradient of this step finite? The answer is the same on every rank."""
         means = averages([numbers for numbers, _ in self.parts])
         means["bad"] = sum(len(batch["bad"]) for _, batch in self.parts)
+        means["padded"] = sum(batch["padded"] for _, batch in self.parts)
         means["asked"] = self.run.asked
         means = self.run.mean(means)
-        self.state["bad"] += round(means.pop("bad") * self.run.ranks)
+        for name in ("bad", "padded"):
+            self.state[name] += round(means.pop(name) * self.run.ranks)
         Run.stop = means.pop("asked") > 0  # a signal on one rank stops them all after this step
         self.clips += self.run.args.batch_size
         if not math.isfinite(grad_norm + sum(means.values())):
@@ -1281,6 +1315,7 @@ class Meter:
             "wait_pct": 100 * self.waited / seconds,
             "peak_gb": peak_gb(self.run.device),
             "bad": self.state["bad"],
+            "padded_pct": 100 * self.state["padded"] / (done * self.run.args.batch_size),
         }
         self.state["loss"] = line["loss"]
         window.clear()

@@ -35,6 +35,7 @@ import shutil
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -92,7 +93,7 @@ class Args:
     cache_dir: str = ""                # features, found again by content; empty: out_dir/features. Delete its files at any time
     cache_gb: float = 50.0             # features, and labels in memory (40 % of it at most), beyond this, or 90 % of the free disk, are made anew in each epoch
     micro_batch: int = 16              # clips per forward pass of the encoder, videos per pass of the heads; their gradients are accumulated
-    workers: int = 4                   # loader processes
+    workers: int = -1                  # loader processes; -1: what the machine has
     dtype: Literal["auto", "bf16", "fp32"] = "auto"   # auto: bf16 on a GPU, fp32 on a CPU
     device: str = ""                   # empty: cuda where there is one
 
@@ -110,6 +111,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from tqdm import tqdm
 
 import data as D
@@ -265,7 +267,7 @@ class Features:
         """Read and encode these rows in order -> (features (b, V, S*N, D), ok (b,)), `size` videos at a time. A bad video is told once."""
         how = dict(rows=rows, batch_size=size, workers=self.args.workers, seed=self.seed(turn))
         others = [self.key] if self.key == "right" else []
-        for batch in D.dense_batches(self.source, self.clip, others, **how) if self.key else D.eval_batches(self.source, self.clip, **how):
+        for batch in dense_batches(self.source, self.clip, others, **how) if self.key else D.eval_batches(self.source, self.clip, **how):
             batch["video"] = batch[self.key or "video"]
             for path, reason in batch["bad"]:
                 self.bad[path] = reason
@@ -423,7 +425,8 @@ def lists(args, labelled=True, rooms=False):
         splits = ("rooms", "rooms_val") if rooms else ("probe", "val")          # none shares a clip with what encoders are trained on
         pair = zip(splits, (args.train_clips, args.val_clips))
         return [dataclasses.replace(source, labels=source.labels[:clips]) for source, clips in ((D.parse_list("world", s), n) for s, n in pair)]
-    return D.parse_list(args.train, labelled=labelled), D.parse_list(args.val, labelled=labelled)
+    train, val = (D.parse_list(spec, labelled=labelled) for spec in (args.train, args.val))
+    return D.match_classes(train, val) if labelled else (train, val)
 
 
 def check_classes(train, val):
@@ -432,7 +435,8 @@ def check_classes(train, val):
     for source, flag in ((train, "--train"), (val, "--val")):
         for i in np.flatnonzero((source.labels < 0) | ~np.isin(source.labels, known)):
             name, label = source.paths[i] if source.paths else f"{source.name} {i}", source.labels[i]
-            raise D.DataError(f"{flag}: {name}: " + ("no label" if label < 0 else f"label {label} is not in --train (0 to {known[-1]})"))
+            told = source.classes[label] if source.classes and label >= 0 else label
+            raise D.DataError(f"{flag}: {name}: " + ("no label" if label < 0 else f"label {told} is not in --train, which has {len(known)} classes"))
     return known
 
 
@@ -774,6 +778,125 @@ class TwoFrameDPT(nn.Module):
         return resize(self.out(x), size)
 
 
+# --- dense labels -----------------------------------------------------------------------------------------------------------------------
+
+PER_CLIP = ("K", "actions", "kind", "change")  # all other labels have a row for each frame
+PICTURES = ("depth", "masks", "flow", "flow_visible", "disparity", "disparity_visible")
+SEEN = {"visible": "tracks", "flow_visible": "flow", "disparity_visible": "disparity"}  # in a file that lacks it: wherever the other is known
+
+
+def read_labels(path, names, at, box, size, shape):
+    """The arrays `names` of the .safetensors file beside the video `path` of `shape` (T,H,W), of its frames `at`, cut and resized as crop_resize does with
+    `box`. A picture of labels may have another size than the frames; values in pixels are always pixels of the frames. One row may stand for all frames."""
+    beside, out = Path(path).with_suffix(".safetensors"), {}
+    corner, scale = torch.tensor([box[1], box[0]]), size / torch.tensor([box[3], box[2]])
+    centres = torch.stack(torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="xy"), -1)
+    if not beside.is_file():
+        raise D.DataError(f"{path}: no dense labels (no file {beside}); `python data.py index LAYOUT ROOT` makes them")
+    with safe_open(beside, "pt") as file:
+        has = set(file.keys())
+        for name in dict.fromkeys([*names, *(SEEN[n] for n in names if n in SEEN)]):
+            if name not in has:
+                if name in SEEN:
+                    continue
+                raise D.DataError(f"{beside}: no label {name!r}; it has {', '.join(sorted(has))}")
+            if name in PER_CLIP:
+                value = file.get_tensor(name)
+            else:
+                value, between = file.get_slice(name), name.startswith("flow")
+                rows = value.get_shape()[0]
+                if rows not in (1, shape[0] - between):
+                    raise ValueError(f"{name} has {rows} rows, and the video {shape[0]} frames")
+                ids = torch.from_numpy(at[:-1] if between else at).clamp_max(rows - 1)
+                value = value[int(ids.min()) : int(ids.max()) + 1][ids - ids.min()] if len(ids) else value[:0]
+            if name in PICTURES:
+                column, row = (((c + (torch.arange(size) + 0.5) / s) * value.shape[d] / shape[d]).long() for c, s, d in zip(corner, scale, (2, 1)))
+                value = value[:, row][:, :, column]
+            if name in ("right", "impossible"):
+                value = D.crop_resize(value, box, size)
+            elif name == "flow":
+                value = torch.where(torch.from_numpy(np.diff(at) == 1)[:, None, None, None], value * scale, math.nan)  # the last frame may be repeated
+            elif name == "disparity":
+                value = value * scale[0]
+            elif name == "tracks":
+                value = (value - corner) * scale
+            elif name == "boxes":
+                value = ((value.unflatten(-1, (2, 2)) - corner) * scale).clamp(0, size)
+                value = value.masked_fill((value[..., 1, :] <= value[..., 0, :]).any(-1)[..., None, None], math.nan).flatten(-2)
+            elif name == "K":
+                value = torch.cat([(value[:2] - corner[:, None] * value[2:]) * scale[:, None], value[2:]])
+            out[name] = value
+    for name in set(SEEN) & set(names):
+        end = out[SEEN[name]]
+        end = end if name == "visible" else centres + (end if name == "flow_visible" else torch.stack([-end, 0 * end], -1))
+        out[name] = out.get(name, torch.tensor(True)) & ((end >= 0) & (end < size)).all(-1)
+    return {name: out[name] for name in names}
+
+
+def stack(values):
+    """Tensors (or None) whose sizes differ -> one, filled up with "unknown": NaN, for masks 255, else 0."""
+    some = next((v for v in values if v is not None), torch.zeros(0))
+    shape = [max(n) for n in zip(*(v.shape for v in values if v is not None))] or [0] * some.ndim
+    out = some.new_full((len(values), *shape), math.nan if some.is_floating_point() else 255 if some.dtype == torch.uint8 and some.ndim == 3 else 0)
+    for row, v in zip(out, values):
+        if v is not None:
+            row[tuple(slice(n) for n in v.shape)] = v
+    return out
+
+
+def dense_batches(source, clip, names, *, batch_size, workers=0, rank=0, ranks=1, rows=None, seed=0, timeout=600):
+    """eval_batches with dense labels: each batch also holds the arrays `names`, b = clips as in "video" (one per video unless segments or views ask for
+    more). The list's videos have them beside, clip.mp4 + clip.safetensors (`python data.py index`); the built-in world renders them.
+
+        depth       (b,T,H,W)     float32  along the optical axis: metres; world: units, the wall is at about 1
+        pose        (b,T,4,4)     float32  camera to world, axes x right, y down, z ahead; lengths as depth
+        K           (b,3,3)       float32  pixels: u = (K @ (x,y,z))[0] / z
+        masks       (b,T,H,W)     uint8    object or class; 255 not labelled. world: 0 wall, 1 floor, 2, 3 spheres, 4, 5 boxes
+        boxes       (b,T,O,4)     float32  x0, y0, x1, y1 in pixels of object o, NaN in all four where it is not seen. world: of objects 2 to 5
+        tracks      (b,T,P,2)     float32  x, y in pixels of point p; visible (b,T,P) bool. world: all are visible in frame 0
+        flow        (b,T-1,H,W,2) float32  pixels to the right and down until the next frame; flow_visible (b,T-1,H,W) bool: is seen there, too
+        right       (b,T,H,W,3)   uint8    what a second camera on the right sees of the same moment
+        disparity   (b,T,H,W)     float32  pixels to the left at which `right` shows it; disparity_visible (b,T,H,W) bool: is seen there
+        impossible  (b,T,H,W,3)   uint8    the same scene with something impossible in it; "video" is the possible one
+        kind        (b,)          int64    what is impossible (world: index into IMPOSSIBLE); change (b,) int64: the first frame that differs
+        actions     (b,O,C)       uint8    1 for each of C actions that object o performs
+
+    Column j of a picture covers x from j to j + 1, row i likewise: a pixel's centre is at (j + 0.5, i + 0.5). Floats are NaN where nothing is known, and
+    O and P are filled up with NaN (actions 0, visible False) to the most in the batch; visible is False where the point is unknown or outside.
+    Labels are cut and resized with the frames: nearest for pictures of labels, and values in pixels are moved and scaled. Nothing is flipped. clip.train
+    gives random starts and boxes as in eval_batches. Raises DataError for a label that a clip does not have, and for what would break the labels' time:
+    fps (use stride), flow with a stride.
+    """
+    if clip.fps or (clip.stride > 1 and any(name.startswith("flow") for name in names)):
+        raise D.DataError("dense labels are those of frames: give stride, not fps, and with flow stride 1")
+    how = dict(batch_size=batch_size, workers=workers, rank=rank, ranks=ranks, rows=rows, seed=seed, timeout=timeout)
+    if source.split:                                            # the world renders its own
+        return D.eval_batches(source, dataclasses.replace(clip, flip=False), names=names, **how)
+    return D.eval_batches(source, dataclasses.replace(clip, flip=False), after=partial(with_labels, names=names, size=clip.size), **how)
+
+
+def with_labels(batch, names, size):
+    """A batch of files with the labels beside them, which its cuts say how to cut. One whose labels are damaged is unread."""
+    many = len(batch["cut"]) // len(batch["path"])              # clips of a video
+    labels = [{}] * len(batch["cut"])
+    for i, path in enumerate(batch["path"]):
+        clips = range(i * many, (i + 1) * many)
+        if not batch["ok"][i]:
+            continue
+        try:
+            for k in clips:
+                cut = batch["cut"][k]
+                labels[k] = read_labels(path, names, cut.ids, cut.box, size, cut.shape)
+        except D.DataError:
+            raise
+        except D.DAMAGE as error:
+            batch["ok"][i] = False
+            batch["bad"].append((path, D.reason(error)))
+            batch["video"][clips.start : clips.stop] = 0
+            labels[clips.start : clips.stop] = [{}] * many
+    return batch | {name: stack([row.get(name) for row in labels]) for name in names}
+
+
 # --- space and time: what a task asks of a clip, its loss, its metric ---
 
 
@@ -793,7 +916,7 @@ class Dense:
         return self.features["video"].seed(turn)
 
     def read(self, rows, size, turn, names):
-        yield from D.dense_batches(self.source, self.clip, names, rows=rows, batch_size=size, workers=self.args.workers, seed=self.seed(turn))
+        yield from dense_batches(self.source, self.clip, names, rows=rows, batch_size=size, workers=self.args.workers, seed=self.seed(turn))
 
     def store(self, folder):
         for f in self.features.values():
@@ -839,7 +962,7 @@ class Dense:
                 part = part[self.features["video"].ok[turn][part]]
                 if len(part):
                     z = {k: self.tokens(torch.from_numpy(f.stored[turn][part]).to(self.device).float()) for k, f in self.features.items()} if encode else {}
-                    yield z, self.move({n: D.stack([self.labels[turn][r][n] for r in part]) for n in self.names}, part), part
+                    yield z, self.move({n: stack([self.labels[turn][r][n] for r in part]) for n in self.names}, part), part
             return
         for i, batch in enumerate(self.read(rows, size, turn, [*self.names, *{"right"} & {*self.features}])):
             ok, part = batch["ok"], rows[i * size : i * size + size]
@@ -1511,7 +1634,7 @@ def physics(args, device):
         raise D.DataError(f"--context {contexts} --frames {frames}: of windows of {window} frames an even part is seen, the rest foretold")
     clip = D.Clip(frames, 1 if args.data else args.stride or about["stride"], None, args.size or about["size"], train=False)
     rows, early, shown = [], 0, None
-    for batch in D.dense_batches(val, clip, ("impossible", "kind", "change"), batch_size=args.micro_batch, workers=args.workers):
+    for batch in dense_batches(val, clip, ("impossible", "kind", "change"), batch_size=args.micro_batch, workers=args.workers):
         pair = []
         for key in ("video", "impossible"):
             x = D.prepare({"video": batch[key], "flip": batch["flip"]}, device, about["mean"], about["std"])
@@ -1541,7 +1664,7 @@ def everything(args, device):
         train, _ = lists(args, labelled=False)
         beside = Path(train.paths[0]).with_suffix(".safetensors")
         has = set(D.safe_open(beside, "pt").keys()) if beside.exists() else set()
-        needs = {t: {*row["labels"]} - {*D.SEEN} for t, row in DENSE.items()} | {"physics": {"impossible"}}
+        needs = {t: {*row["labels"]} - {*SEEN} for t, row in DENSE.items()} | {"physics": {"impossible"}}
         tasks = [t for t in tasks if has >= needs[t] and (t != "classify" or (train.labels >= 0).all())]
     if unknown := {*args.tasks} - {*tasks}:
         raise D.DataError(f"--tasks {min(unknown)}: not a task with labels in this data; there are {', '.join(tasks)}")
@@ -1617,6 +1740,8 @@ TASKS = {**{name: space_time for name in DENSE}, "classify": classify, "physics"
 
 def main(args):
     begin = time.time()
+    if args.workers == -1:
+        args = dataclasses.replace(args, workers=D.idle_cores())
     try:
         for f in dataclasses.fields(args):
             for v in np.ravel(getattr(args, f.name)).tolist():

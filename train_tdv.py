@@ -46,7 +46,7 @@ class Args:
     flip: bool = False                  # half of the clips
     clips_per_video: int = 1            # cut from each decoded video; 4 where decoding is slow
     short: Literal["spread", "repeat", "loop", "error"] = "spread"  # what a short video becomes
-    workers: int = 8                    # loader processes of a rank
+    workers: int = -1                   # loader processes of a rank; -1: what the machine has
     timeout: int = 600                  # so many seconds without a batch end the run
     max_bad_fraction: float = 0.1       # share of unreadable videos; more end the run
     # --- architecture
@@ -107,6 +107,7 @@ class Args:
     fsdp: bool = False                  # shard weights, gradients and optimizer over the ranks
     checkpoint: bool = False            # recompute activations in the backward pass
     resume: bool = False                # go on from the newest checkpoint in out_dir
+    new_data: bool = False              # --resume though --data holds other files
     stop_at: int = 0                    # > 0: save and leave at this step
     save_every: int = 1000              # steps; also at the end and on SIGTERM, SIGUSR1, Ctrl-C
     keep: int = 2                       # newest checkpoints that stay
@@ -915,9 +916,9 @@ def main(args):
         frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
         scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip, clips=args.clips_per_video,
         short=args.short)
-    sources = [data.parse_list(spec) for spec in args.data]
+    sources = run.sources()
     run.continue_from(objective)
-    run.open(__file__, data.fingerprint(sources))
+    run.open(__file__, sources)
 
     objective.to(run.device)
     net = objective  # what is called and saved, wrapped on several ranks

@@ -44,7 +44,8 @@ class Args:
     crop_ratio: tuple[float, float] = (0.75, 1.35)  # its aspect ratio (the table rounds to 1.33)
     flip: bool = True                   # half of the clips
     clips_per_video: int = 1            # cut from each decoded video; 4 where decoding is slow
-    workers: int = 8                    # loader processes of a rank
+    short: Literal["repeat", "loop", "spread", "error"] = "repeat"  # what a short video becomes
+    workers: int = -1                   # loader processes of a rank; -1: what the machine has
     timeout: int = 600                  # so many seconds without a batch end the run
     max_bad_fraction: float = 0.1       # share of unreadable videos; more end the run
     # --- architecture
@@ -92,6 +93,7 @@ class Args:
     fsdp: bool = False                  # shard weights, gradients and optimizer over the ranks
     checkpoint: bool = False            # recompute activations in the backward pass
     resume: bool = False                # go on from the newest checkpoint in out_dir
+    new_data: bool = False              # --resume though --data holds other files
     stop_at: int = 0                    # > 0: save and leave at this step
     save_every: int = 1000              # steps; also at the end and on SIGTERM, SIGUSR1, Ctrl-C
     keep: int = 2                       # newest checkpoints that stay
@@ -739,10 +741,11 @@ def main(args):
     lists = probe_lists(args)
     clip = data.Clip(
         frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
-        scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip, clips=args.clips_per_video)
-    sources = [data.parse_list(spec) for spec in args.data]
+        scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip, clips=args.clips_per_video,
+        short=args.short)
+    sources = run.sources()
     run.continue_from(objective)
-    run.open(__file__, data.fingerprint(sources))
+    run.open(__file__, sources)
 
     objective.to(run.device)
     # net is called, trained and saved; objective is the module inside: its methods, its export

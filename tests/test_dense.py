@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import data as D
+import probe as P
 
 pytestmark = pytest.mark.skipif(
     shutil.which("ffmpeg") is None, reason="FFmpeg is not installed: apt-get install -y ffmpeg"
@@ -84,7 +85,7 @@ def converted(layout, root, names, annotations="", clip=WHOLE):
     assert status == 0
     assert summary["rows"] == len(D.parse_list(out))
     assert {n for n in names if "visible" not in n} <= set(summary["labels"]) <= set(names)
-    (batch,) = D.dense_batches(D.parse_list(out), clip, names, batch_size=100)
+    (batch,) = P.dense_batches(D.parse_list(out), clip, names, batch_size=100)
     assert batch["ok"].all() and len(batch["video"]) == summary["rows"]
     return batch
 
@@ -133,7 +134,7 @@ def stored(tmp_path_factory):
 
 def test_files_are_read_as_the_world_is_rendered(stored):
     source, names, made = stored
-    (batch,) = D.dense_batches(source, D.Clip(frames=6, stride=1, size=56, train=False), names, batch_size=8)
+    (batch,) = P.dense_batches(source, D.Clip(frames=6, stride=1, size=56, train=False), names, batch_size=8)
     square = slice(4, 60)
     assert torch.equal(batch["video"], made["video"][:, :, square, square])
     assert torch.equal(batch["right"], made["right"][:, :, square, square])
@@ -165,7 +166,7 @@ def test_labels_are_cut_and_scaled_with_the_frames(stored, clip):
     """Halved, at random boxes of other shapes, and as several views: what holds of the whole pictures holds of the
     cut ones."""
     source, names, _ = stored
-    (batch,) = D.dense_batches(source, clip, names, batch_size=8, seed=3)
+    (batch,) = P.dense_batches(source, clip, names, batch_size=8, seed=3)
     n, size, f = 8 * clip.segments * clip.views, clip.size, batch["K"][:, 0, 0]
     assert batch["video"].shape == (n, clip.frames, size, size, 3)
     assert batch["boxes"].shape[:3] == (n, clip.frames, 4)
@@ -210,7 +211,7 @@ def test_a_pixel_of_labels_is_the_one_under_its_centre(tmp_path, size, labels):
     save_file({"depth": (100 * side[:, None] + side)[None]}, tmp_path / "a.safetensors")
     (tmp_path / "list.txt").write_text("a.png 0\n")
     clip = D.Clip(frames=1, stride=1, size=size, train=False)
-    (batch,) = D.dense_batches(D.parse_list(tmp_path / "list.txt"), clip, ("depth",), batch_size=1)
+    (batch,) = P.dense_batches(D.parse_list(tmp_path / "list.txt"), clip, ("depth",), batch_size=1)
     centre = 2 + (np.arange(size) + 0.5) * 35 / size  # in pixels of the picture
     at = np.floor(centre * labels / 40)
     assert np.array_equal(batch["depth"][0, 0].numpy(), 100 * at[:, None] + at)
@@ -233,7 +234,7 @@ def test_unknown_is_filled_up_and_missing_labels_are_told(tmp_path):
             tmp_path / f"{name}.safetensors",
         )
     source, names = D.parse_list(tmp_path / "list.txt"), ("boxes", "tracks", "visible", "flow", "flow_visible")
-    (batch,) = D.dense_batches(
+    (batch,) = P.dense_batches(
         source, D.Clip(frames=6, stride=1, size=28, train=False), names, batch_size=3, workers=1
     )
     assert batch["ok"].tolist() == [True, True, False]
@@ -250,22 +251,22 @@ def test_unknown_is_filled_up_and_missing_labels_are_told(tmp_path):
     # four frames, of which the last is repeated
     assert batch["flow"][0, 3:].isnan().all() and batch["flow"][0, 1:3].isfinite().all()
     with pytest.raises(D.DataError, match="a.safetensors: no label 'depth'; it has boxes, flow, tracks"):
-        next(D.dense_batches(source, WHOLE, ("depth",), batch_size=1))
+        next(P.dense_batches(source, WHOLE, ("depth",), batch_size=1))
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:200])
     save_file({"boxes": torch.zeros(3, 1, 4)}, tmp_path / "a.safetensors")
     # damaged labels: as a damaged video
-    (batch,) = D.dense_batches(source, WHOLE, ("boxes",), batch_size=2, rows=[0, 1])
+    (batch,) = P.dense_batches(source, WHOLE, ("boxes",), batch_size=2, rows=[0, 1])
     assert batch["ok"].tolist() == [False, False]
     assert batch["bad"][0][1] == "boxes has 3 rows, and the video 4 frames"
     assert not batch["video"].any()
     os.remove(tmp_path / "b.safetensors")
     with pytest.raises(D.DataError, match="b.mp4: no dense labels .*index LAYOUT"):
-        next(D.dense_batches(source, WHOLE, ("flow",), batch_size=1, rows=[1]))
+        next(P.dense_batches(source, WHOLE, ("flow",), batch_size=1, rows=[1]))
     for change in ({"fps": 5.0}, {"stride": 2}):
         with pytest.raises(D.DataError, match="stride"):
             next(
                 iter(
-                    D.dense_batches(source, D.Clip(**{"stride": 1, "train": False} | change), ("flow",), batch_size=1)
+                    P.dense_batches(source, D.Clip(**{"stride": 1, "train": False} | change), ("flow",), batch_size=1)
                 )
             )
 
@@ -411,7 +412,7 @@ def test_davis_and_ade20k(tmp_path):
     write_png(tmp_path / "ADE/annotations/training/ADE_train_00000001.png", ade)
     batch = converted("ade20k", tmp_path / "ADE", ("masks",), clip=D.Clip(frames=1, stride=1, size=28, train=False))
     same(batch["masks"][0, 0], cut(np.where(ade == 0, 255, ade.astype(int) - 1)))
-    (batch,) = D.dense_batches(D.parse_list(tmp_path / "ade20k.txt"), WHOLE, ("masks",), batch_size=1)
+    (batch,) = P.dense_batches(D.parse_list(tmp_path / "ade20k.txt"), WHOLE, ("masks",), batch_size=1)
     # an image is repeated, and so are its labels
     same(batch["masks"][0, 1], batch["masks"][0, 0])
 
@@ -601,7 +602,7 @@ def test_real_flow_stereo_and_masks(video_data, tmp_path):
     for layout in ("kitti", "chairs"):
         D.index(layout, str(tmp_path / layout), str(tmp_path / f"{layout}.txt"))
         clip = D.Clip(frames=2, stride=1, size=256, train=False)
-        (batch,) = D.dense_batches(
+        (batch,) = P.dense_batches(
             D.parse_list(tmp_path / f"{layout}.txt"), clip, ("flow", "flow_visible"), batch_size=9
         )
         flow, ok = batch["flow"][:, 0], batch["flow_visible"][:, 0]
@@ -616,7 +617,7 @@ def test_real_flow_stereo_and_masks(video_data, tmp_path):
     write_pfm(scene / "disp0.pfm", np.load(dense / "stereo/motorcycle_disp.npz")["arr_0"])
     D.index("middlebury", str(tmp_path / "mb"), str(tmp_path / "mb.txt"))
     clip = D.Clip(frames=1, stride=1, size=256, train=False)
-    (batch,) = D.dense_batches(
+    (batch,) = P.dense_batches(
         D.parse_list(tmp_path / "mb.txt"), clip, ("disparity", "disparity_visible", "right"), batch_size=1
     )
     shift = torch.stack([-batch["disparity"][:, 0], 0 * batch["disparity"][:, 0]], -1).nan_to_num()
@@ -638,7 +639,7 @@ def test_real_flow_stereo_and_masks(video_data, tmp_path):
     for i, mask in enumerate(masks):
         write_png(tmp_path / f"davis/Annotations/480p/cows/{i:05d}.png", mask * 255)
     D.index("davis", str(tmp_path / "davis"), str(tmp_path / "davis.txt"))
-    (batch,) = D.dense_batches(
+    (batch,) = P.dense_batches(
         D.parse_list(tmp_path / "davis.txt"), D.Clip(frames=4, stride=1, size=210, train=False), ("masks",),
         batch_size=1,
     )

@@ -537,7 +537,7 @@ def test_every_awkward_file_has_an_outcome_in_training_and_in_evaluation(video_d
         ("a.png -1\n", "label -1 is out of range"),
         ("a.png 7\n", "label 7 is out of range (labels run from 0 to 4)"),
         ("../a.png 1\n", "leads out of the list's folder"),
-        ("path,label\na.png,x\n", "list.txt:2: label 'x' is not an integer"),
+        ("path,label\na.png,1.5\n", "list.txt:2: label '1.5' is neither an integer nor a name"),
     ],
 )
 def test_a_bad_row_is_told_with_its_line(tmp_path, text, message):
@@ -577,7 +577,7 @@ def test_a_video_shorter_than_the_clip_repeats_its_last_frame(tmp_path):
     "flags, words",
     [
         (("--resume", "--model", "vit_t"), ("model (vit_n -> vit_t)",)),
-        (("--resume", "--data", "PICTURES"), ("data (", "data_hash (")),
+        (("--resume", "--data", "PICTURES"), ("was started with other data", "--new_data goes on")),
         (("--resume", "--preset", "vjepa2", "--data", "world"), ("preset (laptop -> vjepa2)", "frames (8 -> 16)")),
         ((), ("holds a run", "--resume")),
     ],

@@ -22,14 +22,14 @@ MAIN_LINES = 120  # its loop: FUNCTION_LINES
 MAINS = ("main", "train")  # SALT's train is the main of a stage
 SLACK = 1.05
 BUDGETS = {
-    "model.py": 15_200,  # the run, said once: log, checkpoints, meter, probes, pictures, dry run
-    "train_vjepa.py": 6_200,  # 200: --flops, --init_optimizer, --decay, hw_share
-    "train_salt.py": 4_000,
+    "model.py": 15_400,  # the run, said once: log, checkpoints, meter, probes, pictures, dry run
+    "train_vjepa.py": 6_250,  # 250: --flops, --init_optimizer, --decay, hw_share, laptop_fwm
+    "train_salt.py": 4_050,
     "train_tdv.py": 8_000,
     "train_mae4d.py": 3_400,
+    # far over the 16,000 of the plan: any container right, lists that share memory, names, datasets
+    "data.py": 24_200,
 }
-# the sections of data.py that are held to the rules: from the banner that starts so, to the next one or to the end
-SECTIONS = {"masks": "next", "the built-in world": "end"}
 
 CODE = {"NAME", "OP", "NUMBER", "STRING", "FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END"}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -200,19 +200,6 @@ def complaints(source, name, first=1, last=None):
     return [f"{name}:{line}: {what}" for line, what in sorted(found) if first <= line <= last]
 
 
-def section(source, banner):
-    """First and last line of the section below `# --- banner`."""
-    lines = source.splitlines()
-    banners = [number for number, line in enumerate(lines, 1) if line.startswith("# ---")]
-    starts = [number for number in banners if lines[number - 1].startswith(f"# --- {banner}")]
-    if len(starts) != 1:
-        raise ValueError(f"{len(starts)} banners `# --- {banner}`, one is needed")
-    later = [number for number in banners if number > starts[0]]
-    if SECTIONS[banner] == "next" and later:
-        return starts[0], later[0] - 1
-    return starts[0], len(lines)
-
-
 def over_budget(source, name):
     tokens = sum(tokens_by_line(source).values())
     most = round(BUDGETS[name] * SLACK)
@@ -224,13 +211,6 @@ def over_budget(source, name):
 @pytest.mark.parametrize("name", BUDGETS)
 def test_rules(name):
     found = complaints((ROOT / name).read_text(), name)
-    assert not found, "\n" + "\n".join(found)
-
-
-@pytest.mark.parametrize("banner", SECTIONS)
-def test_rules_in_sections_of_data(banner):
-    source = (ROOT / "data.py").read_text()
-    found = complaints(source, "data.py", *section(source, banner))
     assert not found, "\n" + "\n".join(found)
 
 
@@ -344,14 +324,3 @@ def test_budget_counts_tokens_not_lines():
     assert over_budget("'1, 2'\n" + source.replace("]", "# 1, 2\n]"), "train_mae4d.py") == []
     found = over_budget(source + " + 1", "train_mae4d.py")
     assert found == ["train_mae4d.py:1: 3572 tokens, at most 3570 (its budget)"]
-
-
-def test_a_section_ends_at_the_next_banner():
-    source = (
-        "# --- masks ---\na, b = 1, 2\n# --- lists ---\na, b = 1, 2\n"
-        "# --- the built-in world ---\nx = 1\n# --- end\na, b = 1, 2")
-    assert section(source, "masks") == (1, 2) and section(source, "the built-in world") == (5, 8)
-    found = complaints(source, "data.py", *section(source, "masks"))
-    assert found == ["data.py:2: a, b = x, y of unrelated things (rule 2)"]
-    with pytest.raises(ValueError, match="0 banners"):
-        section(source.replace("masks", "mask"), "masks")

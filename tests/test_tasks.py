@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data as D
+import probe as P
 import model as M
 import probe
 
@@ -534,7 +535,7 @@ def test_real_masks_through_the_segment_readout(video_data, folder, tmp_path):
     # of the foreground, in the clips of val: the constant answer is "background"
     share = []
     clip = D.Clip(8, 2, size=32, train=False)
-    for batch in D.dense_batches(D.parse_list(args.val), clip, ("masks",), batch_size=5):
+    for batch in P.dense_batches(D.parse_list(args.val), clip, ("masks",), batch_size=5):
         share += [(batch["masks"] == 1).float().mean().item()]
     assert (result["n_train"], result["n_val"], more["bad_videos"]) == (15, 5, {})
     assert result["constant"] == pytest.approx((1 - np.mean(share)) / 2, abs=1e-4)
@@ -562,7 +563,7 @@ def test_real_flow_and_stereo_through_the_metrics(video_data, folder, tmp_path):
         row, file = probe.DENSE[task], str(tmp_path / f"{layout}.txt")
         D.index(layout, str(tmp_path / layout), file)
         s = probe.Setting(None, 32, (1, 4, 4), 2, 256)
-        (batch,) = D.dense_batches(D.parse_list(file), D.Clip(2, 1, size=256, train=False), names, batch_size=1)
+        (batch,) = P.dense_batches(D.parse_list(file), D.Clip(2, 1, size=256, train=False), names, batch_size=1)
         y = row["y"](batch, s)
         score = lambda p: next(iter(row["final"](row["tally"](p, y).double()).values()))
         length = batch[names[0]].norm(dim=-1) if task == "flow" else batch[names[0]].abs()

@@ -202,7 +202,7 @@ def test_the_online_probe_reads_the_target_on_evaluation_clips(call, pictures, p
 def test_flops_pay_for_as_many_steps(call, pictures, tmp_path, script, flags):
     """--flops in place of --steps: fixed at the start, written to config.json, and spent to 1 % over all stages."""
     small = [flag for flag in TINY if flag not in ("--probe_data", "--steps", 6, "--log_every", 1)]
-    asked = 2.0e11 if script is train_tdv else 4.0e11
+    asked = 1.2e11
     call(script, *small, "--probe_data", "--data", pictures, "--workers", 0, "--flops", asked, *flags,
          "--log_every", 1, "--out_dir", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["config"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import data as D
+import probe as P
 
 ALL = (
     "depth", "pose", "K", "masks", "boxes", "tracks", "visible", "flow", "flow_visible", "right", "disparity",
@@ -208,9 +209,9 @@ def test_pairs_have_labels_and_dense_batches_does_not_tell_the_world_from_files(
     clip = D.Clip(frames=6, size=32, train=False)
     source = D.parse_list("world", split="val")
     with pytest.raises(D.DataError, match="flow stride 1"):
-        next(iter(D.dense_batches(source, clip, ("flow",), batch_size=2)))
+        next(iter(P.dense_batches(source, clip, ("flow",), batch_size=2)))
     clip.stride = 1
-    batches = list(D.dense_batches(source, clip, (*ALL, *PAIR), batch_size=2, rows=[4, 0, 7]))
+    batches = list(P.dense_batches(source, clip, (*ALL, *PAIR), batch_size=2, rows=[4, 0, 7]))
     made = D.World("val", frames=6, size=32).render([4, 0, 7], (*ALL, *PAIR))
     assert [len(b["video"]) for b in batches] == [2, 1] and [b["index"].tolist() for b in batches] == [[4, 0], [7]]
     for name in ("video", *ALL, *PAIR):

@@ -1,0 +1,367 @@
+"""data.py on files as they occur: every container and codec that FFmpeg writes here, times that are irregular, headers
+that lie, hostile files, folders of pictures and junk, lists in odd shapes, datasets of other people."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data as D
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("ffmpeg") is None, reason="FFmpeg is not installed: apt-get install -y ffmpeg"
+)
+ROOT = Path(D.__file__).parent
+# the grey level of frame i tells i modulo 16
+SOURCE = "color=black:size=96x64:rate=30:duration=5,format=yuv420p,geq=lum='24+13*mod(N,16)':cb=128:cr=128"
+X264 = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "10", "-g", "30", "-bf", "3")
+DROP = ("-vf", "select='not(eq(mod(n\\,5)\\,3))'", "-vsync", "vfr")
+FILES = {
+    "h264.mp4": X264,
+    "h264.mov": X264,
+    "h264.mkv": X264,
+    "h264.flv": X264,
+    "h264.ts": X264,
+    "h264.mts": X264,
+    "opengop.ts": (*X264, "-x264-params", "open-gop=1:keyint=30:scenecut=0"),
+    "fragments.mp4": (*X264, "-movflags", "frag_keyframe+empty_moov"),
+    "one_key.mp4": (*X264[:-3], "250", "-bf", "2"),
+    "late.mp4": (*X264, "-output_ts_offset", "5"),
+    "variable.mp4": (*X264, *DROP),
+    "variable.mkv": (*X264, *DROP),
+    "hevc.mp4": ("-c:v", "libx265", "-preset", "ultrafast", "-x265-params", "log-level=none:keyint=30"),
+    "mpeg2.mpg": ("-c:v", "mpeg2video", "-g", "15", "-bf", "2", "-q:v", "2"),
+    "mpeg2.ts": ("-c:v", "mpeg2video", "-g", "15", "-bf", "2", "-q:v", "2"),
+    "mpeg4.mp4": ("-c:v", "mpeg4", "-g", "30", "-bf", "2", "-q:v", "2"),
+    "mpeg4.3gp": ("-c:v", "mpeg4", "-g", "30", "-q:v", "2"),
+    "xvid.avi": ("-c:v", "mpeg4", "-vtag", "XVID", "-g", "250", "-bf", "2", "-q:v", "2"),
+    "plain.avi": ("-c:v", "mpeg4", "-g", "30", "-bf", "0", "-q:v", "2"),
+    "mjpeg.avi": ("-c:v", "mjpeg", "-q:v", "2"),
+    "wmv2.wmv": ("-c:v", "wmv2", "-q:v", "2"),
+    "vp9.webm": ("-c:v", "libvpx-vp9", "-b:v", "1M", "-cpu-used", "8", "-deadline", "realtime"),
+    "av1.mp4": ("-c:v", "libaom-av1", "-cpu-used", "8", "-usage", "realtime", "-g", "30"),
+    "picture.gif": ("-c:v", "gif"),
+}
+
+
+def ffmpeg(*command):
+    done = subprocess.run(["ffmpeg", "-nostdin", "-v", "error", "-y", *map(str, command)], capture_output=True)
+    return done.returncode == 0
+
+
+def levels(video):
+    """(..., T,H,W,3) -> the numbers of these frames, modulo 16."""
+    grey = video.float().mean((-1, -2, -3)).numpy() * 219 / 255 + 16
+    return np.round((grey - 24) / 13).astype(int)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("containers")
+    return lambda name: folder / name if ffmpeg("-f", "lavfi", "-i", SOURCE, *FILES[name], folder / name) else None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_frame_is_the_one_that_was_asked_for(made, name):
+    """20 random clips by number and 20 by time, against what the frames show. The plain control, mp4, is never slow."""
+    path = made(name)
+    if path is None:
+        pytest.skip(f"this FFmpeg cannot write {name}")
+    kept = [n for n in range(150) if "variable" not in name or n % 5 != 3]
+    shown = np.array(kept) / 30
+    whole = dict(size=16, scale=(1.0, 1.0), flip=False)
+    for seed in range(20):
+        clip = D.Clip(frames=8, stride=4, **whole)
+        video, (cut,) = D.read_cuts(str(path), clip, [np.random.default_rng(seed)])
+        assert (np.diff(cut.ids) == 4).all() and not cut.repeats
+        assert (levels(video[0]) == np.array(kept)[cut.ids] % 16).all(), (name, seed, cut.ids)
+
+        clip = D.Clip(frames=8, fps=7.3, **whole)
+        video, (cut,) = D.read_cuts(str(path), clip, [np.random.default_rng(seed)])
+        late = np.searchsorted(shown, cut.ids + 0.001, side="right") - 1
+        early = np.searchsorted(shown, cut.ids - (0.012 if "gif" in name else 0.002), side="right") - 1
+        off = (levels(video[0]) - np.array(kept)[late]) % 16
+        # gif rounds times to a hundredth of a second, to either side
+        off[(off == 1) & ("gif" in name)] = 0
+        assert ((off == 0) | (levels(video[0]) == np.array(kept)[early] % 16)).all(), (name, seed, cut.ids)
+    facts = D.inspect_video(str(path))
+    assert facts["reason"] is None and facts["frames"] == len(kept)
+    assert not (name == "h264.mp4" and facts["slow"])
+
+
+def test_a_clip_of_a_long_file_reads_little_of_it(made, tmp_path):
+    """An hour of 100 MB costs a clip what a minute costs it: under a megabyte."""
+    minute = tmp_path / "minute.mp4"
+    noise = "testsrc2=size=192x128:rate=30:duration=60"
+    assert ffmpeg("-f", "lavfi", "-i", noise, "-c:v", "libx264", "-preset", "ultrafast", "-g", 30, minute)
+    (tmp_path / "list.txt").write_text("file minute.mp4\n" * 20)
+    long = tmp_path / "long.mp4"
+    assert ffmpeg("-f", "concat", "-i", tmp_path / "list.txt", "-c", "copy", long)
+
+    def read(path, seed):
+        def count():
+            return int(Path("/proc/self/io").read_text().split()[1])
+
+        before = count()
+        D.read_clips(str(path), D.Clip(frames=16, size=32), [np.random.default_rng(seed)])
+        return count() - before
+
+    read(minute, 0)
+    costs = [read(path, seed) for path in (minute, long) for seed in (1, 2)]
+    assert os.path.getsize(long) > 15e6 and max(costs) < 3e6, costs
+
+
+# --- hostile files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n../secret.ts\n",
+        "ffconcat version 1.0\nfile '../secret.ts'\n",
+        "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\n",
+        "<?xml version='1.0'?><MPD></MPD>\n",
+    ],
+)
+def test_files_that_lead_to_other_files_are_no_videos(tmp_path, text):
+    """Whatever they are called; a live playlist would hang the reader."""
+    (tmp_path / "list.mp4").write_text(text)
+    with pytest.raises(ValueError, match="a text file, not a video"):
+        D.read_clips(str(tmp_path / "list.mp4"), D.Clip(frames=2, size=16))
+    assert D.inspect_video(str(tmp_path / "list.mp4"))["reason"] == "a text file, not a video"
+
+
+def test_frames_over_the_limit_are_damage(made, tmp_path, monkeypatch):
+    video = made("h264.mp4")
+    assert ffmpeg("-f", "lavfi", "-i", "testsrc=s=96x64", "-frames:v", 1, tmp_path / "a.png")
+    monkeypatch.setattr(D, "MAX_MEGAPIXELS", 0.006)
+    for path in (video, tmp_path / "a.png"):
+        with pytest.raises(ValueError, match="96x64 (are|is) over the limit of 0.006 megapixels"):
+            D.read_clips(str(path), D.Clip(frames=2, size=16))
+
+
+def test_large_frames_are_cut_in_pieces(made, monkeypatch):
+    path = str(made("h264.mp4"))
+    clip = D.Clip(frames=8, stride=3, size=16, segments=3, train=False, views=3)
+    whole = D.read_clips(path, clip)
+    monkeypatch.setattr(D, "PIECE_BYTES", 2 * 96 * 64 * 3)
+    most = []
+    find = D.Video.by_number
+    monkeypatch.setattr(D.Video, "by_number", lambda self, ids: most.append(len(ids)) or find(self, ids))
+    assert torch.equal(whole, D.read_clips(path, clip)) and max(most) == 2
+
+
+def test_the_file_that_killed_a_worker_is_named_and_left_out(run, pictures, tmp_path):
+    """The same command with --resume replaces it, as it does a damaged one."""
+    deadly = tmp_path / "deadly.py"
+    deadly.write_text(
+        "import os, signal, sys\nsys.path.insert(0, os.getcwd())\nimport data, train_vjepa as V\n"
+        "real = data.read_cuts\n"
+        "def read(path, *rest):\n"
+        "    if path.endswith('/3.png'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(path, *rest)\n"
+        "data.read_cuts = read\n"
+        "V.launch(V.main, V.parse_args(sys.argv[1:]))\n"
+    )
+    flags = ("--preset", "laptop", "--probe_data", "--steps", 8, "--batch_size", 4, "--warmup", 1, "--sample_every", 0,
+             "--data", pictures, "--out_dir", tmp_path / "out", "--workers", 1, "--save_every", 1, "--resume")
+    status, last, err = run(deadly, *flags, timeout=120)
+    words = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 1 and len(words) == 1 and "as it read" in words[0] and "3.png" in words[0], err
+    status, last, err = run(deadly, *flags, timeout=120)
+    assert status == 0 and last["steps"] == 8 and last["bad"] > 0, err
+    assert "3.png: a loader process died or hung as it read this" in err
+
+
+# --- folders and lists ----------------------------------------------------------------------------
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+
+
+def test_what_is_data_in_a_folder(tmp_path):
+    touch(tmp_path, "a/1.mp4", "a/._1.mp4", "a/notes.txt", "b/1.mp4", "b/.DS_Store", "__MACOSX/a/._1.mp4",
+          ".ipynb_checkpoints/1.mp4", "b/deep/er/2.MP4", "empty/readme.md")
+    source = D.parse_list(tmp_path)
+    assert [(os.path.relpath(p, tmp_path), k) for p, k in zip(source.paths, source.labels)] == [
+        ("a/1.mp4", 0), ("b/1.mp4", 1), ("b/deep/er/2.MP4", 1)]
+    assert source.classes == ("a", "b")
+    os.symlink(tmp_path, tmp_path / "loop")
+    with pytest.raises(D.DataError, match="loop.*leads back"):
+        D.parse_list(tmp_path)
+
+
+def test_a_folder_of_numbered_images_is_a_video(tmp_path, run):
+    for name in ("walk", "run"):
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        assert ffmpeg("-f", "lavfi", "-i", SOURCE, "-frames:v", 12, tmp_path / "videos" / name / "img_%05d.png")
+    touch(tmp_path, "photos/n01_10026.jpg", "photos/n01_10031.jpg", "photos/n01_10039.jpg")
+    source = D.parse_list(tmp_path / "videos")
+    assert [os.path.basename(p) for p in source.paths] == ["run", "walk"] and source.labels.tolist() == [-1, -1]
+    assert len(D.parse_list(tmp_path / "videos" / "walk")) == 1 and len(D.parse_list(tmp_path / "photos")) == 3
+    clip = D.Clip(frames=4, stride=2, size=16, train=False)
+    assert levels(D.read_clips(source.paths[0], clip)).tolist() == [[3, 5, 7, 9]]
+    with pytest.raises(ValueError, match="numbered images have no frame rate"):
+        D.read_clips(source.paths[0], D.Clip(frames=4, fps=5, size=16, train=False))
+    (tmp_path / "list.txt").write_text("videos/walk 1\nvideos/run 0\n")
+    assert D.parse_list(tmp_path / "list.txt").labels.tolist() == [1, 0]
+    status, last, err = run("data.py", "index", "frames", tmp_path / "videos", "--out", tmp_path / "made.txt")
+    assert status == 0 and last["rows"] == 2, err
+    assert (tmp_path / "made.txt").read_text() == "videos/run\nvideos/walk\n"
+
+
+def test_names_of_files_and_lists_in_odd_shapes(tmp_path):
+    touch(tmp_path, "a.mp4", "b c.mp4", "v/1.mp4", "v/2.mp4")
+    assert [*D.parse_list(tmp_path / "a.mp4").paths] == [str(tmp_path / "a.mp4")]
+    assert len(D.parse_list(f"{tmp_path}/v/*.mp4")) == 2
+    with pytest.raises(D.DataError, match="no video has such a name"):
+        D.parse_list(f"{tmp_path}/w/*.mp4")
+    with pytest.raises(D.DataError, match="the built-in world is called world"):
+        D.parse_list("wrld")
+    old_mac = tmp_path / "mac.txt"
+    old_mac.write_bytes(b"a.mp4 1\rb c.mp4 2\r")
+    assert D.parse_list(old_mac).labels.tolist() == [1, 2]
+    (tmp_path / "long.txt").write_text("x" * 140_000 + ".mp4 0\n")
+    with pytest.raises(D.DataError, match="long.txt:1: no file"):
+        D.parse_list(tmp_path / "long.txt")
+    with pytest.raises(D.DataError, match="not a list but a binary file"):
+        (tmp_path / "bin.txt").write_bytes(bytes(100))
+        D.parse_list(tmp_path / "bin.txt")
+
+
+def test_classes_go_by_their_names(tmp_path, capsys):
+    """Text labels, in either form of a list; a class that one side lacks moves no other; numbers cost by how many
+    there are, not by the largest."""
+    touch(tmp_path, "a.mp4", "b b.mp4", "c.mp4")
+    (tmp_path / "train.txt").write_text("a.mp4 wave\nb b.mp4 nod\nc.mp4 clap\n")
+    (tmp_path / "val.csv").write_text("path,label\na.mp4,wave\nb b.mp4,nod\n")
+    train, val = (D.parse_list(tmp_path / name, labelled=True) for name in ("train.txt", "val.csv"))
+    assert train.classes == ("clap", "nod", "wave") and val.classes == ("nod", "wave")
+    train, val = D.match_classes(train, val)
+    assert train.labels.tolist() == [2, 1, 0] and val.labels.tolist() == [2, 1] and val.classes == train.classes
+    assert "1 of 3 classes occur in train only: clap" in capsys.readouterr().err
+    (tmp_path / "numbers.txt").write_text("a.mp4 1000000\nb b.mp4 7\nc.mp4\n")
+    source = D.parse_list(tmp_path / "numbers.txt")
+    one, two = D.match_classes(source, source)
+    assert one.labels.tolist() == [1, 0, -1] and one.classes == ("7", "1000000")
+
+
+def test_rows_of_a_long_list_are_what_a_plain_parser_says(tmp_path):
+    """Over the seams of the pieces that it is read in, too."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(30_000):
+        name = "".join(rng.choice([*"ab _ü,-"], 12)).strip() or "x"
+        label = ["", f" {i % 7}", f"\t{i}", f"  {i % 3} "][i % 4]
+        rows.append(f"{name}/{i}.mp4{label}" + "\r" * (i % 5 == 0))
+    rows.insert(7, "   ")
+    text = "\n".join(rows)
+    (tmp_path / "list.txt").write_text(text * 12, newline="")
+    source = D.parse_list(tmp_path / "list.txt", look=False)
+    want = []
+    for row in (text * 12).split("\n"):
+        if row.strip():
+            path, *label = row.strip().rsplit(None, 1)
+            whole = label and label[0].isdigit()
+            want.append((path, int(label[0])) if whole else (row.strip(), -1))
+    got = [(source.paths.written(i), int(source.labels[i])) for i in range(len(source))]
+    assert got == want and source.paths.text.count(b"\n") > 300_000
+
+
+def test_the_same_data_elsewhere_are_the_same_data(tmp_path):
+    touch(tmp_path, "a/1.mp4", "a/2.mp4")
+    (tmp_path / "a" / "list.txt").write_text("1.mp4 0\n2.mp4 1\n")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    os.utime(tmp_path / "b" / "1.mp4", (1, 1))
+    a, b = (D.fingerprint([D.parse_list(tmp_path / name / "list.txt")]) for name in "ab")
+    assert a["data_hash"] == b["data_hash"] and a["data_times"] != b["data_times"]
+    (tmp_path / "b" / "2.mp4").write_bytes(b"xy")
+    assert D.fingerprint([D.parse_list(tmp_path / "b" / "list.txt")])["data_hash"] != a["data_hash"]
+
+
+# --- what is lost is said -------------------------------------------------------------------------
+
+
+def test_clips_whose_frames_repeat_are_counted(call, made, tmp_path, capsys):
+    import train_vjepa
+
+    made("h264.mp4")
+    assert ffmpeg("-f", "lavfi", "-i", "testsrc2=size=64x64:rate=30", "-t", 0.3, tmp_path / "short.mp4")
+    shutil.copy(made("h264.mp4"), tmp_path / "long.mp4")
+    (tmp_path / "list.txt").write_text("short.mp4\nlong.mp4\n")
+    flags = ("--preset", "laptop", "--probe_data", "--steps", 4, "--batch_size", 4, "--warmup", 1, "--log_every", 4,
+             "--sample_every", 0, "--workers", 0, "--data", tmp_path / "list.txt")
+    for short, share in (("repeat", 50), ("spread", 0)):
+        call(train_vjepa, *flags, "--stride", 1, "--frames", 10 if short == "repeat" else 8, "--short", short,
+             "--out_dir", tmp_path / short)
+        log = (tmp_path / short / "log.jsonl").read_text().splitlines()
+        last = [json.loads(line) for line in log if "padded_pct" in line][-1]
+        assert last["padded_pct"] == share
+    (tmp_path / "one.txt").write_text("short.mp4\n")
+    source = D.parse_list(tmp_path / "one.txt")
+    for clip, repeats in ((D.Clip(8, 1, size=16), 0), (D.Clip(8, 4, size=16), 2), (D.Clip(8, fps=60, size=16), 2)):
+        (batch,) = D.make_loader([source], clip, seed=0, batch_size=2, micro_batch=2, steps=1)
+        assert batch["padded"] == repeats
+    summary, status = D.check(str(tmp_path / "list.txt"), workers=0, frames=16, stride=4)
+    assert status == 0 and summary["shorter_than_a_clip"] == 1 and summary["read_without_seeking"] == 0
+
+
+# --- other people's data --------------------------------------------------------------------------
+
+
+class Noise(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, row):
+        return np.full((20, 30, 40, 3), row, np.uint8) + np.arange(20, dtype=np.uint8)[:, None, None, None] * 12
+
+
+def test_any_dataset_is_a_source(tmp_path):
+    """With the plan, ranks, workers and the online probe as files have them."""
+    source = D.of_dataset(Noise(), labels=range(10))
+    clip = D.Clip(frames=4, stride=2, size=16)
+    sizes = dict(seed=0, batch_size=4, micro_batch=2, steps=5)
+    one = list(D.make_loader([source], clip, **sizes))
+    drawn = sorted(itertools.chain(*(batch["label"].tolist() for batch in one)))
+    assert drawn == sorted([*range(10)] * 2)
+    for batch in one:
+        first = batch["video"][:, 0, 0, 0, 0].int()
+        assert ((first - batch["label"]) % 12 == 0).all()
+        assert (batch["video"][:, 1, 0, 0, 0].int() - first == 24).all()
+    parts = [D.make_loader([source], clip, rank=rank, ranks=2, workers=1, **sizes) for rank in range(2)]
+    for alone, *both in zip(one[::2], *parts):
+        assert torch.equal(alone["video"], both[0]["video"])
+    with pytest.raises(D.DataError, match="uint8 .n,H,W,3. is needed"):
+        next(iter(D.make_loader([D.of_dataset([np.zeros((4, 8, 8))])], clip, **sizes)))
+
+
+def test_a_dataset_of_ones_own_is_a_diff_of_under_25_lines(tmp_path):
+    """train_vjepa.py on a numpy file: tests/fork_dataset.diff."""
+    diff = (ROOT / "tests" / "fork_dataset.diff").read_text()
+    changed = [line for line in diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    assert len(changed) < 25
+    for name in ("train_vjepa.py", "model.py", "data.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=tmp_path)
+    np.save(tmp_path / "clips.npy", np.random.default_rng(0).integers(0, 256, (6, 12, 40, 40, 3), dtype=np.uint8))
+    flags = "--preset laptop --probe_data --steps 3 --batch_size 4 --warmup 1 --sample_every 0 --data clips.npy"
+    command = [sys.executable, "train_vjepa.py", *flags.split(), "--stride", "1", "--out_dir", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["steps"] == 3, done.stderr[-1500:]
+
+
+def test_several_clips_of_the_world(tmp_path):
+    (batch,) = D.make_loader(
+        [D.parse_list("world")], D.Clip(8, 1, size=16, clips=4), seed=0, batch_size=8, micro_batch=8, steps=1)
+    assert len(set(batch["path"])) == 8 and len({video.numpy().tobytes() for video in batch["video"]}) == 8
