@@ -288,9 +288,8 @@ def file_source(name):
     if b"\n" not in text:
         # line ends of old Macs
         text = text.replace(b"\r", b"\n")
-    root = os.path.dirname(os.path.abspath(name))
-    first_line = text[: text.find(b"\n")].decode()
-    header = [column.strip().lower() for column in first_line.split(",")]
+    first_line = text.partition(b"\n")[0].decode()
+    header = [column.strip().strip('"').lower() for column in first_line.split(",")]
     if "youtube_id" in header or text.lstrip()[:1] in (b"[", b"{"):
         layout = "kinetics" if "youtube_id" in header else "ssv2"
         raise DataError(f"{name}: an annotation file, not a list; make one with: python data.py "
@@ -672,8 +671,9 @@ class Video:
         # all frames are told one late
         self.lies = suffix_of(path) in (".mpg", ".mpeg", ".vob")
         if suffix_of(path) == ".avi":
-            _, first, _ = next(sequence(open_video(path)))
-            self.lies = first > self.begin + self.tick / 2
+            for _, first, _ in sequence(open_video(path)):
+                self.lies = first > self.begin + self.tick / 2
+                break
 
     def know(self, times):
         """times (n,) in seconds, or None."""
@@ -710,8 +710,10 @@ class Video:
         asked = self.begin + seconds + 1e-3
         frames, times, durations = self.seek(asked)
         shown = (times <= asked + 1e-6) & (asked < times + durations + 1e-3)
-        self.slow = not shown.all()
-        return self.walk(asked)[0] if self.slow else frames
+        if shown.all():
+            return frames
+        self.slow = True
+        return self.walk(asked)[0]
 
     def middle(self, ids):
         """A moment at which each of these frames is shown."""
@@ -757,6 +759,8 @@ class Video:
             if found and (whole or times == before or start <= self.begin):
                 break
             before = times
+        if not found:
+            raise ValueError("it holds no frame")
         frames, times, durations = zip(*found)
         return torch.stack(frames)[places], np.array(times)[places], np.array(durations)[places]
 
@@ -794,6 +798,8 @@ class Video:
             if len(found) == len(numbers):
                 break
         missing = len(numbers) - len(found)
+        if number < 0:
+            raise ValueError("it holds no frame")
         if missing:
             self.allow((numbers[-1] - number) * self.tick)
             found += [frame] * missing
@@ -896,9 +902,10 @@ def mp4_times(path):
     try:
         with open(path, "rb") as file:
             for track in inside(file, (0, os.path.getsize(path)), b"moov", b"trak"):
-                times = track_times(file, track)
-                if times is not None:
-                    return times
+                for start, _ in inside(file, track, b"mdia", b"hdlr"):
+                    file.seek(start + 8)
+                    if file.read(4) == b"vide":
+                        return track_times(file, track)
     except (struct.error, ValueError, MemoryError):
         # the decoder says better what is wrong with it
         return None
@@ -907,10 +914,6 @@ def mp4_times(path):
 
 def track_times(file, track):
     """mp4_times of one track."""
-    for start, _ in inside(file, track, b"mdia", b"hdlr"):
-        file.seek(start + 8)
-        if file.read(4) != b"vide":
-            return None
     steps = mp4_table(file, track, b"stts", ">u4")
     # how long the last frame is shown moves no other
     if steps is None or len(np.unique(steps[:-1])) < 2:
@@ -1324,12 +1327,13 @@ class Clips(torch.utils.data.Dataset):
                 dataset = self.sources[source].dataset
                 what = path if dataset is None else dataset[row]
                 video, cuts = read_cuts(what, self.clip, rngs)
-                self.say("")
             except DataError:
                 raise
             except DAMAGE as error:
                 out["bad"].append((path, reason(error)))
                 continue
+            finally:
+                self.say("")
             out["flip"][group.start : group.stop] = torch.tensor(flips)
             clips = (len(group), self.many)
             out["video"][group.start : group.stop] = video.unflatten(0, clips)

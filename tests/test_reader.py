@@ -147,6 +147,25 @@ def test_frames_over_the_limit_are_damage(made, tmp_path, monkeypatch):
             D.read_clips(str(path), D.Clip(frames=2, size=16))
 
 
+def test_a_video_without_frames_is_damage(made, monkeypatch):
+    """Whichever way its frames are looked for."""
+    path = made("h264.mp4")
+    monkeypatch.setattr(D, "sequence", lambda decoder: iter(()))
+    video = D.Video(str(path))
+    for find in (lambda: video.count(np.arange(3)), lambda: video.walk(np.array([0.5]))):
+        with pytest.raises(ValueError, match="it holds no frame"):
+            find()
+    made("xvid.avi")
+    assert D.inspect_video(str(path.with_name("xvid.avi")))["reason"]
+
+
+def test_a_quoted_header_is_a_header(tmp_path):
+    touch(tmp_path, "a.mp4")
+    for text in ('"path","label"\na.mp4,1\n', "path,label\na.mp4,1"):
+        (tmp_path / "list.csv").write_text(text)
+        assert D.parse_list(tmp_path / "list.csv").labels.tolist() == [1]
+
+
 def test_large_frames_are_cut_in_pieces(made, monkeypatch):
     path = str(made("h264.mp4"))
     clip = D.Clip(frames=8, stride=3, size=16, segments=3, train=False, views=3)
