@@ -31,9 +31,10 @@ import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from time import perf_counter
 from typing import Literal
 
 
@@ -71,7 +72,7 @@ ATTEMPTS = 20
 MAX_MEGAPIXELS = 36
 # decoded frames that a process holds at a time
 PIECE_BYTES = 2**27
-# bad videos that this process has named: each once
+# what this process has said: each bad video and each kind of note once
 TOLD = set()
 # what the loader processes of this process read: (workers, 4096) bytes, see Clips.say
 WATCHED = []
@@ -470,18 +471,21 @@ def check_rows(source, labelled, classes):
 
 
 def file_facts(source):
-    """Bytes and time of each file (n,2)."""
-    root = os.fsencode(source.paths.root)
-    text = source.paths.text
-
-    def look(spans):
-        facts = [facts_of(os.path.join(root, text[start:end])) for start, end in spans.tolist()]
-        return np.array(facts, np.int64)
-
-    # network file systems answer slowly, but several at a time
-    with ThreadPoolExecutor(4) as pool:
-        parts = np.array_split(source.paths.spans, 1 + len(source) // 4096)
-        facts = np.concatenate([*pool.map(look, parts)])
+    """Bytes of each file (of a folder of numbered images, how many they are) and when it was
+    changed (n,2)."""
+    folder = os.open(source.paths.root, os.O_RDONLY)
+    first, rest = np.split(source.paths.spans, [1000])
+    start = perf_counter()
+    try:
+        parts = [look(source.paths, folder, first)]
+        # threads only for network file systems, which answer slowly, but several at a time
+        slow = perf_counter() - start > 1e-4 * len(first)
+        with ThreadPoolExecutor(16 if slow else 1) as pool:
+            pieces = np.array_split(rest, 1 + len(rest) // 4096)
+            parts += pool.map(partial(look, source.paths, folder), pieces)
+    finally:
+        os.close(folder)
+    facts = np.concatenate(parts)
     missing = facts[:, 0] < 0
     if missing.any():
         row = int(missing.argmax())
@@ -493,16 +497,25 @@ def file_facts(source):
     return facts
 
 
-def facts_of(path):
-    """Bytes of a file and when it was changed; of a folder of numbered images how many they are; -1
-    without one."""
-    try:
-        facts = os.stat(path)
-    except (OSError, ValueError):
-        return -1, 0
-    if stat.S_ISDIR(facts.st_mode):
-        return len(numbered_images(Path(os.fsdecode(path)))) or -1, facts.st_mtime_ns
-    return facts.st_size, facts.st_mtime_ns
+def look(paths, folder, spans):
+    """file_facts of the rows with these spans; -1 bytes where there is nothing. folder: an open
+    paths.root, from which the system finds a relative path sooner."""
+    def numbers():
+        for start, end in spans.tolist():
+            path = paths.text[start:end]
+            try:
+                found = os.stat(path, dir_fd=folder)
+            except (OSError, ValueError):
+                yield from (-1, 0)
+                continue
+            size = found.st_size
+            if stat.S_ISDIR(found.st_mode):
+                whole = os.path.join(paths.root, os.fsdecode(path))
+                size = len(numbered_images(Path(whole))) or -1
+            yield size
+            yield found.st_mtime_ns
+
+    return np.fromiter(numbers(), np.int64, 2 * len(spans)).reshape(-1, 2)
 
 
 def match_classes(train, val):
@@ -622,6 +635,41 @@ def open_video(path):
         source, dimension_order="NHWC", seek_mode=mode, num_ffmpeg_threads=1)
 
 
+def tell(kind, text):
+    """A note on stderr about what clips lose, once a kind and not from every loader process."""
+    info = torch.utils.data.get_worker_info()
+    if kind not in TOLD and (info is None or info.id == 0):
+        TOLD.add(kind)
+        print(f"note: {text}, here and in others like it", file=sys.stderr)
+
+
+def depth_and_alpha(name):
+    """Bits of a channel, and whether it has transparency, of FFmpeg's name of a pixel format."""
+    bits = re.search(r"(\d+)[lb]e$", name or "")
+    bits = int(bits[1]) if bits else 8
+    # rgb48le and rgba64le count all channels
+    bits = {48: 16, 64: 16}.get(bits, bits)
+    return bits, bool(re.match(r"yuva|gbrap|ya\d|rgba|argb|bgra|abgr", name or ""))
+
+
+def tell_losses(path, meta):
+    """Say what reading 8 bits of three colours leaves out of a file with this metadata."""
+    bits, alpha = depth_and_alpha(meta.pixel_format)
+    if bits > 8:
+        tell("depth", f"{path} has {bits} bits a channel, of which the upper 8 are read")
+    if alpha:
+        tell("alpha", f"{path} is transparent in places, which is read as opaque")
+    aspect = float(meta.pixel_aspect_ratio or 1)
+    if not is_sane(aspect):
+        tell("aspect", f"{path} announces pixels {aspect:.3g} times as wide as high, which are "
+             "taken as square")
+
+
+def is_sane(aspect):
+    """Can pixels be so many times as wide as high? A header that says more than 4 says nonsense."""
+    return 0.25 <= aspect <= 4
+
+
 def sequence(decoder):
     """(frame uint8 (H,W,3), when it is shown, for how long) of one frame after the other, without
     any seek but one before."""
@@ -653,6 +701,7 @@ class Video:
         if self.pixels > 1e6 * MAX_MEGAPIXELS:
             raise ValueError(f"frames of {meta.width}x{meta.height} are over the limit of "
                              f"{MAX_MEGAPIXELS} megapixels (data.MAX_MEGAPIXELS)")
+        tell_losses(path, meta)
         self.begin = float(meta.begin_stream_seconds or 0)
         end = float(meta.end_stream_seconds or 0)
         if not meta.average_fps or not end > self.begin:
@@ -832,6 +881,7 @@ class Pictures:
         if meta.width * meta.height > 1e6 * MAX_MEGAPIXELS:
             raise ValueError(f"a picture of {meta.width}x{meta.height} is over the limit of "
                              f"{MAX_MEGAPIXELS} megapixels (data.MAX_MEGAPIXELS)")
+        tell_losses(path, meta)
         return decoder.get_frame_at(0).data
 
 
@@ -1099,10 +1149,13 @@ def cut_clips(video, clip, rngs, draws, window, boxes):
     by_time = bool(clip.fps) and video.frames > 1
     where = dict(length=video.frames, tick=1)
     if by_time and not video.tick:
-        raise ValueError("numbered images have no frame rate: give a stride instead of fps")
+        raise ValueError("numbered images have no frame rate: give a stride instead of fps, or "
+                         "data.py pack --fps RATE makes videos of them")
     if by_time:
         where = dict(length=video.seconds, tick=video.tick, step=1 / clip.fps)
-        tell_rate(video, clip.fps)
+        if clip.fps * video.tick > 1.01:
+            tell("rate", f"{video.path} has {1 / video.tick:.3g} frames a second, of which "
+                 f"{clip.fps:.3g} are asked for: frames repeat")
     step = where.get("step", clip.stride) / where["tick"]
     span = (clip.frames - 1) * step + 1
     starts = 1 + max(0, int(where["length"] / clip.segments / where["tick"] - span))
@@ -1136,12 +1189,6 @@ def cut_clips(video, clip, rngs, draws, window, boxes):
     return torch.stack(videos, 1).flatten(0, 2), order
 
 
-def tell_rate(video, fps):
-    """Say once that a video has not as many frames a second as are asked for."""
-    if fps * video.tick > 1.01 and "rate" not in TOLD:
-        TOLD.add("rate")
-        print(f"note: {video.path} has {1 / video.tick:.3g} frames a second, of which {fps:.3g} "
-              "are asked for: frames repeat, here and in others like it", file=sys.stderr)
 
 
 def pieces(video, numbers, by_time):
@@ -1156,8 +1203,7 @@ def pieces(video, numbers, by_time):
 def stored_boxes(video, shape, clip, rngs):
     """For each rng a box for each view, in stored pixels."""
     height, width = shape
-    # a header that says more than 4 says nonsense
-    square = video.pixel_aspect if 0.25 <= video.pixel_aspect <= 4 else 1.0
+    square = video.pixel_aspect if is_sane(video.pixel_aspect) else 1.0
     if video.rotation % 180:
         square = 1 / square
     boxes = []
@@ -1764,10 +1810,10 @@ def png(paths):
     return values.reshape(-1, *shape).copy()
 
 
-def pipe(images, *out):
-    """Image files of one kind through FFmpeg."""
+def pipe(images, *out, rate=10):
+    """Image files of one kind, `rate` a second, through FFmpeg."""
     codec = re.sub("jpe?g", "mjpeg", Path(images[0]).suffix.lower()[1:])
-    command = ["ffmpeg", "-v", "error", "-f", "image2pipe", "-framerate", "10", "-c:v", codec]
+    command = ["ffmpeg", "-v", "error", "-f", "image2pipe", "-framerate", f"{rate}", "-c:v", codec]
     data = b"".join(Path(image).read_bytes() for image in images)
     done = subprocess.run([*command, "-i", "-", *out], input=data, capture_output=True)
     if done.returncode:
@@ -2258,11 +2304,18 @@ def check(path: str, workers: int = 2, frames: int = 16, stride: int = 4, fps: f
     def over(limit):
         return sum(limit(file) for file in good)
 
-    summary["shorter_than_a_clip"] = over(
-        lambda file: (frames - 1) / fps > file["seconds"] if fps
-        else (frames - 1) * stride >= file["frames"])
+    def is_short(file):
+        if file["frames"] == 1 and not file["fps"]:
+            return False  # a picture
+        if fps:
+            return (frames - 1) / fps > file["seconds"]
+        return (frames - 1) * stride >= file["frames"]
+
+    summary["shorter_than_a_clip"] = over(is_short)
     summary["slower_than_fps"] = over(lambda file: fps > 1.01 * file["fps"])
     summary["over_8_bits"] = over(lambda file: file["bits"] > 8)
+    summary["transparent"] = over(lambda file: file["alpha"])
+    summary["not_square_pixels"] = over(lambda file: file["aspect"] != 1)
     summary["read_without_seeking"] = over(lambda file: file["slow"])
     for name, value in summary.items():
         print(f"{name:20} {value}")
@@ -2279,41 +2332,50 @@ def checksum(frame):
 
 def inspect_video(path):
     """Decode every frame, and some again as clips are read -> {"path", "reason" (None if sound),
-    "codec", "size", "pixels" (their format), "bits", "fps", "seconds", "frames", "announced" by the
-    header, "slow": its frames are not where a seek looks for them}."""
+    "codec", "size", "pixels" (their format), "bits" of a channel, "alpha": is it transparent in
+    places, "aspect" of a pixel, "fps", "seconds", "frames", "announced" by the header, "slow": its
+    frames are not where a seek looks for them}."""
     facts = {"path": path, "reason": None}
     try:
         video = open_frames(path)
         if isinstance(video, Pictures):
-            frame = video.by_number(np.arange(video.frames))[0]
-            return facts | {"codec": suffix_of(str(video.files[0]))[1:], "fps": 0, "seconds": 0,
-                            "size": f"{frame.shape[1]}x{frame.shape[0]}", "pixels": "rgb24",
-                            "bits": 8, "frames": video.frames, "announced": None, "slow": False}
-        sums = []
-        times = []
-        for frame, time, _ in sequence(open_video(path)):
-            sums.append(checksum(frame))
-            times.append(time)
-        last = len(sums) - 1
-        if not video.lies and last > 1 and np.ptp(np.diff(times)) > video.tick / 2:
-            video.know(np.array(times))
-        places = np.array([0, 0.2, 0.5, 0.8, 1]) * min(last, video.frames - 1)
-        ids = np.unique(places.astype(int))
-        again = [checksum(frame) for frame in video.by_number(ids)]
-        video.allow((video.frames - 1 - last) * video.tick)
-        if again != [sums[number] for number in ids]:
-            raise ValueError("its frames are not where they were asked for")
-        meta = video.decoder.metadata
-        bits = re.search(r"p(\d+)[lb]e$", meta.pixel_format or "")
+            video.by_number(np.arange(video.frames))
+            meta = open_video(str(video.files[0])).metadata
+            facts |= {"frames": video.frames, "fps": 0, "seconds": 0, "announced": None,
+                      "slow": False}
+        else:
+            meta = video.decoder.metadata
+            facts |= inspect_frames(video)
+        bits, alpha = depth_and_alpha(meta.pixel_format)
         facts |= {
-            "codec": meta.codec, "size": f"{meta.width}x{meta.height}", "pixels": meta.pixel_format,
-            "bits": int(bits[1]) if bits else 8, "fps": round(meta.average_fps, 2),
-            "frames": len(sums), "seconds": video.seconds,
-            "announced": meta.num_frames_from_header, "slow": video.slow,
+            "codec": meta.codec, "size": f"{meta.width}x{meta.height}", "bits": bits,
+            "pixels": meta.pixel_format, "alpha": alpha,
+            "aspect": float(meta.pixel_aspect_ratio or 1),
         }
     except DAMAGE as error:
         facts["reason"] = reason(error)
     return facts
+
+
+def inspect_frames(video):
+    """What inspect_video says of a Video's frames."""
+    sums = []
+    times = []
+    for frame, time, _ in sequence(open_video(video.path)):
+        sums.append(checksum(frame))
+        times.append(time)
+    last = len(sums) - 1
+    if not video.lies and last > 1 and np.ptp(np.diff(times)) > video.tick / 2:
+        video.know(np.array(times))
+    places = np.array([0, 0.2, 0.5, 0.8, 1]) * min(last, video.frames - 1)
+    ids = np.unique(places.astype(int))
+    again = [checksum(frame) for frame in video.by_number(ids)]
+    video.allow((video.frames - 1 - last) * video.tick)
+    if again != [sums[number] for number in ids]:
+        raise ValueError("its frames are not where they were asked for")
+    meta = video.decoder.metadata
+    return {"frames": len(sums), "fps": round(meta.average_fps, 2), "seconds": video.seconds,
+            "announced": meta.num_frames_from_header, "slow": video.slow}
 
 
 def in_processes(function, items, workers):
@@ -2474,7 +2536,7 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
         path: a list, or a folder of videos
         out: the folder to write
         short_side: pixels; smaller videos keep their size
-        fps: frames a second, 0 as they are.
+        fps: frames a second, 0 as they are; of folders of numbered images, what their rate is.
             Training at stride 4 on 30 fps wants 7.5, and then --fps 7.5 or --stride 1
         gop: frames from one key frame to the next
         crf: x264's quality; lower is better and larger
@@ -2491,6 +2553,8 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     if not shutil.which("ffmpeg"):
         raise DataError("pack needs the ffmpeg program: apt-get install -y ffmpeg")
     root = os.path.dirname(os.path.abspath(source.name)) + "/"
+    if not fps and any(map(os.path.isdir, source.paths)):
+        raise DataError(f"{path}: folders of numbered images have no frame rate; say it: --fps 25")
     claim(out, encode, root)
 
     targets = {}
@@ -2499,7 +2563,7 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
         if not video.endswith(".mp4"):
             target = target.with_name(target.name + ".mp4")
         targets[video] = target
-    jobs = [(video, target, encode) for video, target in targets.items()]
+    jobs = [(video, target, encode, fps) for video, target in targets.items()]
     reasons = in_processes(pack_video, jobs, workers)
     bad = {video: why for video, why in zip(targets, reasons) if why}
     for video, why in bad.items():
@@ -2517,10 +2581,15 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
         "list": str(folder / name),
         "rows": len(rows),
         "bad": len(bad),
-        "mb_before": sum(map(os.path.getsize, targets)) / 1e6,
-        "mb_after": sum(map(os.path.getsize, targets.values())) / 1e6,
+        "mb_before": sum(map(megabytes, targets)),
+        "mb_after": sum(map(megabytes, targets.values())),
     }
     return summary, int(bool(bad))
+
+
+def megabytes(path):
+    files = numbered_images(Path(path)) if os.path.isdir(path) else [path]
+    return sum(map(os.path.getsize, files)) / 1e6
 
 
 def encoding(short_side, fps, gop, crf, fast_decode):
@@ -2563,19 +2632,22 @@ def pack_video(job):
 
     The target is renamed into place when complete; one that is there is not made again.
     """
-    path, target, encode = job
+    path, target, encode, fps = job
     if target.exists():
         return None
     target.parent.mkdir(parents=True, exist_ok=True)
     temp = target.with_name(f".{os.getpid()}.mp4")
+    encode = [*encode, "-threads", "1", "-movflags", "+faststart", "-y", f"file:{temp}"]
     # explode: no half-decoded videos; file: keeps names with a colon from being read as a protocol
     command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-err_detect", "explode",
-               "-threads", "1", "-i", f"file:{path}", *encode,
-               "-threads", "1", "-movflags", "+faststart", "-y", f"file:{temp}"]
+               "-threads", "1", "-i", f"file:{path}", *encode]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            return (done.stderr.strip().splitlines() or ["FFmpeg failed"])[-1][:200]
+        if os.path.isdir(path):
+            pipe(numbered_images(Path(path)), *encode, rate=fps)
+        else:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            if done.returncode:
+                return (done.stderr.strip().splitlines() or ["FFmpeg failed"])[-1][:200]
         open_video(str(temp)).get_frame_at(0)
         os.replace(temp, target)
     except DAMAGE as error:

@@ -237,6 +237,12 @@ def test_a_folder_of_numbered_images_is_a_video(tmp_path, run):
     status, last, err = run("data.py", "index", "frames", tmp_path / "videos", "--out", tmp_path / "made.txt")
     assert status == 0 and last["rows"] == 2, err
     assert (tmp_path / "made.txt").read_text() == "videos/run\nvideos/walk\n"
+    status, _, err = run("data.py", "pack", tmp_path / "made.txt", tmp_path / "packed", "--workers", 0)
+    assert status == 2 and "no frame rate; say it: --fps" in err
+    status, last, err = run("data.py", "pack", tmp_path / "made.txt", tmp_path / "packed", "--workers", 0, "--fps", 10)
+    assert status == 0 and last["rows"] == 2 and last["mb_before"] > 0, err
+    clip = D.Clip(frames=4, fps=5, size=16, train=False)
+    assert levels(D.read_clips(str(tmp_path / "packed/videos/videos/run.mp4"), clip)).tolist() == [[2, 4, 6, 8]]
 
 
 def test_names_of_files_and_lists_in_odd_shapes(tmp_path):
@@ -333,6 +339,45 @@ def test_clips_whose_frames_repeat_are_counted(call, made, tmp_path, capsys):
         assert batch["padded"] == repeats
     summary, status = D.check(str(tmp_path / "list.txt"), workers=0, frames=16, stride=4)
     assert status == 0 and summary["shorter_than_a_clip"] == 1 and summary["read_without_seeking"] == 0
+
+
+RAMP = "gradients=s=128x96:c0=black:c1=white:x0=0:y0=0:x1=127:y1=95:d=1:r=10"
+# what FFmpeg is told, bits of a channel, transparent
+DEPTHS = {
+    "limited.mp4": (("-pix_fmt", "yuv444p", "-c:v", "libx264", "-qp", "0"), 8, False),
+    "full.mp4": (("-vf", "scale=out_range=pc", "-color_range", "pc", "-pix_fmt", "yuv444p", "-c:v", "libx264", "-qp",
+                  "0"), 8, False),
+    "ten.mp4": (("-pix_fmt", "yuv444p10le", "-c:v", "libx264", "-qp", "0"), 10, False),
+    "twelve.mp4": (("-pix_fmt", "yuv420p12le", "-c:v", "libx265", "-x265-params", "lossless=1:log-level=none"), 12,
+                   False),
+    "grey.mkv": (("-pix_fmt", "gray16le", "-c:v", "ffv1"), 16, False),
+    "alpha.mov": (("-pix_fmt", "argb", "-c:v", "qtrle"), 8, True),
+    "grey.png": (("-frames:v", "1", "-pix_fmt", "gray16be"), 16, False),
+    "colour.png": (("-frames:v", "1", "-pix_fmt", "rgb48be"), 16, False),
+    "alpha.png": (("-frames:v", "1", "-pix_fmt", "rgba"), 8, True),
+    "bits.png": (("-frames:v", "1", "-pix_fmt", "monob"), 8, False),
+    "photo.jpg": (("-frames:v", "1", "-pix_fmt", "yuvj444p", "-q:v", "1"), 8, False),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_values_of_any_depth_and_range_are_scaled_and_what_is_lost_is_said(tmp_path, capsys, monkeypatch, name):
+    flags, bits, alpha = DEPTHS[name]
+    file = tmp_path / name
+    assert ffmpeg("-f", "lavfi", "-i", RAMP, *flags, file)
+    deep = ("ffmpeg", "-v", "error", "-i", file, "-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "gbrp16le",
+            "-sws_flags", "accurate_rnd+full_chroma_int", "-")
+    raw = np.frombuffer(subprocess.run(deep, capture_output=True, check=True).stdout, np.uint16)
+    colours = raw.reshape(3, 96, 128)[[2, 0, 1]].transpose(1, 2, 0) / 257
+    monkeypatch.setattr(D, "TOLD", set())
+    frame = D.open_frames(str(file)).by_number(np.array([0]))[0].numpy()
+    # 8 bits a channel, and where chroma is halved its rounding
+    assert np.abs(frame - colours).max() < 3
+    said = capsys.readouterr().err
+    assert (f"{bits} bits a channel" in said) == (bits > 8) and ("transparent" in said) == alpha
+    facts = D.inspect_video(str(file))
+    assert (facts["reason"], facts["bits"], facts["alpha"], facts["aspect"]) == (None, bits, alpha, 1)
+    assert facts["size"] == "128x96"
 
 
 # --- other people's data --------------------------------------------------------------------------
