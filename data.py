@@ -2062,14 +2062,16 @@ def frame_clips(root, files, pattern, *rows):
     for name, frames in clips.items():
         # long videos in pieces, which fit the memory
         for i in range(0, len(frames), 256):
-            piece = frames[i : i + 256]
-            images = [root / match[0] for match in piece]
+            piece = slice(i, i + 256)
+            images = [root / match[0] for match in frames[piece]]
             piece_name = f"{name}_{i:06d}" if len(frames) > 256 else name
-            yield piece_name, images, frame_labels(root, piece, rows)
+            yield piece_name, images, frame_labels(root, frames, piece, rows)
 
 
-def frame_labels(root, frames, rows):
-    """Yield (label, array) for `rows` of LAYOUTS. frames: matches of the layout's pattern."""
+def frame_labels(root, clip, piece, rows):
+    """Yield (label, array) for `rows` of LAYOUTS. clip: matches of the layout's pattern, of which
+    the frames `piece` (a slice) are asked for."""
+    frames = clip[piece]
     for label, place, reader, *arguments in rows:
         # the last frame has no flow
         labelled = frames[:-1] if label.startswith("flow") else frames
@@ -2079,7 +2081,8 @@ def frame_labels(root, frames, rows):
         if not found:
             continue
         if not label:
-            yield from reader(paths[0], [root / match[0] for match in frames])
+            for name, value in reader(paths[0], [root / match[0] for match in clip]):
+                yield name, value[piece] if len(value) == len(clip) else value
             continue
         value = reader([paths[i] for i in found], *arguments)
         if len(found) < len(paths):
@@ -2242,14 +2245,17 @@ def index_dense(layout, root, out, annotations, crf):
     if layout in ("perception", "ava") and not os.path.isfile(annotations):
         missing = f": no file {annotations}" if annotations else ""
         raise DataError(f"index {layout} needs --annotations FILE{missing}")
+    folder = out.parent / f"{out.stem}_clips"
+    if folder.resolve() == root.resolve():
+        raise DataError(f"--out {out}: its clips would go into {root} itself; choose another name")
     rows = []
     counts = Counter()
     name = "1"
+    half = folder / ".half.mp4"
     try:
         for name, frames, labels in tqdm(dense_clips(layout, root, annotations), disable=None):
-            video = out.parent / out.stem / f"{name.replace('/', '-')}.mp4"
+            video = folder / f"{name}.mp4"
             video.parent.mkdir(parents=True, exist_ok=True)
-            half = video.with_suffix(".tmp.mp4")
             save_frames(frames, half, crf)
             tensors = {label: label_tensor(value) for label, value in labels}
             save_file(tensors, video.with_suffix(".safetensors"))
@@ -2257,10 +2263,14 @@ def index_dense(layout, root, out, annotations, crf):
             os.replace(half, video)
             rows.append((video, -1))
             counts.update(tensors.keys())
+            # should the next one fail before it says its name
+            name = str(len(rows) + 1)
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError,
             struct.error, subprocess.SubprocessError) as error:
         raise DataError(f"{root}: clip {name} is not as {layout} should be "
                         f"({type(error).__name__}: {reason(error)})") from None
+    finally:
+        half.unlink(missing_ok=True)
     if not rows:
         raise DataError(f"{root}: no clips in the layout of {layout}")
     write_list(out, rows)
@@ -2407,8 +2417,8 @@ def index(
     number the classes alike. frames: each folder of numbered images is a video, unlabelled.
 
     Data sets with dense labels (scannet and all after it) are written anew, as clip.mp4 and
-    clip.safetensors, into a folder named like the list. Which files of each are read stands in the
-    table LAYOUTS.
+    clip.safetensors, into the folder LIST_clips beside it. Which files of each are read stands in
+    the table LAYOUTS.
 
     Args:
         layout: whose layout
@@ -2614,9 +2624,6 @@ def claim(out, encode, root):
     note = Path(out) / "pack.json"
     if note.exists():
         before = json.loads(note.read_text("utf-8"))
-        # of older versions
-        if isinstance(before, list):
-            before = {"encode": before, "root": root}
         if before["encode"] != encode:
             raise DataError(f"{out} was packed with other settings (see its pack.json); "
                             "choose another folder")

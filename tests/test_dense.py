@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import data as D
 import probe as P
@@ -375,6 +375,23 @@ def test_movi(tmp_path):
     assert torch.equal(batch["visible"][0], torch.from_numpy(np.arange(12).reshape(6, 2).T % 3 != 0))
 
 
+def test_a_long_clip_is_written_in_pieces_with_their_own_labels(tmp_path):
+    frames = 258
+    write_png(tmp_path / "m/7/rgba_00000.png", np.zeros((16, 16, 3), np.uint8))
+    for i in range(1, frames):
+        shutil.copy(tmp_path / "m/7/rgba_00000.png", tmp_path / f"m/7/rgba_{i:05d}.png")
+    boxes = [[0.0, 0.0, 0.5, (i + 1) / frames] for i in range(frames)]
+    thing = {"bbox_frames": list(range(frames)), "bboxes": boxes}
+    put(tmp_path / "m/7/metadata.json", json.dumps({"metadata": {"resolution": [16, 16]}, "instances": [thing]}))
+    points = RNG.uniform(4, 28, (3, frames, 2)).astype(np.float32)
+    np.savez(tmp_path / "m/7/tracks.npz", target_points=points, occluded=np.zeros((3, frames)))
+    D.index("movi", str(tmp_path / "m"), str(tmp_path / "made.txt"))
+    for name, piece in (("7_000000", slice(0, 256)), ("7_000256", slice(256, 258))):
+        labels = load_file(tmp_path / f"made_clips/{name}.safetensors")
+        same(labels["tracks"], points.swapaxes(0, 1)[piece])
+        same(labels["boxes"][:, 0, 2], [16 * (i + 1) / frames for i in range(frames)][piece])
+
+
 def test_waymo(tmp_path):
     segment = tmp_path / "waymo/segment-1"
     box = "[CameraBoxComponent].box."
@@ -554,12 +571,21 @@ def test_what_is_not_as_the_layout_says(tmp_path, run):
         put(tmp_path / "c/data/1_flow.flo", b"short"),
     )
     with pytest.raises(D.DataError, match="clip data/1 is not as chairs should be") as caught:
-        D.index("chairs", str(tmp_path / "c"), str(tmp_path / "c.txt"))
-    assert "\n" not in str(caught.value)
+        D.index("chairs", str(tmp_path / "c"), str(tmp_path / "lists/c.txt"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "lists/c_clips/.half.mp4").exists()
+    (tmp_path / "empty_clips").mkdir()
+    with pytest.raises(D.DataError, match="clips would go into .* itself"):
+        D.index("chairs", str(tmp_path / "empty_clips"), str(tmp_path / "empty.txt"))
     write_flo(tmp_path / "c/data/1_flow.flo", np.zeros((SIDE, SIDE, 2)))
     status, summary, error = run("data.py", "index", "chairs", tmp_path / "c", "--out", tmp_path / "lists/c.txt")
     assert status == 0, error
-    assert summary["labels"] == {"flow": 1} and (tmp_path / "lists/c.txt").read_text() == "c/data-1.mp4\n"
+    assert summary["labels"] == {"flow": 1} and (tmp_path / "lists/c.txt").read_text() == "c_clips/data/1.mp4\n"
+    # data/1 and data-1 are two clips
+    for end in ("img1.ppm", "img2.ppm", "flow.flo"):
+        shutil.copy(tmp_path / f"c/data/1_{end}", tmp_path / f"c/data-1_{end}")
+    D.index("chairs", str(tmp_path / "c"), str(tmp_path / "lists/c.txt"))
+    assert (tmp_path / "lists/c.txt").read_text().split() == ["c_clips/data-1.mp4", "c_clips/data/1.mp4"]
+    assert len(list((tmp_path / "lists/c_clips").rglob("*.mp4"))) == 2
 
 
 # --- real files -----------------------------------------------------------------------------------
