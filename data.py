@@ -32,7 +32,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +77,8 @@ TOLD = set()
 WATCHED = []
 # files that killed or hung a loader process, in a run that goes on: not opened again
 POISON = set()
+# what tells a run to save and leave; by name, as Windows lacks two
+SIGNALS = {s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")}
 
 
 class DataError(ValueError):
@@ -1475,7 +1477,7 @@ def stream(dataset, batches, workers, timeout):
         timeout=timeout if workers else 0, pin_memory=workers > 0 and torch.cuda.is_available(),
         # its own: the loader's base seed must not come from torch's global random state
         generator=torch.Generator().manual_seed(dataset.seed))
-    for batch in loader:
+    for batch in begin(loader):
         if isinstance(batch, DataError):
             raise batch
         for path, why in batch["bad"]:
@@ -1485,6 +1487,27 @@ def stream(dataset, batches, workers, timeout):
         yield batch
 
 
+def begin(loader):
+    """The loader's iterator. Its processes are born with the signals blocked: torchrun, timeout,
+    schedulers and Ctrl-C send them to all processes, but the one that trains decides."""
+    if os.name != "posix":
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_workers():
+    """Kill the loader processes, as a script leaves: one that hangs would be waited for, as it
+    does not hear the SIGTERM that Python sends it."""
+    if os.name == "posix":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler raises
+    for process in active_children():
+        process.kill()
+
+
 def dead_worker(error):
     """One line on a loader process that died or hangs, or None where the error says something else.
     PyTorch raises it in the main thread wherever that happens to be, or else its queue loses the
@@ -1492,7 +1515,6 @@ def dead_worker(error):
     lost = isinstance(error, ConnectionError)
     if not lost and "DataLoader" not in str(error):
         return None
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler raises as Python leaves
     text = "its connection was lost" if lost else " ".join(str(error).split())
     pids = [int(pid) for pid in re.findall(r"\d+", text.partition("pid(s)")[2])]
     for table in WATCHED:

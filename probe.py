@@ -32,12 +32,16 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import warnings
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":                                      # Ctrl-C leaves without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import tyro
 
@@ -105,7 +109,8 @@ def parse_args():
     return tyro.cli(Args, args=words, description=__doc__)
 
 
-ARGS = parse_args() if __name__ == "__main__" else None     # before torch is imported, so that --help is instant
+if __name__ == "__main__":
+    ARGS = parse_args()                                         # before torch is imported, so that --help is instant
 
 import numpy as np
 import torch
@@ -440,14 +445,6 @@ def check_classes(train, val):
     return known
 
 
-def check_overlap(train, val):
-    """How many val videos are in train, too; said on stderr."""
-    overlap = len({os.path.realpath(p) for p in train.paths} & {os.path.realpath(p) for p in val.paths})
-    if overlap:
-        print(f"warning: {overlap} of the {len(val)} val videos are also in --train: this is not a result on held-out videos", file=sys.stderr)
-    return overlap
-
-
 def clip_of(args, config):
     """How clips are taken: as the flags say, else as the encoder's file does."""
     fps = args.fps or (not args.stride and config.get("fps")) or None
@@ -494,7 +491,7 @@ def classify(args, device):
     if args.finetune:
         raise D.DataError(f"--finetune with --head {args.head}: give --head readout")
     train, val = lists(args)
-    known, overlap = check_classes(train, val), check_overlap(train, val)
+    known, overlap = check_classes(train, val), M.check_overlap(train, val, "--train")
     train_x, val_x, layer = frozen(args, train, val, device)
     classes = int(known[-1]) + 1
     head, chosen, tried = fit(args, train_x, train.labels, classes)
@@ -516,7 +513,10 @@ def restore(args, device):
         raise D.DataError(f"--encoder {folder}: {args.task} needs the folder of a training run; predictors and decoders are not in encoder files")
     head = json.loads((folder / "config.json").read_text())
     said = head["config"]
-    script = importlib.import_module(head.get("script") or script_of(said))
+    name = head.get("script") or script_of(said)
+    if not name.isidentifier() or not (Path(__file__).parent / f"{name}.py").exists():
+        raise D.DataError(f"--encoder {folder}: made by {name}.py, which does not lie beside probe.py")
+    script = importlib.import_module(name)
     found = M.newest(folder)
     if isinstance(found, str):
         raise D.DataError(found)
@@ -539,7 +539,7 @@ def restore(args, device):
         state = {"model": objective.state_dict()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # torch's word that this is a single process
-            torch.distributed.checkpoint.load(state, checkpoint_id=found)
+            M.read_checkpoint(state, found)
         objective.load_state_dict(state["model"])
     return objective.to(device).eval().requires_grad_(False)
 
@@ -1770,4 +1770,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    M.keep_console()
+    try:
+        main(ARGS)
+    finally:
+        D.end_workers()

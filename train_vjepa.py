@@ -24,8 +24,12 @@ import dataclasses
 import inspect
 import math
 import os
+import signal
 import sys
 from typing import Literal
+
+if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import tyro
 
@@ -236,7 +240,8 @@ def help_page(defaults):
     return "\n".join(lines)
 
 
-ARGS = parse_args() if __name__ == "__main__" else None  # before torch: --help is instant
+if __name__ == "__main__":
+    ARGS = parse_args()  # before torch: --help is instant
 
 import numpy as np
 import torch
@@ -800,25 +805,23 @@ def main(args):
         done = step + 1
         meter.after_step(done)
 
-        # 4. log, pictures, probe, checkpoint
+        # 4. log, pictures, checkpoint, probe
         # the window is empty where every step since the last line was skipped
         if run.due(args.log_every, done) and meter.state["window"]:
             run.log(meter.line(done, rates, grad_norm, health(tokens)))
         if run.due(args.sample_every, done):
             run.mask_picture(net, x, context, objective.encoder.grid, done)
-        if args.probe_every and done % args.probe_every == 0 and done < args.steps:
-            run.log({"step": done, "probe_acc": run.accuracy(net, lists, clip)})
-        if run.saves(done):
+        if meter.saves(done, net, x, context, hidden):
             run.save(done, net, optimizer, meter.state)
             run.export(objective, done)
         if run.stop:
             break
+        if run.probes(done):
+            run.accuracy(net, lists, clip, done)
 
     if first == run.last:  # resumed at its end: a kill may have come before the export
         run.export(objective, done)
-    probe_acc = run.accuracy(net, lists, clip) if done == args.steps else None
-    if probe_acc is not None:
-        run.log({"step": done, "probe_acc": probe_acc})
+    probe_acc = run.accuracy(net, lists, clip, done) if done == args.steps else None
     run.finish(meter.summary(done, probe_acc))
 
 
