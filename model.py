@@ -744,6 +744,8 @@ FREE = {  # flags that a resumed run may change
 }
 
 
+# what checkpointing says to a single process
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 # torchrun's process number. Where it is killed nobody tells the ranks: they are left to another
 # parent. (Under a shell that is no reason to stop: nohup.)
 LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -967,8 +969,6 @@ class Run:
         if "RANK" in os.environ and not args.dry_run and not dist.is_initialized():
             patience = datetime.timedelta(seconds=max(1800, args.timeout))
             dist.init_process_group(backend, timeout=patience)
-        # what checkpointing says to a single process
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
     def autocast(self):
         enabled = self.args.dtype == "bf16"
@@ -1122,6 +1122,14 @@ class Run:
             os._exit(130)  # a second Ctrl-C waits for nothing
         Run.signalled = True
 
+    def clip(self, **more):
+        """How clips are cut from videos, by the flags."""
+        args = self.args
+        return data.Clip(
+            frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
+            scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip,
+            clips=args.clips_per_video, short=args.short, **more)
+
     def loader(self, sources, clip, first):
         """This rank's micro-batches, from step `first` on."""
         args = self.args
@@ -1146,9 +1154,9 @@ class Run:
 
     def finish(self, line):
         """The last line on stdout, one JSON object."""
-        seconds = round(time.time() - self.started, 1)
+        line["seconds"] = round(time.time() - self.started, 1)
+        line["out_dir"] = self.args.out_dir
         if self.rank == 0:
-            line = line | {"seconds": seconds, "out_dir": self.args.out_dir}
             print(json.dumps(line), flush=True)
 
     # checkpoints

@@ -35,7 +35,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -513,7 +512,7 @@ def restore(args, device):
         raise D.DataError(f"--encoder {folder}: {args.task} needs the folder of a training run; predictors and decoders are not in encoder files")
     head = json.loads((folder / "config.json").read_text())
     said = head["config"]
-    name = head.get("script") or script_of(said)
+    name = head["script"]
     if not name.isidentifier() or not (Path(__file__).parent / f"{name}.py").exists():
         raise D.DataError(f"--encoder {folder}: made by {name}.py, which does not lie beside probe.py")
     script = importlib.import_module(name)
@@ -526,8 +525,6 @@ def restore(args, device):
             value = said[field.name]
             known[field.name] = tuple(value) if isinstance(value, list) else value
     known["out_dir"] = str(folder.resolve())                    # SALT's stage, and where its teacher lies
-    if "terms" not in said and hasattr(script, "TERMS"):        # older runs had a flag for each term
-        known["terms"] = tuple(f"{name}:{said[name]}" for name in script.TERMS if said.get(name))
     if known.get("init"):                                       # its shape, of whatever family
         known["init"] = "" if args.encoder.startswith("random:") else str(folder / "encoder.safetensors")
     torch.manual_seed(args.seed)
@@ -536,20 +533,8 @@ def restore(args, device):
     except ValueError as e:
         raise D.DataError(f"--encoder {folder}: {e}") from e
     if not args.encoder.startswith("random:"):
-        state = {"model": objective.state_dict()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                     # torch's word that this is a single process
-            M.read_checkpoint(state, found)
-        objective.load_state_dict(state["model"])
+        M.read_checkpoint({"model": objective.state_dict()}, found)
     return objective.to(device).eval().requires_grad_(False)
-
-
-def script_of(said):
-    """The script of a run whose config.json does not name it, by a flag that only that script has."""
-    for flag, script in (("dec_blocks", "train_mae4d"), ("split", "train_salt"), ("prototypes", "train_tdv")):
-        if flag in said:
-            return script
-    return "train_vjepa"
 
 
 def pyplot(task):
@@ -1435,7 +1420,7 @@ def space_time(args, device, opened=None):
     labels = [part for _, part, _ in train.batches(some, args.micro_batch, encode=False)]
     if not labels:
         raise D.DataError(f"{train.source.name}: no video can be read")
-    check_overlap(train.source, val.source)
+    M.check_overlap(train.source, val.source, "--train")
     if args.task == "classify":
         s.classes = int(check_classes(train.source, val.source)[-1]) + 1
     if args.task == "segment":
@@ -1760,9 +1745,11 @@ def main(args):
     except (RuntimeError, ConnectionError) as e:
         if not (why := D.dead_worker(e)):
             raise
-        sys.exit(print(f"error: {why}", file=sys.stderr) or 1)
+        M.leave(why, 1)
     except (D.DataError, OSError) as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+        M.leave(e, 2)
+    finally:
+        D.end_workers()
     result = {"task": args.task, **result, "seed": args.seed, "encoder": args.encoder, "seconds": round(time.time() - begin, 1)}
     with open(Path(args.out_dir) / "probe.jsonl", "a") as f:
         f.write(json.dumps(result | details | {"args": dataclasses.asdict(args)}, allow_nan=False) + "\n")
@@ -1771,7 +1758,4 @@ def main(args):
 
 if __name__ == "__main__":
     M.keep_console()
-    try:
-        main(ARGS)
-    finally:
-        D.end_workers()
+    main(ARGS)

@@ -339,11 +339,7 @@ def main(args):
     if args.dry_run:
         return plan(run, objective, kept)
     lists = probe_lists(args)
-    clip = data.Clip(
-        frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
-        zoom=args.zoom, scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip,
-        clips=args.clips_per_video,
-        short=args.short)
+    clip = run.clip(zoom=args.zoom)
     sources = run.sources()
     run.continue_from(objective)
     run.open(__file__, sources)

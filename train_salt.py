@@ -490,10 +490,7 @@ def train(args, number, before):
     run = Run(args, free=("stage",))
     objective = construct(partial(build, stage=number), args)
     lists = probe_lists(args)
-    clip = data.Clip(
-        frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
-        scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip, clips=args.clips_per_video,
-        short=args.short)
+    clip = run.clip()
     sources = run.sources()
     run.open(__file__, sources)
     run.say(f"stage {number} of {len(args.split)}: {type(objective).__name__}, {args.steps} steps")

@@ -918,10 +918,7 @@ def main(args):
         memory = run.activations(objective.values(), 18) + logits
         return dry_run(run, objective, objective.flops() * args.batch_size, memory)
     lists = probe_lists(args)
-    clip = data.Clip(
-        frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
-        scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip, clips=args.clips_per_video,
-        short=args.short)
+    clip = run.clip()
     sources = run.sources()
     run.continue_from(objective)
     run.open(__file__, sources)
