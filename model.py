@@ -1314,9 +1314,13 @@ METADATA = {
 
 
 class MetadataUnpickler(pickle.Unpickler):
+    def __init__(self, file):
+        super().__init__(file)
+        self.path = file.name
+
     def find_class(self, module, name):
         if name not in METADATA.get(module, "").split():
-            raise UserError(f"its metadata asks for {module}.{name}: not a checkpoint of ours")
+            raise UserError(f"{self.path} asks for {module}.{name}: not a checkpoint of ours")
         return super().find_class(module, name)
 
 
