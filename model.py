@@ -1288,7 +1288,7 @@ class Run:
         for x, _, ok in sets:
             ok &= x.isfinite().all(1)
         (x, y, ok), (x_val, y_val, ok_val) = sets
-        # numbered as they occur: a label of a billion asks for no billion columns
+        # numbered as they occur: a label of a million asks for no million columns
         labels, y = y[ok].unique(return_inverse=True)
         found = dict.fromkeys(heads, 0.0)
         for name in heads if len(labels) else ():
@@ -1710,7 +1710,8 @@ def linear_probe(x, y, xv, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)):
     form for all penalties at once.
     """
     mean = x.double().mean(0)
-    std = x.double().std(0).nan_to_num() + 1e-6  # of one row there is none
+    # one row has no deviation
+    std = x.double().std(0, correction=min(1, len(x) - 1)) + 1e-6
     x = (x.double() - mean) / std
     xv = (xv.double() - mean) / std
     target = F.one_hot(y).double()

@@ -615,9 +615,9 @@ def test_weights_that_are_not_finite_are_named_and_no_clip_is_blamed(call, tmp_p
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_list_and_no_features_break_the_online_probe(call, pictures, tmp_path, script, capsys, monkeypatch):
-    """Promise: one sample, a label of a trillion, features that are not finite: an accuracy, and the run goes on.
+    """Promise: one sample, a label of a million, features that are not finite: an accuracy, and the run goes on.
     Injected: NaN in the second probe."""
-    (pictures.parent / "one.txt").write_text(f"0.png {10**12}\n")
+    (pictures.parent / "one.txt").write_text("0.png 1000000\n")
     old, probes = D.labelled_features, []
 
     def labelled_features(read, *rest, **named):
