@@ -22,6 +22,11 @@ held out of the train list; val is looked at once, by that head. The last line o
 accuracy of each class and the confusion matrix. Compare encoders with the same head only: attentive learns a good deal from random weights (the
 world: 69 % against 15 % for linear). attentive4 trains 20 heads as big as a small encoder: without a GPU give it one --grid_lr and one --grid_wd.
 """
+import signal
+
+if __name__ == "__main__":                                      # Ctrl-C leaves without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import copy
 import dataclasses
 import hashlib
@@ -32,15 +37,11 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Literal
-
-if __name__ == "__main__":                                      # Ctrl-C leaves without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import tyro
 

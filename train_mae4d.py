@@ -17,17 +17,18 @@ OUT_DIR/samples shows masked | reconstructed | original. Probes read the encoder
 after 95 % of its blocks and never the last one, or 75 % for classification.
 assets/mae4d.md: every flag at work, what the log says, results, deviations.
 """
+import signal
+
+if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
 import inspect
 import math
 import os
-import signal
 import sys
 from typing import Literal
-
-if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import tyro
 

@@ -19,19 +19,20 @@ No EMA and no stop-gradient trick: the targets are fixed, so nothing collapses. 
 loss is a better student (section 4, Figure 3), but not between teachers (assets/salt.md, which has
 every flag at work, results, deviations).
 """
+import signal
+
+if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
 import inspect
 import math
 import os
-import signal
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Literal
-
-if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import tyro
 

@@ -17,18 +17,19 @@ Temporal Differences".
 F counts pairs of frames. No crops, flips, jitter or masks. After TDV come its baselines, DINO and
 iBOT on the same frames. assets/tdv.md: Table 4's rows, what the log says, results, deviations.
 """
+import signal
+
+if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import copy
 import dataclasses
 import inspect
 import math
 import os
-import signal
 import sys
 from typing import Literal
-
-if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import tyro
 

@@ -18,18 +18,19 @@ Ebar is what is exported and probed (encoder.safetensors); one class, VJEPA, has
 The second half of the file is FWM-HW-LD (Adhikari 2026): terms that are added to this loss, off by
 default. assets/vjepa.md: every flag at work, what the log says, results, deviations.
 """
+import signal
+
+if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import copy
 import dataclasses
 import inspect
 import math
 import os
-import signal
 import sys
 from typing import Literal
-
-if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import tyro
 
