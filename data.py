@@ -32,7 +32,8 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from multiprocessing import get_context
+from itertools import chain
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Literal
@@ -78,6 +79,8 @@ TOLD = set()
 WATCHED = []
 # files that killed or hung a loader process, in a run that goes on: not opened again
 POISON = set()
+# what tells a run to save and leave; by name, as Windows lacks two
+SIGNALS = {s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")}
 
 
 class DataError(ValueError):
@@ -635,34 +638,29 @@ def open_video(path):
         source, dimension_order="NHWC", seek_mode=mode, num_ffmpeg_threads=1)
 
 
-def tell(kind, text):
-    """A note on stderr about what clips lose, once a kind and not from every loader process."""
+def tell(path, notes):
+    """Notes {kind: words} on stderr about a file, each kind once and not from every loader
+    process."""
     info = torch.utils.data.get_worker_info()
-    if kind not in TOLD and (info is None or info.id == 0):
+    if info and info.id > 0:
+        return
+    for kind in notes.keys() - TOLD:
         TOLD.add(kind)
-        print(f"note: {text}, here and in others like it", file=sys.stderr)
+        print(f"note: {path} {notes[kind]}, as others may be", file=sys.stderr)
 
 
-def depth_and_alpha(name):
-    """Bits of a channel, and whether it has transparency, of FFmpeg's name of a pixel format."""
-    bits = re.search(r"(\d+)[lb]e$", name or "")
-    bits = int(bits[1]) if bits else 8
-    # rgb48le and rgba64le count all channels
-    bits = {48: 16, 64: 16}.get(bits, bits)
-    return bits, bool(re.match(r"yuva|gbrap|ya\d|rgba|argb|bgra|abgr", name or ""))
-
-
-def tell_losses(path, meta):
-    """Say what reading 8 bits of three colours leaves out of a file with this metadata."""
-    bits, alpha = depth_and_alpha(meta.pixel_format)
-    if bits > 8:
-        tell("depth", f"{path} has {bits} bits a channel, of which the upper 8 are read")
-    if alpha:
-        tell("alpha", f"{path} is transparent in places, which is read as opaque")
+def losses(meta):
+    """{kind: words} of what 8 bits of three colours leave out of a file with this metadata."""
+    pixels = meta.pixel_format or ""
     aspect = float(meta.pixel_aspect_ratio or 1)
+    found = {}
+    if re.search(r"\d[lb]e$", pixels) and not re.match(r"(rgb|bgr)(444|5)", pixels):
+        found["depth"] = "has over 8 bits a channel, of which the upper 8 are read"
+    if re.match(r"yuva|gbrap|ya\d|rgba|argb|bgra|abgr", pixels):
+        found["alpha"] = "is transparent in places, which is read as opaque"
     if not is_sane(aspect):
-        tell("aspect", f"{path} announces pixels {aspect:.3g} times as wide as high, which are "
-             "taken as square")
+        found["aspect"] = f"announces pixels {aspect:.3g} times as wide as high, read as square"
+    return found
 
 
 def is_sane(aspect):
@@ -701,7 +699,7 @@ class Video:
         if self.pixels > 1e6 * MAX_MEGAPIXELS:
             raise ValueError(f"frames of {meta.width}x{meta.height} are over the limit of "
                              f"{MAX_MEGAPIXELS} megapixels (data.MAX_MEGAPIXELS)")
-        tell_losses(path, meta)
+        tell(path, losses(meta))
         self.begin = float(meta.begin_stream_seconds or 0)
         end = float(meta.end_stream_seconds or 0)
         if not meta.average_fps or not end > self.begin:
@@ -881,7 +879,7 @@ class Pictures:
         if meta.width * meta.height > 1e6 * MAX_MEGAPIXELS:
             raise ValueError(f"a picture of {meta.width}x{meta.height} is over the limit of "
                              f"{MAX_MEGAPIXELS} megapixels (data.MAX_MEGAPIXELS)")
-        tell_losses(path, meta)
+        tell(path, losses(meta))
         return decoder.get_frame_at(0).data
 
 
@@ -1154,8 +1152,8 @@ def cut_clips(video, clip, rngs, draws, window, boxes):
     if by_time:
         where = dict(length=video.seconds, tick=video.tick, step=1 / clip.fps)
         if clip.fps * video.tick > 1.01:
-            tell("rate", f"{video.path} has {1 / video.tick:.3g} frames a second, of which "
-                 f"{clip.fps:.3g} are asked for: frames repeat")
+            rate = f"has {1 / video.tick:.3g} frames a second, {clip.fps:.3g} are asked for"
+            tell(video.path, {"rate": f"{rate}: some repeat"})
     step = where.get("step", clip.stride) / where["tick"]
     span = (clip.frames - 1) * step + 1
     starts = 1 + max(0, int(where["length"] / clip.segments / where["tick"] - span))
@@ -1521,7 +1519,7 @@ def stream(dataset, batches, workers, timeout):
         timeout=timeout if workers else 0, pin_memory=workers > 0 and torch.cuda.is_available(),
         # its own: the loader's base seed must not come from torch's global random state
         generator=torch.Generator().manual_seed(dataset.seed))
-    for batch in loader:
+    for batch in begin(loader):
         if isinstance(batch, DataError):
             raise batch
         for path, why in batch["bad"]:
@@ -1531,6 +1529,27 @@ def stream(dataset, batches, workers, timeout):
         yield batch
 
 
+def begin(loader):
+    """The loader's iterator. Its processes are born with the signals blocked: torchrun, timeout,
+    schedulers and Ctrl-C send them to all processes, but the one that trains decides."""
+    if os.name != "posix":
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_workers():
+    """Kill the loader processes, as a script leaves: one that hangs would be waited for, as it
+    does not hear the SIGTERM that Python sends it."""
+    if os.name == "posix":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler raises
+    for process in active_children():
+        process.kill()
+
+
 def dead_worker(error):
     """One line on a loader process that died or hangs, or None where the error says something else.
     PyTorch raises it in the main thread wherever that happens to be, or else its queue loses the
@@ -1538,7 +1557,6 @@ def dead_worker(error):
     lost = isinstance(error, ConnectionError)
     if not lost and "DataLoader" not in str(error):
         return None
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler raises as Python leaves
     text = "its connection was lost" if lost else " ".join(str(error).split())
     pids = [int(pid) for pid in re.findall(r"\d+", text.partition("pid(s)")[2])]
     for table in WATCHED:
@@ -2311,27 +2329,18 @@ def check(path: str, workers: int = 2, frames: int = 16, stride: int = 4, fps: f
         summary[name] = dict(zip(("min", "median", "max"), marks))
 
     # what is lost or slow, in videos
-    def over(limit):
-        return sum(limit(file) for file in good)
-
-    def is_short(file):
-        if file["frames"] == 1 and not file["fps"]:
-            return False  # a picture
-        if fps:
-            return (frames - 1) / fps > file["seconds"]
-        return (frames - 1) * stride >= file["frames"]
-
-    summary["shorter_than_a_clip"] = over(is_short)
-    summary["slower_than_fps"] = over(lambda file: fps > 1.01 * file["fps"])
-    summary["over_8_bits"] = over(lambda file: file["bits"] > 8)
-    summary["transparent"] = over(lambda file: file["alpha"])
-    summary["not_square_pixels"] = over(lambda file: file["aspect"] != 1)
-    summary["read_without_seeking"] = over(lambda file: file["slow"])
+    measure = "seconds" if fps else "frames"
+    length = (frames - 1) / fps if fps else (frames - 1) * stride + 1
+    films = [file for file in good if file["fps"] or file["frames"] > 1]
+    summary["shorter_than_a_clip"] = sum(file[measure] < length for file in films)
+    summary["slower_than_fps"] = sum(fps > 1.01 * file["fps"] for file in good)
+    summary["read_without_seeking"] = sum(file["slow"] for file in good)
+    summary["lose"] = dict(Counter(chain.from_iterable(file["loses"] for file in good)))
     for name, value in summary.items():
         print(f"{name:20} {value}")
     if summary["shorter_than_a_clip"]:
         print("clips longer than their video repeat its last frame: --short says what else")
-    if summary["read_without_seeking"] or summary["over_8_bits"]:
+    if summary["read_without_seeking"] or summary["lose"]:
         print(f"faster, and without these: python data.py pack {path} packed/")
     return summary, int(bool(bad))
 
@@ -2342,9 +2351,8 @@ def checksum(frame):
 
 def inspect_video(path):
     """Decode every frame, and some again as clips are read -> {"path", "reason" (None if sound),
-    "codec", "size", "pixels" (their format), "bits" of a channel, "alpha": is it transparent in
-    places, "aspect" of a pixel, "fps", "seconds", "frames", "announced" by the header, "slow": its
-    frames are not where a seek looks for them}."""
+    "codec", "size", "pixels" (their format), "loses" (kinds of losses()), "fps", "seconds",
+    "frames", "announced" by the header, "slow": its frames are not where a seek looks for them}."""
     facts = {"path": path, "reason": None}
     try:
         video = open_frames(path)
@@ -2356,12 +2364,8 @@ def inspect_video(path):
         else:
             meta = video.decoder.metadata
             facts |= inspect_frames(video)
-        bits, alpha = depth_and_alpha(meta.pixel_format)
-        facts |= {
-            "codec": meta.codec, "size": f"{meta.width}x{meta.height}", "bits": bits,
-            "pixels": meta.pixel_format, "alpha": alpha,
-            "aspect": float(meta.pixel_aspect_ratio or 1),
-        }
+        facts |= {"codec": meta.codec, "size": f"{meta.width}x{meta.height}",
+                  "pixels": meta.pixel_format, "loses": [*losses(meta)]}
     except DAMAGE as error:
         facts["reason"] = reason(error)
     return facts
@@ -2587,14 +2591,9 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     if os.path.isdir(source.name):
         name += ".txt"
     write_list(folder / name, rows)
-    summary = {
-        "list": str(folder / name),
-        "rows": len(rows),
-        "bad": len(bad),
-        "mb_before": sum(map(megabytes, targets)),
-        "mb_after": sum(map(megabytes, targets.values())),
-    }
-    return summary, int(bool(bad))
+    mb = {"mb_before": sum(map(megabytes, targets)),
+          "mb_after": sum(map(megabytes, targets.values()))}
+    return {"list": str(folder / name), "rows": len(rows), "bad": len(bad)} | mb, int(bool(bad))
 
 
 def megabytes(path):

@@ -24,9 +24,11 @@ import datetime
 import gc
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -44,6 +46,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as dcs
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
@@ -740,16 +744,51 @@ FREE = {  # flags that a resumed run may change
 }
 
 
-class UserError(ValueError):
-    """What the user must mend: one line, status 2."""
+# what checkpointing says to a single process
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+# torchrun's process number. Where it is killed nobody tells the ranks: they are left to another
+# parent. (Under a shell that is no reason to stop: nohup.)
+LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+UserError = data.DataError  # what the user must mend: one line, status 2
 
 
 class Stop(Exception):
     """What broke on the way: one line, status 1."""
 
 
+class Told(Exception):
+    """A rank was told to stop in the middle of a probe."""
+
+
+class Console(io.FileIO):
+    """Standard output or error. Its reader may be gone: Ctrl-C ends the `tee log` beside the run,
+    and a terminal closes. What nobody reads is lost, which is no reason to stop."""
+
+    def write(self, text):
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+
+def keep_console():
+    """From now on print() cannot fail."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = io.BufferedWriter(Console(number, "w", closefd=False))
+        stream = io.TextIOWrapper(stream, errors="backslashreplace", line_buffering=True)
+        setattr(sys, name, stream)
+
+
+def say(text):
+    """A line for people, from one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text, file=sys.stderr)
+
+
 def launch(main, args):
     """Run main(args). What can be foreseen ends in one line, all else in a traceback."""
+    keep_console()
     poison = Path(args.out_dir) / "poison.txt"
     try:
         check_ranges(args)
@@ -757,15 +796,15 @@ def launch(main, args):
             data.POISON.update(poison.read_text().splitlines())
         if not args.data:
             args = replace(args, data=("world",))
-            if os.environ.get("RANK", "0") == "0" and not args.dry_run:
-                print("no --data: the built-in world", file=sys.stderr)
+            if not args.dry_run:
+                say("no --data: the built-in world")
         main(args)
         if dist.is_initialized():
             # What main held goes first. The other way round a DDP rank could hang as it left (1 of
             # 3 runs), and an FSDP rank abort (1 of 10).
             gc.collect()
             dist.destroy_process_group()
-    except (UserError, data.DataError) as error:
+    except UserError as error:
         leave(error, 2)
     except Stop as error:
         leave(error, 1)
@@ -777,17 +816,24 @@ def launch(main, args):
             with open(poison, "a") as file:
                 file.writelines(f"{path}\n" for path in sorted(data.POISON))
         leave(why, 1)
-    except (OSError, dcp.api.CheckpointException) as error:  # a full disk, say
-        cause = next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
-        while cause.__context__:  # the first cause says it best
-            cause = cause.__context__
-        why = " ".join(str(cause).split())[:300]
-        leave(f"{args.out_dir}: {why}; what was saved before stays valid", 1)
+    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:  # a full disk, say
+        leave(f"{first_cause(error)}; what was saved before in {args.out_dir} stays valid", 1)
+    finally:
+        data.end_workers()
 
 
 def leave(error, status):
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def first_cause(error):
+    """One line: what the error began with, which says it best."""
+    if hasattr(error, "failures"):  # of all ranks
+        error = next(iter(error.failures.values()))[0]
+    while error.__context__:
+        error = error.__context__
+    return " ".join(str(error).split())[:300]
 
 
 def check_ranges(args):
@@ -815,7 +861,19 @@ def probe_lists(args):
     """The online probe's two lists, or none."""
     splits = zip(args.probe_data, ("probe", "val"))
     lists = [data.parse_list(spec, split, labelled=True) for spec, split in splits]
-    return data.match_classes(*lists) if lists else lists
+    if not lists:
+        return lists
+    check_overlap(*lists, "the first list of --probe_data")
+    return data.match_classes(*lists)
+
+
+def check_overlap(train, val, name):
+    """How many val videos are in train, too; said on stderr."""
+    overlap = len(set(map(os.path.realpath, train.paths)) & set(map(os.path.realpath, val.paths)))
+    if overlap:
+        say(f"warning: {overlap} of the {len(val)} val videos are also in {name}: this is not a "
+            "result on held-out videos")
+    return overlap
 
 
 def construct(build, args):
@@ -866,10 +924,11 @@ def warmup_decay(step, warmup, total, start, peak, last, decay="cosine"):
 
 class Run:
     """Ranks, out directory, log, signals, checkpoints, online probe."""
-    # Of the process: a signal between two stages counts for the next one. asked: this rank was told
-    # to stop; stop: all ranks agreed to, after the same step.
-    asked = False
+    # Of the process: a signal between two stages counts for the next one. stop: all ranks agreed
+    # to, after the same step.
+    signalled = False
     stop = False
+    say = staticmethod(say)
 
     def __init__(self, args, free=(), later={}):
         """free: flags of this script that a resumed run may change, besides FREE. later: {flag:
@@ -910,8 +969,6 @@ class Run:
         if "RANK" in os.environ and not args.dry_run and not dist.is_initialized():
             patience = datetime.timedelta(seconds=max(1800, args.timeout))
             dist.init_process_group(backend, timeout=patience)
-        # what checkpointing says to a single process
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
     def autocast(self):
         enabled = self.args.dtype == "bf16"
@@ -938,6 +995,15 @@ class Run:
         if self.ranks > 1:
             dist.all_gather_object(values, value)
         return values
+
+    @property
+    def asked(self):
+        """Was this rank told to stop, or left alone by torchrun?"""
+        return self.signalled or LAUNCHER not in (None, os.getppid())
+
+    def told(self):
+        """Was any rank? The same on all ranks."""
+        return any(self.gather(self.asked))
 
     def mean(self, values):
         """{name: number} -> {name: its mean over the ranks}, the same floats on all of them."""
@@ -977,8 +1043,10 @@ class Run:
             import wandb
             wandb.init(project=self.args.wandb, config=head["config"])
         self.log(head, show=False)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self.on_signal)
+        for number in data.SIGNALS:
+            # nohup ignores this one
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.on_signal)
 
     def claim(self, head):
         """Rank 0: lock the folder and write config.json -> None, or why it cannot be taken."""
@@ -986,8 +1054,11 @@ class Run:
 
         try:
             (self.out / "samples").mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.out / "lock", "w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # lockf, as a record lock is this process's alone: flock's would live on in loader
+            # processes, which outlive a killed run by seconds. It is lost when any file object of
+            # the lock is closed, so nobody else opens it. On NFS both are the same lock.
+            self.lock = open(self.out / "lock", "a")
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file = self.out / "config.json"
             error = self.mixes(head["config"], file) if file.exists() else None
             if error:
@@ -1046,15 +1117,18 @@ class Run:
             if self.args.wandb:
                 sys.modules["wandb"].log(line)
 
-    def say(self, text):
-        """A line for people."""
-        if self.rank == 0:
-            tqdm.write(text, file=sys.stderr)
-
     def on_signal(self, number, frame):
-        if number == signal.SIGINT and self.asked:
+        if number == signal.SIGINT and self.signalled:
             os._exit(130)  # a second Ctrl-C waits for nothing
-        Run.asked = True
+        Run.signalled = True
+
+    def clip(self, **more):
+        """How clips are cut from videos, by the flags."""
+        args = self.args
+        return data.Clip(
+            frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
+            scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip,
+            clips=args.clips_per_video, short=args.short, **more)
 
     def loader(self, sources, clip, first):
         """This rank's micro-batches, from step `first` on."""
@@ -1065,23 +1139,24 @@ class Run:
             start_step=first, steps=self.last))
 
     def steps(self, first):
-        """The numbers of the steps to take."""
+        """The numbers of the steps to take: none where a signal has come before the first."""
+        numbers = range(first, first if self.told() else self.last)
         quiet = self.rank > 0 or not sys.stderr.isatty()
-        return tqdm(range(first, self.last), initial=first, total=self.args.steps, disable=quiet)
+        return tqdm(numbers, initial=first, total=self.args.steps, disable=quiet)
 
     def due(self, every, done):
         """Is it time, after `done` steps, for what happens every so many and at the end?"""
         return every > 0 and (done % every == 0 or done == self.args.steps)
 
-    def saves(self, done):
-        """Is it time for a checkpoint?"""
-        return self.stop or self.due(self.args.save_every, done) or done == self.last
+    def probes(self, done):
+        """Is it time for a probe before the last one?"""
+        return self.due(self.args.probe_every, done) and done < self.args.steps
 
     def finish(self, line):
         """The last line on stdout, one JSON object."""
-        seconds = round(time.time() - self.started, 1)
+        line["seconds"] = round(time.time() - self.started, 1)
+        line["out_dir"] = self.args.out_dir
         if self.rank == 0:
-            line = line | {"seconds": seconds, "out_dir": self.args.out_dir}
             print(json.dumps(line), flush=True)
 
     # checkpoints
@@ -1105,7 +1180,7 @@ class Run:
         if found is None:
             return {}
         tensors = tensors_of(net, optimizer)
-        dcp.load(tensors, checkpoint_id=found)
+        read_checkpoint(tensors, found)
         dcs.set_model_state_dict(net, tensors["model"])
         dcs.set_optimizer_state_dict(net, optimizer, tensors["optimizer"])
         return json.loads((found / "extra.json").read_text())
@@ -1117,7 +1192,7 @@ class Run:
         found = self.newest(folder) if folder and Path(folder).is_dir() else None
         if found is None:
             return
-        there = dcp.FileSystemReader(found).read_metadata().state_dict_metadata
+        there = CheckpointReader(found).read_metadata().state_dict_metadata
         state = {}
         differ = []
         for name, value in objective.state_dict().items():
@@ -1129,13 +1204,14 @@ class Run:
                 differ.append(f"{name} {tuple(value.shape)} (there {was})")
         if differ:
             raise UserError(f"--init {folder}: that run had other flags: {', '.join(differ[:3])}")
-        dcp.load({"model": state}, checkpoint_id=found)  # into the objective's own tensors
+        read_checkpoint({"model": state}, found)  # into the objective's own tensors
+        check_finite(state, f"--init {folder}")
 
     def carry_optimizer(self, net, optimizer):
         """--init_optimizer, after continue_from: the moments of --init's run too. A fresh Adam's
         first updates are about five times as large as those of one that goes on."""
         state = {"optimizer": dcs.get_optimizer_state_dict(net, optimizer)}
-        dcp.load(state, checkpoint_id=self.newest(self.args.init))
+        read_checkpoint(state, self.newest(self.args.init))
         dcs.set_optimizer_state_dict(net, optimizer, state["optimizer"])
 
     def newest(self, folder):
@@ -1170,8 +1246,9 @@ class Run:
 
     # the online probe
 
-    def accuracy(self, net, lists, clip, **pixels):
-        """Accuracy of a linear probe on the mean of the product's tokens; None without lists."""
+    def accuracy(self, net, lists, clip, step=None, **pixels):
+        """Accuracy of a linear probe on the mean of the product's tokens; None without lists, and
+        where a signal cuts it short. step: log it as that of this step."""
         if not lists:
             return None
 
@@ -1179,29 +1256,96 @@ class Run:
             with self.autocast():
                 return net(x).mean(1)  # (B,D)
 
-        return self.probe(features, lists, clip, {"probe_acc": linear_probe}, **pixels)["probe_acc"]
+        heads = {"probe_acc": linear_probe}
+        found = self.probe(features, lists, clip, heads, step, **pixels)
+        return found.get("probe_acc")
 
     @torch.no_grad()
-    def probe(self, features, lists, clip, heads, **pixels):
+    def probe(self, features, lists, clip, heads, step=None, **pixels):
         """{name: accuracy} of heads fitted on the first list's clips, on those of the second.
 
         features: x -> (B,D). heads: {name: function of x (n,D), y (n,), xv -> classes of xv}.
         pixels: mean and std of what the encoder was trained on, else ImageNet's. A video that
-        cannot be read counts as wrong. All ranks take part.
+        cannot be read, or has no finite features, counts as wrong. All ranks take part. {} where a
+        signal cuts it short.
         """
         self.say("probing ...")
+
+        def read(x):
+            if self.told():
+                raise Told
+            return features(x)
+
         sets = []
-        for source in lists:
-            sets.append(data.labelled_features(
-                features, source, replace(clip, train=False, clips=1), self.device,
-                workers=self.workers, rank=self.rank, ranks=self.ranks, gather=self.gather,
-                timeout=self.args.timeout, **pixels))
-        (x, y, read), (x_val, y_val, read_val) = sets
-        found = {}
-        for name, head in heads.items():
-            right = head(x[read], y[read], x_val) == y_val
-            found[name] = (right & read_val).double().mean().item()
+        try:
+            for source in lists:
+                sets.append(data.labelled_features(
+                    read, source, replace(clip, train=False, clips=1), self.device,
+                    workers=self.workers, rank=self.rank, ranks=self.ranks, gather=self.gather,
+                    timeout=self.args.timeout, **pixels))
+        except Told:
+            return {}
+        for x, _, ok in sets:
+            ok &= x.isfinite().all(1)
+        (x, y, ok), (x_val, y_val, ok_val) = sets
+        # numbered as they occur: a label of a million asks for no million columns
+        labels, y = y[ok].unique(return_inverse=True)
+        found = dict.fromkeys(heads, 0.0)
+        for name in heads if len(labels) else ():
+            right = labels[heads[name](x[ok], y, x_val)] == y_val
+            found[name] = (right & ok_val).double().mean().item()
+        if step is not None:
+            self.log({"step": step} | found)
         return found
+
+
+# Someone else's run folder must not run code as it is read. PyTorch reads a checkpoint's metadata
+# as a pickle, which may call anything. These are the names that one by dcp.save holds.
+METADATA = {
+    "pathlib": "PosixPath",
+    "pathlib._local": "PosixPath",
+    "torch": "Size float32 float64 float16 bfloat16 int64 int32 uint8 bool",
+    "torch.serialization": "_get_layout",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed.checkpoint.metadata":
+        "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata "
+        "ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING",
+}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    def __init__(self, file):
+        super().__init__(file)
+        self.path = file.name
+
+    def find_class(self, module, name):
+        if name not in METADATA.get(module, "").split():
+            raise UserError(f"{self.path} asks for {module}.{name}: not a checkpoint of ours")
+        return super().find_class(module, name)
+
+
+class CheckpointReader(dcp.FileSystemReader):
+    def read_metadata(self, *args, **named):
+        path = Path(self.path) / ".metadata"
+        with open(path, "rb") as file:
+            return MetadataUnpickler(file).load()
+
+
+class WeightsOnly(dcp.DefaultLoadPlanner):
+    """The numbers beside the tensors are pickles, too."""
+
+    def load_bytes(self, read_item, value):
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def read_checkpoint(state, folder):
+    """The checkpoint's tensors and numbers into those of `state`, by their names."""
+    try:
+        dcp.load(state, storage_reader=CheckpointReader(folder), planner=WeightsOnly())
+    except dcp.api.CheckpointException as error:
+        raise UserError(f"{folder}: {first_cause(error)}") from error
 
 
 def tensors_of(net, optimizer):
@@ -1219,7 +1363,7 @@ class Meter:
     def __init__(self, run, state):
         self.run = run
         self.state = {"random_acc": None, "bad": 0, "padded": 0, "loss": None, "window": [],
-                      "flops": 0.0}
+                      "flops": 0.0, "skipped": 0}
         self.state |= state
         self.skips = 0
         self.parts = []
@@ -1262,11 +1406,13 @@ class Meter:
         means = self.run.mean(means)
         for name in ("bad", "padded"):
             self.state[name] += round(means.pop(name) * self.run.ranks)
-        Run.stop = means.pop("asked") > 0  # a signal on one rank stops them all after this step
+        asked = means.pop("asked") > 0
         self.clips += self.run.args.batch_size
         if not math.isfinite(grad_norm + sum(means.values())):
             self.skips += 1
+            self.state["skipped"] += 1
             return False
+        Run.stop = asked  # a signal on one rank stops them all after this step, which can be saved
         self.state["window"].append(means)
         self.skips = 0
         return True
@@ -1284,9 +1430,24 @@ class Meter:
         reason = "loss or gradient is not finite"
         self.run.log({"step": step, "skipped": reason, "files": paths[:100]})
         if self.skips >= self.run.args.max_skips:
-            raise Stop(f"step {step}: {self.skips} steps in a row without a finite loss and "
-                       f"gradient, the last one with {', '.join(paths[:3])} ...; "
-                       f"the last good checkpoint is in {self.run.args.out_dir}")
+            raise Stop(f"step {step}: {self.skips} steps in a row skipped, without a finite loss "
+                       f"and gradient, the last one with {', '.join(paths[:3])} ...; "
+                       f"the last good checkpoint: {newest(self.run.out)}")
+
+    def saves(self, done, net, *inputs):
+        """Is it time for a checkpoint, and are the weights worth one? Not while steps are skipped,
+        nor after one that ruined them: net(*inputs), the last micro-batch once more, must still
+        have a finite loss, on all ranks."""
+        run = self.run
+        due = run.stop or run.due(run.args.save_every, done) or done == run.last
+        if not due or self.skips:
+            return False
+        with torch.no_grad(), run.autocast():
+            loss, _ = net(*inputs)
+        sound = all(run.gather(math.isfinite(loss)))
+        if not sound:
+            run.say(f"step {done}: not saved, the loss is no longer finite")
+        return sound
 
     def after_step(self, done):
         """Forget the micro-batches; too many unreadable videos end the run."""
@@ -1324,7 +1485,7 @@ class Meter:
 
     def summary(self, done, probe_acc):
         """For the last line on stdout."""
-        said = {name: self.state[name] for name in ("loss", "random_acc", "bad")}
+        said = {name: self.state[name] for name in ("loss", "random_acc", "bad", "skipped")}
         return {"steps": done, "probe_acc": probe_acc, **said}
 
 
@@ -1549,7 +1710,8 @@ def linear_probe(x, y, xv, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)):
     form for all penalties at once.
     """
     mean = x.double().mean(0)
-    std = x.double().std(0) + 1e-6
+    # one row has no deviation
+    std = x.double().std(0, correction=min(1, len(x) - 1)) + 1e-6
     x = (x.double() - mean) / std
     xv = (xv.double() - mean) / std
     target = F.one_hot(y).double()
@@ -1664,8 +1826,6 @@ NOTES = ("model", "stride", "fps", "layer", "layer_classify", "mean", "std")
 def save_encoder(path, encoder, config):
     """Write encoder (a ViT, or a state dict) as safetensors with config in its metadata and its
     sha256 beside it. A reader never sees half a file. ValueError: what config lacks."""
-    from safetensors.torch import save_file
-
     lacking = [name for name in (*VIT_KEYS, "mean", "std") if name not in config]
     if lacking:
         raise ValueError(f"{path}: the config to export lacks {lacking}")
@@ -1757,6 +1917,12 @@ def apply_override(config, override, path):
     return config
 
 
+def check_finite(state, path):
+    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    if bad:
+        raise UserError(f"{path}: not finite {', '.join(bad[:3])}")
+
+
 def fill(module, state, path):
     """Load state into module (on the meta device) strictly, as float32 copies."""
     wanted = module.state_dict()
@@ -1773,6 +1939,7 @@ def fill(module, state, path):
     complaints = [f"{fault} {', '.join(names)}" for fault, names in faults.items() if names]
     if complaints:
         raise ValueError(f"{path}: {'; '.join(complaints)}")
+    check_finite(state, path)
     state = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
     module.load_state_dict(state, assign=True)
 
@@ -1841,8 +2008,6 @@ def read_foreign(path):
 
 def read_safetensors(path):
     """(state, metadata), after checking the sha256 beside the file if there is one."""
-    from safetensors import SafetensorError, safe_open
-
     side = Path(f"{path}.sha256")
     if side.exists() and side.read_text().split()[:1] != [sha256(path)]:
         raise ValueError(f"{path}: differs from its sha256 in {side.name}: the file is damaged")

@@ -22,6 +22,11 @@ held out of the train list; val is looked at once, by that head. The last line o
 accuracy of each class and the confusion matrix. Compare encoders with the same head only: attentive learns a good deal from random weights (the
 world: 69 % against 15 % for linear). attentive4 trains 20 heads as big as a small encoder: without a GPU give it one --grid_lr and one --grid_wd.
 """
+import signal
+
+if __name__ == "__main__":                                      # Ctrl-C leaves without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import copy
 import dataclasses
 import hashlib
@@ -34,7 +39,6 @@ import re
 import shutil
 import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -105,7 +109,8 @@ def parse_args():
     return tyro.cli(Args, args=words, description=__doc__)
 
 
-ARGS = parse_args() if __name__ == "__main__" else None     # before torch is imported, so that --help is instant
+if __name__ == "__main__":
+    ARGS = parse_args()                                         # before torch is imported, so that --help is instant
 
 import numpy as np
 import torch
@@ -440,14 +445,6 @@ def check_classes(train, val):
     return known
 
 
-def check_overlap(train, val):
-    """How many val videos are in train, too; said on stderr."""
-    overlap = len({os.path.realpath(p) for p in train.paths} & {os.path.realpath(p) for p in val.paths})
-    if overlap:
-        print(f"warning: {overlap} of the {len(val)} val videos are also in --train: this is not a result on held-out videos", file=sys.stderr)
-    return overlap
-
-
 def clip_of(args, config):
     """How clips are taken: as the flags say, else as the encoder's file does."""
     fps = args.fps or (not args.stride and config.get("fps")) or None
@@ -494,7 +491,7 @@ def classify(args, device):
     if args.finetune:
         raise D.DataError(f"--finetune with --head {args.head}: give --head readout")
     train, val = lists(args)
-    known, overlap = check_classes(train, val), check_overlap(train, val)
+    known, overlap = check_classes(train, val), M.check_overlap(train, val, "--train")
     train_x, val_x, layer = frozen(args, train, val, device)
     classes = int(known[-1]) + 1
     head, chosen, tried = fit(args, train_x, train.labels, classes)
@@ -516,7 +513,10 @@ def restore(args, device):
         raise D.DataError(f"--encoder {folder}: {args.task} needs the folder of a training run; predictors and decoders are not in encoder files")
     head = json.loads((folder / "config.json").read_text())
     said = head["config"]
-    script = importlib.import_module(head.get("script") or script_of(said))
+    name = head["script"]
+    if not name.isidentifier() or not (Path(__file__).parent / f"{name}.py").exists():
+        raise D.DataError(f"--encoder {folder}: made by {name}.py, which does not lie beside probe.py")
+    script = importlib.import_module(name)
     found = M.newest(folder)
     if isinstance(found, str):
         raise D.DataError(found)
@@ -526,8 +526,6 @@ def restore(args, device):
             value = said[field.name]
             known[field.name] = tuple(value) if isinstance(value, list) else value
     known["out_dir"] = str(folder.resolve())                    # SALT's stage, and where its teacher lies
-    if "terms" not in said and hasattr(script, "TERMS"):        # older runs had a flag for each term
-        known["terms"] = tuple(f"{name}:{said[name]}" for name in script.TERMS if said.get(name))
     if known.get("init"):                                       # its shape, of whatever family
         known["init"] = "" if args.encoder.startswith("random:") else str(folder / "encoder.safetensors")
     torch.manual_seed(args.seed)
@@ -536,20 +534,8 @@ def restore(args, device):
     except ValueError as e:
         raise D.DataError(f"--encoder {folder}: {e}") from e
     if not args.encoder.startswith("random:"):
-        state = {"model": objective.state_dict()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                     # torch's word that this is a single process
-            torch.distributed.checkpoint.load(state, checkpoint_id=found)
-        objective.load_state_dict(state["model"])
+        M.read_checkpoint({"model": objective.state_dict()}, found)
     return objective.to(device).eval().requires_grad_(False)
-
-
-def script_of(said):
-    """The script of a run whose config.json does not name it, by a flag that only that script has."""
-    for flag, script in (("dec_blocks", "train_mae4d"), ("split", "train_salt"), ("prototypes", "train_tdv")):
-        if flag in said:
-            return script
-    return "train_vjepa"
 
 
 def pyplot(task):
@@ -1435,7 +1421,7 @@ def space_time(args, device, opened=None):
     labels = [part for _, part, _ in train.batches(some, args.micro_batch, encode=False)]
     if not labels:
         raise D.DataError(f"{train.source.name}: no video can be read")
-    check_overlap(train.source, val.source)
+    M.check_overlap(train.source, val.source, "--train")
     if args.task == "classify":
         s.classes = int(check_classes(train.source, val.source)[-1]) + 1
     if args.task == "segment":
@@ -1760,9 +1746,11 @@ def main(args):
     except (RuntimeError, ConnectionError) as e:
         if not (why := D.dead_worker(e)):
             raise
-        sys.exit(print(f"error: {why}", file=sys.stderr) or 1)
+        M.leave(why, 1)
     except (D.DataError, OSError) as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+        M.leave(e, 2)
+    finally:
+        D.end_workers()
     result = {"task": args.task, **result, "seed": args.seed, "encoder": args.encoder, "seconds": round(time.time() - begin, 1)}
     with open(Path(args.out_dir) / "probe.jsonl", "a") as f:
         f.write(json.dumps(result | details | {"args": dataclasses.asdict(args)}, allow_nan=False) + "\n")
@@ -1770,4 +1758,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    M.keep_console()
     main(ARGS)

@@ -17,6 +17,11 @@ OUT_DIR/samples shows masked | reconstructed | original. Probes read the encoder
 after 95 % of its blocks and never the last one, or 75 % for classification.
 assets/mae4d.md: every flag at work, what the log says, results, deviations.
 """
+import signal
+
+if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
 import inspect
@@ -143,7 +148,8 @@ def help_page(defaults):
     return "\n".join(lines)
 
 
-ARGS = parse_args() if __name__ == "__main__" else None  # before torch: --help is instant
+if __name__ == "__main__":
+    ARGS = parse_args()  # before torch: --help is instant
 
 import torch
 import torch.nn as nn
@@ -334,11 +340,7 @@ def main(args):
     if args.dry_run:
         return plan(run, objective, kept)
     lists = probe_lists(args)
-    clip = data.Clip(
-        frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
-        zoom=args.zoom, scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip,
-        clips=args.clips_per_video,
-        short=args.short)
+    clip = run.clip(zoom=args.zoom)
     sources = run.sources()
     run.continue_from(objective)
     run.open(__file__, sources)
@@ -389,7 +391,7 @@ def main(args):
         done = step + 1
         meter.after_step(done)
 
-        # 4. log, pictures, probe, checkpoint
+        # 4. log, pictures, checkpoint, probe
         if run.due(args.log_every, done) and meter.state["window"]:
             run.log(meter.line(done, rates, grad_norm, health(tokens)))
         if run.due(args.sample_every, done):
@@ -398,22 +400,19 @@ def main(args):
             if run.rank == 0:
                 file = run.out / "samples" / f"step_{done:08d}.png"
                 picture(file, objective.raw(x[:3]), context[:3], decoded, grid)
-        if args.probe_every and done % args.probe_every == 0 and done < args.steps:
-            probe_acc = run.accuracy(net, lists, clip, **objective.pixels)
-            run.log({"step": done, "probe_acc": probe_acc})
-        if run.saves(done):
+        if meter.saves(done, net, x, context):
             run.save(done, net, optimizer, meter.state)
             run.export(objective, done, **objective.pixels, **objective.layers)
         if run.stop:
             break
+        if run.probes(done):
+            run.accuracy(net, lists, clip, done, **objective.pixels)
 
     if first == run.last:  # resumed at its end: a kill may have come before the export
         run.export(objective, done, **objective.pixels, **objective.layers)
     probe_acc = None
     if done == args.steps:
-        probe_acc = run.accuracy(net, lists, clip, **objective.pixels)
-    if probe_acc is not None:
-        run.log({"step": done, "probe_acc": probe_acc})
+        probe_acc = run.accuracy(net, lists, clip, done, **objective.pixels)
     run.finish(meter.summary(done, probe_acc))
 
 

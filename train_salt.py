@@ -19,6 +19,11 @@ No EMA and no stop-gradient trick: the targets are fixed, so nothing collapses. 
 loss is a better student (section 4, Figure 3), but not between teachers (assets/salt.md, which has
 every flag at work, results, deviations).
 """
+import signal
+
+if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
 import inspect
@@ -153,7 +158,8 @@ def help_page(defaults):
     return "\n".join(lines)
 
 
-ARGS = parse_args() if __name__ == "__main__" else None  # before torch: --help is instant
+if __name__ == "__main__":
+    ARGS = parse_args()  # before torch: --help is instant
 
 import torch
 import torch.nn as nn
@@ -485,10 +491,7 @@ def train(args, number, before):
     run = Run(args, free=("stage",))
     objective = construct(partial(build, stage=number), args)
     lists = probe_lists(args)
-    clip = data.Clip(
-        frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
-        scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip, clips=args.clips_per_video,
-        short=args.short)
+    clip = run.clip()
     sources = run.sources()
     run.open(__file__, sources)
     run.say(f"stage {number} of {len(args.split)}: {type(objective).__name__}, {args.steps} steps")
@@ -544,25 +547,23 @@ def train(args, number, before):
         done = step + 1
         meter.after_step(done)
 
-        # 4. log, pictures, probe, checkpoint
+        # 4. log, pictures, checkpoint, probe
         if run.due(args.log_every, done) and meter.state["window"]:
             ranks = health(tokens) | {"rankme_targets": rankme(targets)}
             run.log(meter.line(done, rates, grad_norm, ranks))
         if run.due(args.sample_every, done):
             run.mask_picture(net, x, context, objective.encoder.grid, done)
-        if args.probe_every and done % args.probe_every == 0 and done < args.steps:
-            run.log({"step": done, "probe_acc": run.accuracy(net, lists, clip)})
-        if run.saves(done):
+        if meter.saves(done, net, x, context, hidden):
             run.save(done, net, optimizer, meter.state)
             run.export(objective, done)
         if run.stop:
             break
+        if run.probes(done):
+            run.accuracy(net, lists, clip, done)
 
     if first == run.last:  # resumed at its end: a kill may have come before the export
         run.export(objective, done)
-    probe_acc = run.accuracy(net, lists, clip) if done == args.steps else None
-    if probe_acc is not None:
-        run.log({"step": done, "probe_acc": probe_acc})
+    probe_acc = run.accuracy(net, lists, clip, done) if done == args.steps else None
     costs = {name: meter.state[name] for name in costs}
     stage = {"stage": number, "teacher_acc": before["probe_acc"]}
     return meter.summary(done, probe_acc) | stage | costs

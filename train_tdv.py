@@ -17,6 +17,11 @@ Temporal Differences".
 F counts pairs of frames. No crops, flips, jitter or masks. After TDV come its baselines, DINO and
 iBOT on the same frames. assets/tdv.md: Table 4's rows, what the log says, results, deviations.
 """
+import signal
+
+if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import copy
 import dataclasses
@@ -176,7 +181,8 @@ def help_page(defaults):
     return "\n".join(lines)
 
 
-ARGS = parse_args() if __name__ == "__main__" else None  # before torch: --help is instant
+if __name__ == "__main__":
+    ARGS = parse_args()  # before torch: --help is instant
 
 import numpy as np
 import torch
@@ -322,7 +328,8 @@ class TDV(nn.Module):
             self.centres[kind], weight.flatten(), self.args.temp, self.args.ce_rows)
         rows = weight.numel()
         sums = torch.cat([mean * rows, mean.new_tensor([rows])])  # (K+1,)
-        self.logit_sums[kind].append(sums)
+        if torch.is_grad_enabled():  # a step
+            self.logit_sums[kind].append(sums)
         return loss, entropy
 
     @torch.no_grad()
@@ -812,7 +819,7 @@ def shades(values):
     return to_unit(values.cpu().reshape(-1, 1)).expand(-1, 3)
 
 
-def accuracies(run, net, objective, lists, clip):
+def accuracies(run, net, objective, lists, clip, step=None):
     """{name: accuracy} of five probes on means over a clip's tokens; {} without lists.
 
     teacher_acc: linear, on what the exported encoder has, the teacher's patches. student_acc: on
@@ -842,7 +849,7 @@ def accuracies(run, net, objective, lists, clip):
         "knn_acc": on_columns(knn_probe, slice(0, width)),
         "knn_student": on_columns(knn_probe, slice(width, 2 * width)),
     }
-    return run.probe(features, lists, clip, heads)
+    return run.probe(features, lists, clip, heads, step)
 
 
 @torch.no_grad()
@@ -912,10 +919,7 @@ def main(args):
         memory = run.activations(objective.values(), 18) + logits
         return dry_run(run, objective, objective.flops() * args.batch_size, memory)
     lists = probe_lists(args)
-    clip = data.Clip(
-        frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
-        scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip, clips=args.clips_per_video,
-        short=args.short)
+    clip = run.clip()
     sources = run.sources()
     run.continue_from(objective)
     run.open(__file__, sources)
@@ -969,7 +973,7 @@ def main(args):
         done = step + 1
         meter.after_step(done)
 
-        # 4. log, pictures, probes, checkpoint
+        # 4. log, pictures, checkpoint, probes
         if run.due(args.log_every, done) and meter.state["window"]:
             line = meter.line(done, rates, grad_norm, health(tokens, correction=0))
             if line.get("still"):  # the share of the change that motion explains
@@ -977,19 +981,17 @@ def main(args):
             run.log(line)
         if run.due(args.sample_every, done):
             show(run, net, objective, x, done)
-        if args.probe_every and done % args.probe_every == 0 and done < args.steps:
-            run.log({"step": done} | accuracies(run, net, objective, lists, clip))
-        if run.saves(done):
+        if meter.saves(done, net, x, batch["index"]):
             run.save(done, net, optimizer, meter.state)
             run.export(objective, done)
         if run.stop:
             break
+        if run.probes(done):
+            accuracies(run, net, objective, lists, clip, done)
 
     if first == run.last:  # resumed at its end: a kill may have come before the export
         run.export(objective, done)
-    found = accuracies(run, net, objective, lists, clip) if done == args.steps else {}
-    if found:
-        run.log({"step": done} | found)
+    found = accuracies(run, net, objective, lists, clip, done) if done == args.steps else {}
     knn = {"knn_acc": found.get("knn_acc"), "random_knn": meter.state["random_knn"]}
     run.finish(meter.summary(done, found.get("probe_acc")) | knn)
 

@@ -18,6 +18,11 @@ Ebar is what is exported and probed (encoder.safetensors); one class, VJEPA, has
 The second half of the file is FWM-HW-LD (Adhikari 2026): terms that are added to this loss, off by
 default. assets/vjepa.md: every flag at work, what the log says, results, deviations.
 """
+import signal
+
+if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import copy
 import dataclasses
@@ -236,7 +241,8 @@ def help_page(defaults):
     return "\n".join(lines)
 
 
-ARGS = parse_args() if __name__ == "__main__" else None  # before torch: --help is instant
+if __name__ == "__main__":
+    ARGS = parse_args()  # before torch: --help is instant
 
 import numpy as np
 import torch
@@ -739,10 +745,7 @@ def main(args):
         memory = run.activations(max(objective.values(*masks) for masks in samples), 16)
         return dry_run(run, objective, flops * args.batch_size, memory)
     lists = probe_lists(args)
-    clip = data.Clip(
-        frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
-        scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip, clips=args.clips_per_video,
-        short=args.short)
+    clip = run.clip()
     sources = run.sources()
     run.continue_from(objective)
     run.open(__file__, sources)
@@ -800,25 +803,23 @@ def main(args):
         done = step + 1
         meter.after_step(done)
 
-        # 4. log, pictures, probe, checkpoint
+        # 4. log, pictures, checkpoint, probe
         # the window is empty where every step since the last line was skipped
         if run.due(args.log_every, done) and meter.state["window"]:
             run.log(meter.line(done, rates, grad_norm, health(tokens)))
         if run.due(args.sample_every, done):
             run.mask_picture(net, x, context, objective.encoder.grid, done)
-        if args.probe_every and done % args.probe_every == 0 and done < args.steps:
-            run.log({"step": done, "probe_acc": run.accuracy(net, lists, clip)})
-        if run.saves(done):
+        if meter.saves(done, net, x, context, hidden):
             run.save(done, net, optimizer, meter.state)
             run.export(objective, done)
         if run.stop:
             break
+        if run.probes(done):
+            run.accuracy(net, lists, clip, done)
 
     if first == run.last:  # resumed at its end: a kill may have come before the export
         run.export(objective, done)
-    probe_acc = run.accuracy(net, lists, clip) if done == args.steps else None
-    if probe_acc is not None:
-        run.log({"step": done, "probe_acc": probe_acc})
+    probe_acc = run.accuracy(net, lists, clip, done) if done == args.steps else None
     run.finish(meter.summary(done, probe_acc))
 
 

@@ -55,7 +55,8 @@ def call(capsys):
     A process of its own takes three seconds to start."""
 
     def run_here(script, *flags):
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+        handlers = {number: signal.getsignal(number) for number in numbers}
         try:
             script.main(script.parse_args([str(flag) for flag in flags]))
         finally:

@@ -22,13 +22,16 @@ MAIN_LINES = 120  # its loop: FUNCTION_LINES
 MAINS = ("main", "train")  # SALT's train is the main of a stage
 SLACK = 1.05
 BUDGETS = {
-    "model.py": 15_400,  # the run, said once: log, checkpoints, meter, probes, pictures, dry run
+    # the run, said once: log, checkpoints, meter, probes, pictures, dry run; 750 for faults as users
+    # meet them: consoles, signals to groups, checkpoints that are good, run folders with code in them
+    "model.py": 16_200,
     "train_vjepa.py": 6_250,  # 250: --flops, --init_optimizer, --decay, hw_share, laptop_fwm
     "train_salt.py": 4_050,
     "train_tdv.py": 8_000,
     "train_mae4d.py": 3_400,
-    # far over the 16,000 of the plan: any container right, lists that share memory, names, datasets
-    "data.py": 24_200,
+    # far over the 16,000 of the plan: any container right, lists that share memory, names, datasets,
+    # what is lost is told
+    "data.py": 24_600,
 }
 
 CODE = {"NAME", "OP", "NUMBER", "STRING", "FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END"}
