@@ -775,6 +775,9 @@ class Console(io.FileIO):
 def keep_console():
     """From now on print() cannot fail."""
     for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:  # closed from the start
+            setattr(sys, name, open(os.devnull, "w"))
+            continue
         stream = io.BufferedWriter(Console(number, "w", closefd=False))
         stream = io.TextIOWrapper(stream, errors="backslashreplace", line_buffering=True)
         setattr(sys, name, stream)
@@ -1081,7 +1084,10 @@ class Run:
         """
         if not self.args.resume:
             return f"{self.out} holds a run: --resume continues it, another --out_dir starts afresh"
-        old = json.loads(file.read_text())["config"]
+        try:
+            old = json.loads(file.read_text())["config"]
+        except ValueError:
+            return f"{file} is damaged: it is not JSON"
         if old.get("data_hash") != config["data_hash"] and not self.args.new_data:
             return (f"{self.out} was started with other data than {' '.join(self.args.data)}: "
                     "files, sizes or labels differ; --new_data goes on with these")

@@ -888,6 +888,19 @@ def test_a_run_folder_may_not_name_any_module_as_its_script(whole, tmp_path):
         P.restore(P.Args("physics", encoder=str(out)), torch.device("cpu"))
 
 
+def test_a_cut_config_is_named(call, whole, tmp_path):
+    out = copy_of(whole, tmp_path)
+    (out / "config.json").write_text((out / "config.json").read_text()[:100])
+    with pytest.raises(M.UserError, match="config.json is damaged"):
+        call(V, *TINY, "--resume", "--out_dir", out)
+
+
+def test_a_console_that_was_never_there_is_no_reason_to_stop(tmp_path):
+    command = [sys.executable, "train_vjepa.py", *TINY, "--workers", "0", "--out_dir", str(tmp_path / "out")]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], cwd=ROOT, timeout=120)
+    assert done.returncode == 0 and M.newest(tmp_path / "out").name == "step_00000006"
+
+
 def test_without_ffmpeg_video_names_the_cure_and_the_world_still_trains(train, pictures, tmp_path):
     """Injected: a torchcodec that fails to load as it does without FFmpeg's libraries."""
     (tmp_path / "torchcodec").mkdir()
