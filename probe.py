@@ -2956,6 +2956,8 @@ def halves(args, runs, device):
         encoder, config = load(replace(args, encoder=run))
         clip = replace(clip_of(args, config), train=False)
         layers = (args.layer or config.get("depth", 0),)
+        if clip.frames < 2 * (1 if config["images"] else config["tubelet"]):
+            raise data.DataError(f"--frames {clip.frames}: {run} makes no two slices of them")
         try:
             features = Features(
                 args,
@@ -2969,8 +2971,6 @@ def halves(args, runs, device):
         except ValueError as error:
             raise data.DataError(f"{run} cannot take these clips: {error}") from error
         slices, high, wide = features.grid
-        if slices < 2:
-            raise data.DataError(f"--frames {clip.frames}: {run} makes no two slices of them")
         batches = features.batches(rows, args.micro_batch)
         tokens = [x["video"][:, 0].cpu() for x, _, some in batches if len(some)]
         if not tokens:
