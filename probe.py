@@ -1,34 +1,44 @@
-"""Probe a frozen encoder: train a small head on its features, and on nothing else, to see what they hold.
+"""Probe a frozen encoder: train a small head on its features, and on nothing else, to see what they
+hold.
 
-    tokens = E(x), no gradient                      (B,3,T,H,W) -> (B,N,D); the tokens of a video's S temporal clips are one sequence (B,S*N,D)
-    attentive   q + Attn(q, LN(tokens)), then z + MLP(LN(z)), then Linear      q: one learned query (V-JEPA, appendix B.1)
-    attentive4  three self-attention blocks over all tokens, then the same     a grid of rates and decays, trained at once (V-JEPA 2, SALT)
-    linear      Linear on the standardised mean over tokens
-    knn         the 20 nearest training clips by cosine of that mean vote with weight exp(cos / 0.07); nothing is trained
-    pose, points, boxes, depth, segment, flow, stereo, detect: table DENSE, by 4DS's protocol (A.2): head(tokens, what is asked) -> loss against dense labels
-    physics     nothing is trained: mean |P(E(first frames), ids of the later ones) - h|, higher on the impossible video of a pair?
+    tokens = E(x), no gradient         (B,3,T,H,W) -> (B,N,D); a video's S temporal clips are one
+                                       sequence (B,S*N,D)
+    classify --head attentive    q + Attn(q, LN(tokens)), then z + MLP(LN(z)), then Linear
+                                 q: one learned query (V-JEPA, appendix B.1)
+             --head attentive4   three self-attention blocks over all tokens, then the same; a grid
+                                 of rates and decays, trained at once (V-JEPA 2, SALT)
+             --head linear       Linear on the standardised mean over tokens
+             --head ridge        the same in closed form, its penalty by leave-one-out: few labels
+             --head knn          the 20 nearest training clips by cosine of that mean vote with
+                                 weight exp(cos / 0.07); nothing is trained
+             --head readout      4DS's readout, as for all tasks of space and time
+    pose, points, boxes, depth, segment, flow, stereo, detect
+                                 by 4DS's protocol (A.2), a class each: labels, head, loss, metric
+    physics                      nothing is trained: is the impossible video of a pair the one whose
+                                 later frames are foretold worse?
 
-    python probe.py classify --encoder out/laptop/encoder.safetensors --data world --head attentive
-    python probe.py classify --encoder random:out/laptop/encoder.safetensors --data world --head attentive      before any learning
-    python probe.py classify --encoder pixels:diff --data world --head linear                                   without any encoder
-    python probe.py all --encoder out/laptop --data world --seeds 0 1 2             every task, one table: all.md, all.json, radar.png, a picture a task
-    python probe.py depth --encoder vitl.pt --train scannet_train.txt --val scannet_val.txt            or --finetune 4ds
-    python probe.py compare out/*                                               a table of finished runs, with differences to the first
-    python probe.py plot --runs out/laptop out/laptop_salt out/laptop_salt/stage1                   accuracy against loss and FLOPs
-    python probe.py classify --encoder vitl.pt --train k400_train.csv --val k400_val.csv --head attentive4 --segments 8 --views 3 --train_passes 20
+    python probe.py classify --encoder out/laptop --data world --head attentive
+    python probe.py classify --encoder random:out/laptop --data world       before any learning
+    python probe.py classify --encoder pixels:diff --data world --head linear    without an encoder
+    python probe.py all --encoder out/laptop --data world --seeds 0 1 2     every task, one table
+    python probe.py depth --encoder vitl.pt --train scannet_train.txt --val scannet_val.txt
+    python probe.py predict --head out/probe/head.safetensors --data my_videos/ --out called.csv
+    python probe.py features --encoder out/laptop --data my_videos/ --out features.npz
+    python probe.py compare out/*                                           a table of finished runs
+    python probe.py plot --runs out/laptop out/laptop_salt                  accuracy against loss
 
-Accuracy is a mean over all rows of the val list, where a video that cannot be read counts as wrong. The best head of a grid is chosen on videos
-held out of the train list; val is looked at once, by that head. The last line on stdout is one JSON object; out_dir/probe.jsonl adds the
-accuracy of each class and the confusion matrix. Compare encoders with the same head only: attentive learns a good deal from random weights (the
-world: 69 % against 15 % for linear). attentive4 trains 20 heads as big as a small encoder: without a GPU give it one --grid_lr and one --grid_wd.
+Accuracy is a mean over all rows of the val list, where a video that cannot be read counts as wrong.
+The best head of a grid is chosen on videos held out of the train list; val is looked at once, by
+that head. The last line on stdout is one JSON object; out_dir/probe.jsonl adds the accuracy of each
+class and the confusion matrix. Compare encoders with the same head only: attentive learns a good
+deal from random weights (the world: 69 % against 15 % for linear). attentive4 trains 20 heads as
+big as a small encoder: without a GPU give it one --grid_lr and one --grid_wd.
+
+A new task is one class, below Task.
 """
-import signal
-
-if __name__ == "__main__":                                      # Ctrl-C leaves without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import copy
-import dataclasses
+import csv
+import functools
 import hashlib
 import importlib
 import itertools
@@ -37,110 +47,155 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import tempfile
 import time
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":  # Ctrl-C leaves without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import tyro
 
 
-@dataclasses.dataclass
+@dataclass
 class Args:
     """Defaults are V-JEPA's (appendix B.1, Table 6) unless the comment names another source."""
-    task: tyro.conf.Positional[Literal["classify", "pose", "points", "boxes", "depth", "segment", "flow", "stereo", "detect", "physics", "all",
-                                       "plot", "compare"]]       # a row of TASKS
+    task: tyro.conf.Positional[Literal[
+        "classify", "pose", "points", "boxes", "depth", "segment", "flow", "stereo", "detect",
+        "physics", "all", "predict", "features", "plot", "compare"]]  # a row of COMMANDS
     # encoder
-    encoder: str = ""                  # a weight file or the folder of a run or HF model; random:vit_s or random:PATH for random weights; pixels:frame or pixels:diff for none
-    layer: int = 0                     # blocks to run before reading out; 0: what the encoder's file says, else all of them and the final norm
-    heads: int = 0                     # attention heads of an encoder whose file and size do not tell them
-    pool: Literal["mean", "cls"] = "mean"   # for linear and knn: the mean over patch tokens, or the CLS token of an encoder that has one
-    runs: tuple[str, ...] = ()         # plot, compare: folders of training runs; the word --runs may be left out
-    baseline: str = ""                 # compare: the run that the others are compared with; empty: the first
+    # a weight file or the folder of a run or HF model; random:vit_s or random:PATH for random
+    # weights; pixels:frame or pixels:diff for none
+    encoder: str = ""
+    # blocks to run before reading out; 0: what the encoder's file says, else all and the final norm
+    layer: int = 0
+    heads: int = 0  # attention heads of an encoder whose file and size do not tell them
+    # for linear, ridge and knn: the mean over patch tokens, or the CLS token of an encoder with one
+    pool: Literal["mean", "cls"] = "mean"
+    runs: tuple[str, ...] = ()  # plot, compare: folders of runs; the word --runs may be left out
+    baseline: str = ""  # compare: the run that the others are compared with; empty: the first
     # data
-    data: str = ""                     # world: both splits of the built-in world, instead of --train and --val
-    train: str = ""                    # list of `path label` lines
-    val: str = ""                      # list of `path label` lines with no other labels than those of --train
-    train_clips: int = 2000            # of the built-in world, which has 2048
-    val_clips: int = 1000              # 1024
-    frames: int = 0                    # frames per clip; 0, here and in the next three: what the encoder's file says, else 16, 4, -, 224
-    stride: int = 0                    # video frames between two frames of a clip
-    fps: float = 0.0                   # sample by time stamp at this rate instead
-    size: int = 0                      # pixels
-    segments: int = 1                  # temporal clips per video, their tokens joined in one sequence (8 on K400; V-JEPA 2: 2 on SSv2)
-    views: int = 1                     # spatial crops per clip in evaluation, softmax averaged over them (3)
-    train_passes: int = 0              # n: n passes of random crops, flips and starts, epoch e reads pass e mod n (20: the paper's)
-    crop_scale: tuple[float, float] = (0.08, 1.0)    # area of the random resized crop of --train_passes
-    crop_ratio: tuple[float, float] = (0.75, 1.33)   # its aspect ratio
-    flip: bool = True                  # horizontal flip of half of the clips of --train_passes
+    # world: both splits of the built-in world, instead of --train and --val. predict, features: any
+    # list, folder or video, labelled or not
+    data: str = ""
+    train: str = ""  # list of `path label` lines
+    val: str = ""  # list of `path label` lines with no other labels than those of --train
+    train_clips: int = 2000  # of the built-in world, which has 2048
+    val_clips: int = 1000  # 1024
+    # frames per clip; 0, here and in the next three: what the encoder's file says, else 16, 4, -,
+    # 224
+    frames: int = 0
+    stride: int = 0  # video frames between two frames of a clip
+    fps: float = 0.0  # sample by time stamp at this rate instead
+    size: int = 0  # pixels
+    # videos that are too short for a clip: repeat their last frame, loop them, spread the frames
+    # evenly, or count them as damaged
+    short: Literal["repeat", "loop", "spread", "error"] = "repeat"
+    # temporal clips per video, joined in one sequence (8 on K400; V-JEPA 2: 2 on SSv2)
+    segments: int = 1
+    views: int = 1  # spatial crops per clip in evaluation, softmax averaged over them (3)
+    # n: n passes of random crops, flips and starts, pass e mod n in turn (20: the paper's)
+    train_passes: int = 0
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop of --train_passes
+    crop_ratio: tuple[float, float] = (0.75, 1.33)  # its aspect ratio
+    flip: bool = True  # horizontal flip of half of the clips of --train_passes; of classify
     # head
-    head: Literal["attentive", "attentive4", "linear", "knn", "readout"] = "attentive"     # of classify; readout: 4DS's, with the flags of space and time
-    grid_lr: tuple[float, ...] = ()    # learning rates; empty: those of HEADS; of space and time 4DS's 1e-4, 3e-4 and 1e-3 (world: 2e-3)
-    grid_wd: tuple[float, ...] = ()    # weight decays; each pair is one head, all are trained at once. Space and time have one: 1e-4
-    holdout: float = 0.1               # share of the train videos that chooses among them; nothing is held out where there is no choice
-    group: str = ""                    # regular expression: videos whose paths match with the same text are held out together (a person: "user\\d+")
-    epochs: int = 20
-    batch_size: int = 0                # videos; 0: 32 for space and time, else the paper's 256, less (a multiple of 16) for lists that would give fewer than 32 steps an epoch
-    seed: int = 0                      # random weights, held-out videos, order, initial heads
+    # of classify: attentive, attentive4, linear, ridge, knn or readout; of predict: a head's file
+    head: str = "attentive"
+    # learning rates; empty: those of HEADS; of space and time 4DS's 1e-4, 3e-4, 1e-3 (world: 2e-3)
+    grid_lr: tuple[float, ...] = ()
+    grid_wd: tuple[float, ...] = ()  # weight decays; each pair is one head, all are trained at once
+    holdout: float = 0.1  # share of the train videos that chooses among the heads
+    # regular expression: videos whose paths match with the same text are held out together (a
+    # person: "user\\d+")
+    group: str = ""
+    epochs: int = 20  # of classify, but for readout
+    # videos; 0: 32 for readouts, else the paper's 256, less (a multiple of 16) for lists that would
+    # give fewer than 32 steps an epoch
+    batch_size: int = 0
+    seed: int = 0  # random weights, held-out videos, order, initial heads
     # tasks of space and time (4DS, appendix A), and all
-    steps: int = 0                     # 0: 40,000, fine-tuning 20,000, on the world 600; the first tenth, at most 1000, warms up. Batches are of 32
-    width: int = 0                     # of the readout; 0: the paper's (768 to 1024), on the world 128 and for convolutions 64
-    resample: int = 0                  # moments to which tokens are interpolated in time (16: 4DS's); 0: as many as there are
-    classes: int = 0                   # of segment; 0: up to the highest in the labels of 512 train clips
-    finetune: Literal["", "4ds", "vjepa"] = ""     # train the encoder, too: at 0.003 of the head's rate, or 0.8 of it for every layer in between
-    context: tuple[int, ...] = ()      # physics: frames that are seen, of each window as long as a training clip; the rest is foretold. Empty: half
-    tasks: tuple[str, ...] = ()        # all: only these
-    seeds: tuple[int, ...] = ()        # all: run each task for each of these; empty: --seed
+    # 0: 40,000, fine-tuning 20,000, on the world 600; the first tenth, at most 1000, warms up
+    steps: int = 0
+    # of the readout; 0: the paper's (768 to 1024), on the world 128 and for convolutions 64
+    width: int = 0
+    resample: int = 0  # moments to which tokens are interpolated in time (16: 4DS's); 0: none
+    classes: int = 0  # of segment; 0: up to the highest in the labels of 512 train clips
+    # train the encoder, too: at 0.003 of the head's rate, or 0.8 of it for every layer in between
+    finetune: Literal["", "4ds", "vjepa"] = ""
+    # physics: frames that are seen, of each window as long as a training clip; the rest is
+    # foretold. Empty: half
+    context: tuple[int, ...] = ()
+    tasks: tuple[str, ...] = ()  # all: only these
+    seeds: tuple[int, ...] = ()  # all: run each task for each of these; empty: --seed
+    # predict (.csv, .npz), features (.npz, .safetensors, .csv)
+    out: str = ""  # the file to write
+    tokens: bool = False  # features: all tokens of a video instead of one vector
+    windows: float = 0.0  # features: a vector for each part of a video, of about so many seconds
     # the run
-    out_dir: str = "out/probe"         # probe.jsonl grows by a line a run; confusion.png is the last run's (row: class, column: called)
-    cache_dir: str = ""                # features, found again by content; empty: out_dir/features. Delete its files at any time
-    cache_gb: float = 50.0             # features, and labels in memory (40 % of it at most), beyond this, or 90 % of the free disk, are made anew in each epoch
-    micro_batch: int = 16              # clips per forward pass of the encoder, videos per pass of the heads; their gradients are accumulated
-    workers: int = -1                  # loader processes; -1: what the machine has
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"   # auto: bf16 on a GPU, fp32 on a CPU
-    device: str = ""                   # empty: cuda where there is one
+    out_dir: str = "out/probe"  # probe.jsonl grows by a line a run; pictures are the last run's
+    # features, found again by content; empty: out_dir/features. Delete its files at any time
+    cache_dir: str = ""
+    # features and labels of as many videos as fit are stored, on 90 % of the free disk at most;
+    # those of the rest are made anew in each epoch
+    cache_gb: float = 50.0
+    # clips per pass of the encoder, videos per pass of the heads; their gradients are accumulated
+    micro_batch: int = 16
+    workers: int = -1  # loader processes; -1: what the machine has
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    device: str = ""  # empty: cuda where there is one
 
 
-def parse_args():
-    words = sys.argv[1:]
+def parse_args(words=None):
+    words = sys.argv[1:] if words is None else words
     if words[:1] in (["plot"], ["compare"]) and words[1:] and not words[1].startswith("-"):
-        words.insert(1, "--runs")
+        words = [words[0], "--runs", *words[1:]]
     return tyro.cli(Args, args=words, description=__doc__)
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()                                         # before torch is imported, so that --help is instant
+    ARGS = parse_args()  # before torch is imported, so that --help is instant
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-import data as D
-import model as M
+import data
+import model
 
-# --- heads: tokens (B,N,D) -> logits (B,classes) ---
+# --- heads of classification: tokens (B,N,D) -> logits (B,classes) --------------------------------
 
 
 class Attentive(nn.Module):
-    """The cross-attention block of V-JEPA's classifier, after `depth` self-attention blocks. The query is projected and has a residual; the
-    attention has no output projection. With one query, Wk is applied to the query and Wv to the pooled tokens instead of both to all N tokens:
-    the same function in 2*heads*N*D multiply-adds instead of 2*N*D*D. A bias on the keys would shift all scores alike: there is none."""
+    """The cross-attention block of V-JEPA's classifier, after `depth` self-attention blocks. The
+    query is projected and has a residual; the attention has no output projection. With one query,
+    Wk is applied to the query and Wv to the pooled tokens instead of both to all N tokens: the same
+    function in 2*heads*N*D multiply-adds instead of 2*N*D*D. A bias on the keys would shift all
+    scores alike: there is none."""
 
     def __init__(self, width, classes, heads, depth):
         super().__init__()
         self.heads = heads
-        self.blocks = nn.ModuleList(M.Block(width, heads, 4 * width) for _ in range(depth))
+        self.blocks = nn.ModuleList(model.Block(width, heads, 4 * width) for _ in range(depth))
         self.query = nn.Parameter(torch.empty(width))
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.q, self.v = nn.Linear(width, width), nn.Linear(width, width)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.q = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
         self.k = nn.Parameter(torch.empty(width, width))
-        self.mlp = M.Mlp(width, 4 * width, "gelu")
+        self.mlp = model.Mlp(width, 4 * width, "gelu")
         self.linear = nn.Linear(width, classes)
-        M.init_weights(self, self.blocks)
+        model.init_weights(self, self.blocks)
         for p in (self.query, self.k):
             nn.init.trunc_normal_(p, std=0.02)
         with torch.no_grad():
@@ -150,529 +205,113 @@ class Attentive(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.norm1(x)
-        per_head = lambda w: w.view(self.heads, -1, x.shape[-1])                                        # (D,D) -> (heads, D/heads, D)
-        q = torch.einsum("hd,hdc->hc", self.q(self.query).view(self.heads, -1), per_head(self.k))       # (heads, D)
-        scores = torch.einsum("bnc,hc->bhn", x, q) / math.sqrt(x.shape[-1] / self.heads)
-        z = torch.einsum("bhn,bnc->bhc", scores.softmax(-1).to(x.dtype), x)                             # (B, heads, D)
-        z = torch.einsum("bhc,hdc->bhd", z, per_head(self.v.weight)).flatten(1) + self.v.bias           # (B, D)
+        width = x.shape[-1]
+        keys = self.k.view(self.heads, -1, width)                       # (heads, D/heads, D)
+        values = self.v.weight.view(self.heads, -1, width)
+        q = self.q(self.query).view(self.heads, -1)
+        q = torch.einsum("hd,hdc->hc", q, keys)                         # (heads, D)
+        scores = torch.einsum("bnc,hc->bhn", x, q) / math.sqrt(width / self.heads)
+        z = torch.einsum("bhn,bnc->bhc", scores.softmax(-1).to(x.dtype), x)
+        z = torch.einsum("bhc,hdc->bhd", z, values).flatten(1) + self.v.bias    # (B, D)
         z = self.query + z
         return self.linear(z + self.mlp(self.norm2(z)))
 
 
 class Standardised(nn.Module):
-    """Linear on (x - mean) / std, the statistics being those of the training features."""
+    """Linear on (x - mean) / std of the mean over tokens, by statistics of the train features."""
 
-    def __init__(self, x, classes):
+    def __init__(self, width, classes):
         super().__init__()
-        self.register_buffer("mean", x.mean(0))
-        self.register_buffer("std", x.std(0) + 1e-6)
-        self.linear = nn.Linear(x.shape[1], classes)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+        self.linear = nn.Linear(width, classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+
+    def start(self, x, y, penalty):
+        """x (n,D) pooled train features, y (n,) their classes."""
+        self.mean = x.mean(0)
+        self.std = x.std(0) + 1e-6
 
     def forward(self, x):
         return self.linear((x.mean(1) - self.mean) / self.std)
 
 
-class Neighbours(nn.Module):
-    """Log votes of the k nearest training features by cosine s, each with weight exp(s / T); softmax gives their shares. Nothing to train."""
+class Ridge(Standardised):
+    """The same in closed form: squared error on one-hot classes, penalty in units of n."""
 
-    def __init__(self, x, y, classes, k=20, T=0.07):
+    @torch.no_grad()
+    def start(self, x, y, penalty):
+        super().start(x, y, penalty)
+        x = ((x - self.mean) / self.std).double()
+        target = F.one_hot(y, len(self.linear.bias)).double()
+        centre = target.mean(0)
+        u, s, v = torch.linalg.svd(x, full_matrices=False)
+        shrunk = s / (s**2 + penalty * len(x))
+        weight = (target - centre).T @ u                                # (classes, n)
+        self.linear.weight.copy_((weight * shrunk) @ v)
+        self.linear.bias.copy_(centre)
+        self.requires_grad_(False)
+
+
+class Neighbours(nn.Module):
+    """Log votes of the k nearest training features by cosine s, each with weight exp(s / T);
+    softmax gives their shares. Nothing to train."""
+
+    def __init__(self, width, classes, k=20, T=0.07):
         super().__init__()
-        self.x, self.votes, self.k, self.T = F.normalize(x.double(), dim=1), F.one_hot(y, classes).double(), min(k, len(x)), T
+        self.k = k
+        self.T = T
+        self.register_buffer("x", torch.zeros(0, width, dtype=torch.double))
+        self.register_buffer("votes", torch.zeros(0, classes, dtype=torch.double))
+
+    def start(self, x, y, penalty):
+        self.x = F.normalize(x.double(), dim=1)
+        self.votes = F.one_hot(y, self.votes.shape[1]).double()
 
     def forward(self, x):
-        s, i = (F.normalize(x.mean(1).double(), dim=1) @ self.x.T).topk(self.k, 1)
+        x = F.normalize(x.mean(1).double(), dim=1)
+        s, i = (x @ self.x.T).topk(min(self.k, len(self.x)), 1)
         return torch.einsum("bk,bkc->bc", (s / self.T).softmax(1), self.votes[i]).log()
 
 
-# pooled: features are one vector a clip. build: a head from its width, classes, the encoder's heads, the pooled training features and their labels
-HEADS = {
-    "attentive": dict(pooled=False, build=lambda width, classes, heads, x, y: Attentive(width, classes, heads, 0), lr=(1e-3,), wd=(0.01,)),
-    "attentive4": dict(pooled=False, build=lambda width, classes, heads, x, y: Attentive(width, classes, 16, 3),
-                       lr=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4), wd=(0.8, 0.4, 0.1, 0.01)),
-    "linear": dict(pooled=True, build=lambda width, classes, heads, x, y: Standardised(x, classes), lr=(1e-2, 3e-3, 1e-3, 3e-4), wd=(0.1, 0.01)),
-    "knn": dict(pooled=True, build=lambda width, classes, heads, x, y: Neighbours(x, y, classes), lr=(), wd=()),
-}
 
-# --- features ---
-
-
-class Pixels(nn.Module):
-    """What needs no encoder: 24x16 grey pixels of the first frame, or their absolute differences between frames, as a single token."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, x, blocks=None):
-        grey = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(1)                         # (B,T,H,W)
-        small = F.adaptive_avg_pool2d(grey, (16, 24))
-        return (small[:, :1] if self.kind == "frame" else small.diff(dim=1).abs()).flatten(1)[:, None]   # (B,1,D)
-
-
-def load(args):
-    """--encoder -> (module, its config)."""
-    if not args.encoder:
-        raise D.DataError("give --encoder FILE (or random:vit_s, pixels:diff)")
-    if args.encoder in ("pixels:frame", "pixels:diff"):
-        return Pixels(args.encoder[7:]), dict(model=args.encoder, mean=[0.0] * 3, std=[1.0] * 3, **(dict(frames=8, size=32) if args.data else {}))
-    override = ({"seed": args.seed} if args.encoder.startswith("random:") else {}) | ({"heads": args.heads} if args.heads else {})
-    try:
-        return M.load_encoder(args.encoder, **override)
-    except ValueError as e:
-        raise D.DataError(f"--encoder {e}") from e
-
-
-class Features:
-    """The frozen features of a list's videos, (V, S*N, D) each, by row: read from disk after store(), else computed at every use.
-    Turn t is the t-th random pass over the list; where nothing is random there is one turn. key: what of a dense batch is encoded ("video" or
-    "right"), for tasks of space and time: tokens without CLS, layer may be a tuple. grad: for fine-tuning."""
-
-    def __init__(self, args, encoder, config, source, layer, clip, device, key=None):
-        self.args, self.encoder, self.config, self.source, self.layer, self.clip, self.device = args, encoder, config, source, layer, clip, device
-        self.key, self.grad = key, False
-        self.bf16 = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
-        self.pooled = key is None and HEADS[args.head]["pooled"]
-        self.turns = max(1, args.train_passes) if clip.train else 1
-        self.stored, self.bad = None, {}
-        clips, pixels = clip.segments * clip.views, (clip.frames, clip.size, clip.size, 3)
-        blank = {"video": torch.zeros(1, *pixels, dtype=torch.uint8).expand(clips, *pixels), "flip": torch.zeros(clips, dtype=torch.bool)}
-        self.shape = tuple(self.encode(blank, 1).shape[1:])
-        self.type = np.float32 if self.pooled else np.float16                       # pooled vectors are small
-        self.bytes = self.turns * len(source) * math.prod(self.shape) * self.type().itemsize
-
-    def seed(self, turn):
-        return self.args.seed * 1000 + turn
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def encode(self, batch, videos):
-        """A batch of videos*S*V clips -> (videos, V, S*N, D), or (videos, V, 1, D) pooled, float32 on the device."""
-        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
-            return self.encoded(batch, videos)
-
-    def encoded(self, batch, videos):
-        parts = []
-        for some in torch.arange(len(batch["video"])).split(self.args.micro_batch):
-            x = D.prepare({k: batch[k][some] for k in ("video", "flip")}, self.device, self.config["mean"], self.config["std"])
-            with self.autocast():
-                z = self.encoder(x, blocks=self.layer or None).float()         # (b, N, D)
-            cls = int(self.config.get("cls", False)) * (x.shape[2] if self.config.get("images") else 1)         # of an image encoder: one a frame
-            if self.key:
-                z = z[:, cls:]
-            elif self.pooled:
-                z = (z[:, :cls] if self.args.pool == "cls" else z[:, cls:]).mean(1, keepdim=True)
-            parts.append(z)
-        z = torch.cat(parts).unflatten(0, (videos, self.clip.segments, self.clip.views)).transpose(1, 2).flatten(2, 3)
-        return z.mean(2, keepdim=True) if self.pooled else z
-
-    def stream(self, rows, size, turn):
-        """Read and encode these rows in order -> (features (b, V, S*N, D), ok (b,)), `size` videos at a time. A bad video is told once."""
-        how = dict(rows=rows, batch_size=size, workers=self.args.workers, seed=self.seed(turn))
-        others = [self.key] if self.key == "right" else []
-        for batch in dense_batches(self.source, self.clip, others, **how) if self.key else D.eval_batches(self.source, self.clip, **how):
-            batch["video"] = batch[self.key or "video"]
-            for path, reason in batch["bad"]:
-                self.bad[path] = reason
-                if len(self.bad) == len(set(self.source.paths)):
-                    raise D.DataError(f"{self.source.name}: no video can be read; the last one: {reason}")
-            yield self.encode(batch, len(batch["label"])), batch["ok"].numpy()
-
-    def name(self, turn):
-        """A hash of all that the features depend on: weights, config, list and files, clip settings, and the pixels that these give for one video."""
-        a, clip = self.args, dataclasses.asdict(self.clip)
-        facts = [self.config, self.layer, self.key, self.pooled and a.pool, self.bf16, clip, self.clip.train and self.seed(turn), D.fingerprint([self.source])]
-        digest = hashlib.sha256(json.dumps(facts).encode())
-        for key, value in sorted(self.encoder.state_dict().items()):
-            digest.update(key.encode() + value.cpu().numpy().tobytes())
-        one = next(iter(D.eval_batches(self.source, self.clip, rows=[0], batch_size=1, seed=self.seed(turn))))
-        digest.update(one["video"].numpy().tobytes() + one["flip"].numpy().tobytes())
-        return digest.hexdigest()[:32]
-
-    def store(self, folder):
-        """Open the turns' features in this folder, computing what is not there. NAME.npy is renamed into place; NAME.json comes last and says so."""
-        self.stored, self.ok = [], []
-        for turn in range(self.turns):
-            file = folder / f"{self.name(turn)}.npy"
-            note, temp = file.with_suffix(".json"), file.with_suffix(f".{os.getpid()}")
-            if not note.exists():
-                try:
-                    with open(temp, "wb") as f:             # not a memory map: on a full disk write() raises, a map kills the process
-                        shape, ok = (len(self.source), *self.shape), []
-                        np.lib.format.write_array_header_1_0(f, {"descr": np.dtype(self.type).str, "fortran_order": False, "shape": shape})
-                        for z, good in self.stream(np.arange(len(self.source)), self.args.micro_batch, turn):
-                            z = z.cpu().numpy().astype(self.type)
-                            if not np.isfinite(z[good]).all():
-                                raise D.DataError(f"features are not finite in {self.type.__name__}; --cache_gb 0 keeps them in float32")
-                            f.write(z.tobytes())
-                            ok += good.tolist()
-                        f.flush()
-                        os.fsync(f.fileno())
-                    os.replace(temp, file)
-                    temp.write_text(json.dumps({"ok": ok, "bad": self.bad}))
-                    os.replace(temp, note)
-                finally:
-                    temp.unlink(missing_ok=True)
-            note = json.loads(note.read_text())
-            self.bad |= note["bad"]
-            self.ok.append(np.array(note["ok"]))
-            self.stored.append(np.load(file, mmap_mode="r"))
-
-    def batches(self, rows, size, turn=0):
-        """For every `size` of these rows, yield (features (b, V, S*N, D) float32 on the device, rows (b,)) of those that can be read."""
-        turn, parts = turn % self.turns, [rows[i : i + size] for i in range(0, len(rows), size)]
-        if self.stored is None:
-            for part, (z, ok) in zip(parts, self.stream(rows, size, turn)):
-                yield z[torch.from_numpy(ok).to(z.device)], part[ok]
-        else:
-            for part in parts:
-                part = part[self.ok[turn][part]]
-                yield torch.from_numpy(self.stored[turn][part]).to(self.device).float(), part
-
-
-# --- training and scoring ---
-
-
-def train_heads(heads, grid, features, rows, labels, args, batch_size):
-    """Train one head for each (lr, wd) of the grid on the same batches: AdamW, cosine to 0 without warm-up. labels: of the whole list."""
-    groups = [dict(g, lr=lr, peak=lr) for head, (lr, wd) in zip(heads, grid) for g in M.param_groups(head, wd)]
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    shuffle, step, steps = np.random.default_rng(args.seed), 0, args.epochs * math.ceil(len(rows) / batch_size)
-    micro = batch_size if batch_size <= args.micro_batch else math.gcd(batch_size, args.micro_batch)
-    for epoch in range(args.epochs):
-        parts = math.ceil(len(rows) / micro)
-        for i, (x, part) in enumerate(features.batches(shuffle.permutation(rows), micro, epoch), 1):
-            y = torch.from_numpy(labels[part]).to(x.device)
-            for head in heads:                                  # one backward pass each: the activations of one head at a time
-                with features.autocast():
-                    loss = F.cross_entropy(head(x[:, 0]).float(), y, reduction="sum") / batch_size
-                loss.backward()
-            if i * micro % batch_size == 0 or i == parts:
-                for group in groups:
-                    group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-
-
-@torch.inference_mode()
-def predict(heads, features, rows, classes):
-    """Class probabilities (heads, len(rows), classes), averaged over spatial views, and which of these sorted rows could be read."""
-    p, seen = torch.zeros(len(heads), len(rows), classes), np.zeros(len(rows), bool)
-    for x, part in features.batches(rows, features.args.micro_batch):
-        at = np.searchsorted(rows, part)
-        seen[at] = True
-        for g, head in enumerate(heads):
-            with features.autocast():
-                p[g, at] = head(x.flatten(0, 1)).float().softmax(-1).view(*x.shape[:2], classes).mean(1).cpu()
-    return p.nan_to_num().numpy(), seen                         # a head that diverged calls everything the same
-
-
-def score(p, seen, labels):
-    """p (n, classes), seen (n,), labels (n,) -> top-1, top-5, accuracy of each class (None: has no clips), confusion (classes, classes + 1): rows
-    are classes, columns what they were called, the last column what could not be read. Of equal probabilities the lower class is called."""
-    order = np.argsort(-p, axis=1, kind="stable")
-    called = np.where(seen, order[:, 0], p.shape[1])
-    confusion = np.zeros((p.shape[1], p.shape[1] + 1), int)
-    np.add.at(confusion, (labels, called), 1)
-    per_class = [float(confusion[c, c] / n) if n else None for c, n in enumerate(confusion.sum(1))]
-    top5 = (order[:, :5] == labels[:, None]).any(1) & seen
-    return float((called == labels).mean()), float(top5.mean()), per_class, confusion
-
-
-def hold_out(paths, group, share, seed):
-    """Rows of a list -> (rows to train on, rows held out): whole videos, or whole groups of them, chosen by seed."""
-    matches = [re.search(group, path) if group else None for path in paths]
-    videos, video = np.unique([m.group() if m else path for m, path in zip(matches, paths)], return_inverse=True)
-    held = np.isin(video, np.random.default_rng(seed).permutation(len(videos))[: max(1, round(share * len(videos)))])
-    if held.all():
-        raise D.DataError(f"nothing is left to train on: all {len(paths)} videos are held out (--holdout {share}, --group {group!r})")
-    return np.flatnonzero(~held), np.flatnonzero(held)
-
-
-def fit(args, features, labels, classes):
-    """Train --head -> (head, what was chosen {"lr", "wd", "held_out"}, all that was tried). Of a grid, the pair with the best accuracy on the
-    held-out videos is chosen, the likelihood there deciding between equals. A single pair needs no choice and is trained on all videos."""
-    kind, (rows, held) = HEADS[args.head], (np.arange(len(labels)), np.arange(0))
-    grid = [(lr, wd) for lr in args.grid_lr or kind["lr"] for wd in args.grid_wd or kind["wd"]] if kind["lr"] else [(None, None)]
-    if len(grid) > 1:
-        rows, held = hold_out(features.source.paths or [str(i) for i in range(len(labels))], args.group, args.holdout, args.seed)
-    x = y = None
-    if kind["pooled"]:
-        pairs = [(z[:, 0, 0], torch.from_numpy(labels[part]).to(z.device)) for z, part in features.batches(rows, args.micro_batch)]
-        x, y = map(torch.cat, zip(*pairs))
-    heads = []
-    for _ in grid:                                              # all start alike: they differ in their rates only
-        torch.manual_seed(args.seed)
-        heads.append(kind["build"](features.shape[-1], classes, features.config.get("heads"), x, y).to(features.device))
-    if kind["lr"]:
-        train_heads(heads, grid, features, rows, labels, args, args.batch_size or max(16, min(256, len(rows) // 512 * 16)))
-    tried, best = [{"lr": lr, "wd": wd, "held_out": None} for lr, wd in grid], 0
-    if len(grid) > 1:
-        p, seen = predict(heads, features, held, classes)
-        likelihood = np.log(p[:, np.arange(len(held)), labels[held]] + 1e-9).mean(1)
-        for g, pair in enumerate(tried):
-            pair["held_out"] = score(p[g], seen, labels[held])[0]
-        best = max(range(len(grid)), key=lambda g: (tried[g]["held_out"], likelihood[g]))
-    return heads[best], tried[best], tried
-
-
-# --- tasks ---
-
-
-def lists(args, labelled=True, rooms=False):
-    """The train and the val source. rooms: of the built-in world, the splits for tasks of space."""
-    if (args.data, bool(args.train), bool(args.val)) not in (("world", False, False), ("", True, True)):
-        raise D.DataError("give --train LIST and --val LIST, or --data world")
-    if args.data:
-        splits = ("rooms", "rooms_val") if rooms else ("probe", "val")          # none shares a clip with what encoders are trained on
-        pair = zip(splits, (args.train_clips, args.val_clips))
-        return [dataclasses.replace(source, labels=source.labels[:clips]) for source, clips in ((D.parse_list("world", s), n) for s, n in pair)]
-    train, val = (D.parse_list(spec, labelled=labelled) for spec in (args.train, args.val))
-    return D.match_classes(train, val) if labelled else (train, val)
-
-
-def check_classes(train, val):
-    """The classes of train, in order; val may have no others."""
-    known = np.unique(train.labels)
-    for source, flag in ((train, "--train"), (val, "--val")):
-        for i in np.flatnonzero((source.labels < 0) | ~np.isin(source.labels, known)):
-            name, label = source.paths[i] if source.paths else f"{source.name} {i}", source.labels[i]
-            told = source.classes[label] if source.classes and label >= 0 else label
-            raise D.DataError(f"{flag}: {name}: " + ("no label" if label < 0 else f"label {told} is not in --train, which has {len(known)} classes"))
-    return known
-
-
-def clip_of(args, config):
-    """How clips are taken: as the flags say, else as the encoder's file does."""
-    fps = args.fps or (not args.stride and config.get("fps")) or None
-    return D.Clip(args.frames or config.get("frames", 16), args.stride or config.get("stride", 4), fps, args.size or config.get("size", 224),
-                  args.crop_scale, args.crop_ratio, args.flip, segments=args.segments)
-
-
-def blocks_read(args, config):
-    """How many blocks run before a head reads: --layer, else what the file says, else all. 4DS's says 75 % for frozen classification alone."""
-    frozen_only = None if args.finetune else config.get(f"layer_{args.task}")
-    return args.layer or frozen_only or config.get("layer") or config.get("depth", 0)
-
-
-def frozen(args, train, val, device):
-    """The features of both sources, stored if they fit -> (train, val, blocks run)."""
-    encoder, config = load(args)
-    encoder.to(device).eval().requires_grad_(False)
-    depth, pooled = config.get("depth", 0), HEADS[args.head]["pooled"]
-    if args.layer > depth:
-        raise D.DataError(f"--layer {args.layer}: the encoder has {depth} blocks")
-    layer = blocks_read(args, config)
-    if not pooled and not depth:
-        raise D.DataError(f"--encoder {args.encoder} gives one vector a clip: use --head linear or knn")
-    if pooled and args.pool == "cls" and not config.get("cls", False):
-        raise D.DataError("--pool cls: this encoder has no CLS token")
-    clip = clip_of(args, config)
-    try:
-        both = (Features(args, encoder, config, train, layer, dataclasses.replace(clip, train=args.train_passes > 0), device),
-                Features(args, encoder, config, val, layer, dataclasses.replace(clip, train=False, views=args.views), device))
-    except ValueError as e:
-        raise D.DataError(f"--encoder {args.encoder} cannot take these clips: {e}") from e
-    folder = Path(args.cache_dir or Path(args.out_dir) / "features")
-    folder.mkdir(parents=True, exist_ok=True)
-    if sum(x.bytes for x in both) <= min(args.cache_gb * 1e9, 0.9 * shutil.disk_usage(folder).free):
-        for x in both:
-            x.store(folder)
-    return *both, layer
-
-
-def classify(args, device):
-    """Top-1 and top-5 accuracy on labelled clips."""
-    if args.head == "readout":
-        return space_time(args, device)
-    if args.finetune:
-        raise D.DataError(f"--finetune with --head {args.head}: give --head readout")
-    train, val = lists(args)
-    known, overlap = check_classes(train, val), M.check_overlap(train, val, "--train")
-    train_x, val_x, layer = frozen(args, train, val, device)
-    classes = int(known[-1]) + 1
-    head, chosen, tried = fit(args, train_x, train.labels, classes)
-    p, seen = predict([head], val_x, np.arange(len(val)), classes)
-    top1, top5, per_class, confusion = score(p[0], seen, val.labels)
-    shade, zoom = (255 * confusion / confusion.sum(1, keepdims=True).clip(1)).astype(np.uint8), max(1, 640 // classes)
-    D.save_png(Path(args.out_dir) / "confusion.png", np.kron(shade, np.ones((zoom, zoom), np.uint8))[..., None].repeat(3, 2))
-    majority = float((val.labels == np.bincount(train.labels).argmax()).mean())
-    bad = train_x.bad | val_x.bad
-    result = {"metric": "top1", "value": top1, "top5": top5, "chance": 1 / len(known), "majority": majority, "head": args.head, **chosen,
-              "params": sum(p.numel() for p in head.parameters()), "layer": layer, "n_train": len(train), "n_val": len(val), "overlap": overlap, "bad": len(bad)}
-    return result, {"per_class": per_class, "confusion": confusion.tolist(), "tried": tried, "bad_videos": bad}
-
-
-def restore(args, device):
-    """The run folder --encoder -> the objective of the script that made it, with the newest checkpoint's weights."""
-    folder = Path(args.encoder.removeprefix("random:"))
-    if not (folder / "latest").exists() or not (folder / "config.json").exists():
-        raise D.DataError(f"--encoder {folder}: {args.task} needs the folder of a training run; predictors and decoders are not in encoder files")
-    head = json.loads((folder / "config.json").read_text())
-    said = head["config"]
-    name = head["script"]
-    if not name.isidentifier() or not (Path(__file__).parent / f"{name}.py").exists():
-        raise D.DataError(f"--encoder {folder}: made by {name}.py, which does not lie beside probe.py")
-    script = importlib.import_module(name)
-    found = M.newest(folder)
-    if isinstance(found, str):
-        raise D.DataError(found)
-    known = dict(getattr(script, "LATER", {}))
-    for field in dataclasses.fields(script.Args):               # a flag that the run did not have yet: what runs did then
-        if field.name in said:
-            value = said[field.name]
-            known[field.name] = tuple(value) if isinstance(value, list) else value
-    known["out_dir"] = str(folder.resolve())                    # SALT's stage, and where its teacher lies
-    if known.get("init"):                                       # its shape, of whatever family
-        known["init"] = "" if args.encoder.startswith("random:") else str(folder / "encoder.safetensors")
-    torch.manual_seed(args.seed)
-    try:
-        objective = script.build(script.Args(**known))
-    except ValueError as e:
-        raise D.DataError(f"--encoder {folder}: {e}") from e
-    if not args.encoder.startswith("random:"):
-        M.read_checkpoint({"model": objective.state_dict()}, found)
-    return objective.to(device).eval().requires_grad_(False)
-
-
-def pyplot(task):
-    try:
-        import matplotlib
-    except ImportError:
-        raise D.DataError(f"the picture of {task} needs: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
-
-
-def read_log(file):
-    """The lines of a .jsonl; the last one may be half written."""
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def plot(args, device):
-    """Online-probe accuracy against training loss and against FLOPs, a curve a run of --runs. R^2 is that of a line through the points of the left panel:
-    of each run (does its loss choose among its checkpoints?) and of all runs together (does it choose among runs?)."""
-    plt = pyplot(args.task)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    points, each = [], {}
-    fit = lambda pairs: float(np.corrcoef(np.array(pairs).T)[0, 1] ** 2) if len(pairs) > 2 else None
-    for run in args.runs:
-        if not (log := Path(run) / "log.jsonl").exists():
-            raise D.DataError(f"--runs {run}: no log.jsonl in this folder")
-        rows, last = {}, {}
-        for line in read_log(log):                              # of a step that was run twice, the later line counts
-            last = line if "loss" in line else last
-            if line.get("probe_acc") is not None and last:
-                rows[line["step"]] = (last["loss"], last["flops"], line["probe_acc"])
-        if not rows:
-            raise D.DataError(f"--runs {run}: no probe_acc in its log (train with --probe_data and --probe_every)")
-        loss, flops, accuracy = zip(*(rows[s] for s in sorted(rows)))
-        points += zip(loss, accuracy)
-        each[run] = fit([*zip(loss, accuracy)])
-        axes[0].plot(loss, accuracy, "o-", label=run)
-        axes[1].semilogx(flops, accuracy, "o-", label=run)
-    for axis, name in zip(axes, ("training loss", "training FLOPs")):
-        axis.set(xlabel=name, ylabel="online probe, top-1")
-        axis.legend(fontsize=7)
-    figure.savefig(Path(args.out_dir) / "plot.png", dpi=120)
-    plt.close(figure)
-    return {"metric": "r2", "value": fit(points), "each": each, "points": len(points), "picture": str(Path(args.out_dir) / "plot.png")}, {}
-
-
-def compare(args, device):
-    """A Markdown table, a row a run: the last accuracy of its online probe and the last of each probe whose --out_dir was the run's folder, in per cent, each
-    beside its difference to the baseline in points (FWM-HW-LD, Table 4). Folders without log.jsonl are passed over. Given clips, also halves.png."""
-    names = [run for run in args.runs if (Path(run) / "log.jsonl").exists()]
-    baseline = args.baseline or (names or [""])[0]
-    if baseline not in names:
-        raise D.DataError(f"--baseline {baseline}: not among the runs with a log.jsonl: {' '.join(names) or 'none'}")
-    table = {}                                                  # run -> column -> accuracy; of what was done twice, the later line counts
-    for run in names:
-        lines = read_log(Path(run) / "log.jsonl")
-        table[run] = {"online probe": line["probe_acc"] for line in lines if line.get("probe_acc") is not None}
-        if (probes := Path(run) / "probe.jsonl").exists():
-            for line in map(json.loads, probes.read_text().splitlines()):
-                if line["task"] == "classify":
-                    table[run][f"{line['args']['val'] or line['args']['data']}, {line['head']}"] = line["value"]
-    columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    short = {column: re.sub(r"^.*/|\.\w+(?=, \w+$)", "", column) for column in columns}       # ssv2, linear for lists/ssv2.csv, linear, if no other is called so
-    title = lambda column: short[column] if [*short.values()].count(short[column]) == 1 else column
-    print("| run |" + "".join(f" {title(column)} | Δ |" for column in columns) + "\n|---|" + "---|---|" * len(columns))
-    deltas = {}
-    for run, row in table.items():
-        deltas[run] = {c: row[c] - table[baseline][c] for c in columns if c in row and c in table[baseline]}
-        said = lambda c: f" {100 * row[c]:.2f} |" if c in row else " - |"
-        change = lambda c: " |" if run == baseline else f" {100 * deltas[run][c]:+.2f} |" if c in deltas[run] else " - |"
-        print(f"| {Path(run).name} |" + "".join(said(c) + change(c) for c in columns))
-    return {"metric": "delta", "value": deltas, "baseline": baseline} | (halves(args, names, device) if args.data or args.val else {}), {}
-
-
-@torch.no_grad()
-def halves(args, runs, device):
-    """halves.png, a panel a run: the cosine similarity of a place's tokens d slices apart, in the first half of the channels (appearance, where FWM is on) and
-    in the second (dynamics). Tokens are layer-normed, as in training, less their mean over the first 256 val clips, without which all of them look alike."""
-    plt, found = pyplot(args.task), {}
-    val = D.parse_list(*(("world", "val") if args.data else (args.val,)))
-    val = dataclasses.replace(val, labels=val.labels[: args.val_clips]) if args.data else val
-    for run in runs:
-        encoder, config = load(dataclasses.replace(args, encoder=run))
-        clip, z = dataclasses.replace(clip_of(args, config), train=False), []
-        t, hw = clip.frames // (1 if config["images"] else config["tubelet"]), (clip.size // config["patch"]) ** 2
-        if t < 2:
-            raise D.DataError(f"--frames {clip.frames}: {run} makes no two slices of them")
-        try:
-            for batch in D.eval_batches(val, clip, batch_size=args.micro_batch, workers=args.workers, rows=range(min(256, len(val)))):
-                x = D.prepare(batch, device, config["mean"], config["std"])[batch["ok"].to(device)]
-                z.append(F.layer_norm(encoder.to(device)(x, blocks=args.layer or None).float(), (config["width"],))[:, -t * hw :].cpu())      # without CLS
-        except ValueError as e:
-            raise D.DataError(f"{run} cannot take these clips: {e}") from e
-        if not len(z := torch.cat(z)):
-            raise D.DataError(f"{val.name}: none of its first videos can be read")
-        z = (z - z.mean((0, 1))).unflatten(1, (t, hw))                                                      # (B,t,hw,D)
-        found[run] = {name: [F.cosine_similarity(half[:, :-d], half[:, d:], dim=-1).mean().item() for d in range(1, t)]
-                      for name, half in zip(("appearance", "dynamics"), z.chunk(2, -1))}
-    low = min(0, *(v for curves in found.values() for values in curves.values() for v in values))
-    figure, axes = plt.subplots(1, len(runs), figsize=(2.6 * len(runs), 2.8), sharey=True, squeeze=False, constrained_layout=True)
-    for axis, (run, curves) in zip(axes[0], found.items()):
-        for name, values in curves.items():
-            axis.plot([*range(1, len(values) + 1)], values, "o-", label=name)
-        axis.set(title=Path(run).name, xlabel="slices apart", xticks=range(1, len(values) + 1), ylim=(low - 0.05, 1.05))
-    axes[0, 0].set_ylabel("cosine similarity")
-    axes[0, 0].legend(fontsize=8)
-    figure.savefig(Path(args.out_dir) / "halves.png", dpi=120)
-    plt.close(figure)
-    return {"halves": found, "picture": str(Path(args.out_dir) / "halves.png")}
-
-
-# --- space and time: the heads; features z (B,t,n,D) of t moments and n = h*w places each -> what a task asks ---
+# --- heads of space and time ----------------------------------------------------------------------
+# Tokens z (B,N,D) of a grid (t,h,w), N = t*h*w -> what a task asks.
 
 
 class Readout(nn.Module):
-    """4DS's readout, one for every task (section 3.2, appendix A.2): LN(z) + positions -> cross-attention -> q + Linear -> + MLP(LN) -> Linear.
+    """4DS's readout, one for every task (section 3.2, appendix A.2): LN(z) + positions ->
+    cross-attention -> q + Linear -> + MLP(LN) -> Linear.
 
-    grid: (t,h,w) of z. queries: a grid of learned queries, which are not projected; None: they are given. steps: resample z to so many moments first.
-    Positions and queries are learned and start as sines and cosines: tokens of a rope encoder do not say where they are, and the paper has the queries
-    of depth learned in one place and Fourier features in another.
+    grid: (t,h,w) of z. queries: a grid of learned queries, which are not projected; None: they are
+    given. steps: resample z to so many moments first. Positions and queries are learned and start
+    as sines and cosines: tokens of a rope encoder do not say where they are, and the paper has the
+    queries of depth learned in one place and Fourier features in another.
     """
 
     def __init__(self, in_width, grid, out, *, width, heads, queries=None, steps=0):
         super().__init__()
+        self.moments = grid[0]
         self.steps = steps or grid[0]
-        self.norm = M.LayerNorm(in_width, eps=1e-6)
-        self.positions = nn.Parameter(M.sincos_table(in_width, (self.steps, *grid[1:]))[None].clone())
-        self.queries = nn.Parameter(M.sincos_table(width, tuple(queries))[None].clone()) if queries else None
-        self.attn = M.CrossAttention(width, heads, in_width, project=not queries)
-        self.norm2, self.mlp, self.linear = M.LayerNorm(width, eps=1e-6), M.Mlp(width, 4 * width, "gelu"), nn.Linear(width, out)
+        table = model.sincos_table(in_width, (self.steps, *grid[1:]))
+        self.norm = model.LayerNorm(in_width, eps=1e-6)
+        self.positions = nn.Parameter(table[None].clone())
+        self.queries = None
+        if queries:
+            self.queries = nn.Parameter(model.sincos_table(width, tuple(queries))[None].clone())
+        self.attn = model.CrossAttention(width, heads, in_width, project=not queries)
+        self.norm2 = model.LayerNorm(width, eps=1e-6)
+        self.mlp = model.Mlp(width, 4 * width, "gelu")
+        self.linear = nn.Linear(width, out)
 
     def forward(self, z, q=None):
-        """z (B,t,n,D), q (B,Q,width) unless the queries are learned -> (B,Q,out)."""
-        if z.shape[1] != self.steps:
-            z = F.interpolate(z.flatten(2).transpose(1, 2), self.steps, mode="linear").transpose(1, 2).unflatten(2, z.shape[2:])
-        z = self.norm(z).flatten(1, 2) + self.positions
+        """z (B,N,D), q (B,Q,width) unless the queries are learned -> (B,Q,out)."""
+        if self.steps != self.moments:
+            series = z.unflatten(1, (self.moments, -1)).flatten(2).transpose(1, 2)  # (B, n*D, t)
+            series = F.interpolate(series, self.steps, mode="linear").transpose(1, 2)
+            z = series.unflatten(2, (-1, z.shape[2])).flatten(1, 2)
+        z = self.norm(z) + self.positions
         q = self.queries.expand(len(z), -1, -1) if q is None else q
         x = q + self.attn(q, z)
         return self.linear(x + self.mlp(self.norm2(x)))
@@ -685,23 +324,36 @@ def fourier(x, bases=16):
 
 
 class Tracker(nn.Module):
-    """A Readout whose queries are what is given of things in the first frame: Fourier features of C coordinates through an MLP, in `copies` with a
-    learned embedding each, every copy answering for its part of the clip (4DS A.2.3: 8 for points; A.2.4: 1 for boxes)."""
+    """A Readout whose queries are what is given of things in the first frame: Fourier features of C
+    coordinates through an MLP, in `copies` with a learned embedding each, every copy answering for
+    its part of the clip (4DS A.2.3: 8 for points; A.2.4: 1 for boxes)."""
 
-    def __init__(self, in_width, grid, coordinates, frames, out, *, width, heads, copies=1, steps=0):
+    def __init__(
+        self, in_width, grid, coordinates, frames, out, *, width, heads, copies=1, steps=0
+    ):
         super().__init__()
-        self.embed = nn.Sequential(nn.Linear(32 * coordinates, 512), nn.GELU(), nn.Linear(512, width))
-        self.time = nn.Parameter(M.sincos_table(width, (copies, 1, 1)).clone())
-        self.out, self.readout = out, Readout(in_width, grid, frames // copies * out, width=width, heads=heads, steps=steps)
+        self.out = out
+        self.embed = nn.Sequential(
+            nn.Linear(32 * coordinates, 512),
+            nn.GELU(),
+            nn.Linear(512, width),
+        )
+        self.time = nn.Parameter(model.sincos_table(width, (copies, 1, 1)).clone())
+        each = frames // copies * out
+        self.readout = Readout(in_width, grid, each, width=width, heads=heads, steps=steps)
 
     def forward(self, z, first):
-        """z (B,t,n,D), first (B,O,C) as shares of the picture -> (B,O,T,out)."""
-        q = self.embed(fourier(first))[:, :, None] + self.time                                              # (B,O,copies,width)
-        return self.readout(z, q.flatten(1, 2)).view(*first.shape[:2], -1, self.out)
+        """z (B,N,D), first (B,O,C) as shares of the picture -> (B,O,T,out)."""
+        things = first.shape[1]
+        q = self.embed(fourier(first))[:, :, None] + self.time          # (B, O, copies, width)
+        out = self.readout(z, q.flatten(1, 2))
+        return out.view(len(z), things, -1, self.out)
 
 
 def conv(a, b, kernel=3):
-    return nn.Sequential(nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False), nn.GroupNorm(8, b), nn.ReLU())
+    padding = kernel // 2
+    layer = nn.Conv2d(a, b, kernel, padding=padding, bias=False)
+    return nn.Sequential(layer, nn.GroupNorm(8, b), nn.ReLU())
 
 
 def resize(x, size):
@@ -709,161 +361,274 @@ def resize(x, size):
 
 
 def pyramid(z, grid, convs):
-    """z (B,n,4*D) of four layers, shallow to deep -> four maps of 4, 2, 1 and 1/2 times the grid (h,w), each through its convolution."""
-    maps = [v.transpose(1, 2).unflatten(2, grid) for v in z.chunk(4, -1)]
-    sizes = [[max(1, int(side * scale)) for side in grid] for scale in (4, 2, 1, 0.5)]
-    return [f(resize(v, size)) for f, v, size in zip(convs, maps, sizes)]
+    """z (B,n,4*D) of four layers, shallow to deep -> four maps of 4, 2, 1 and 1/2 times the grid
+    (h,w), each through its convolution."""
+    maps = []
+    for layer, scale, convolve in zip(z.chunk(4, -1), (4, 2, 1, 0.5), convs):
+        size = [max(1, int(side * scale)) for side in grid]
+        layer = layer.transpose(1, 2).unflatten(2, grid)                # (B, D, h, w)
+        maps.append(convolve(resize(layer, size)))
+    return maps
 
 
 class UPerNet(nn.Module):
-    """Segmentation from four layers: pooling at several scales on the coarsest map, a feature pyramid over all of them, one classifier on their
-    concatenation (Xiao et al., 2018). Maps of a plain ViT are resized to 4, 2, 1 and 1/2 times its grid; group norm for batch norm."""
+    """Segmentation from four layers: pooling at several scales on the coarsest map, a feature
+    pyramid over all of them, one classifier on their concatenation (Xiao et al., 2018). Maps of a
+    plain ViT are resized to 4, 2, 1 and 1/2 times its grid; group norm for batch norm."""
 
     def __init__(self, in_width, grid, out, width, pools=(1, 2, 3, 6)):
         super().__init__()
-        self.grid, self.pools = grid, pools
+        self.grid = grid
+        self.pools = pools
         self.lateral = nn.ModuleList(conv(in_width, width, 1) for _ in range(4))
-        self.pooled = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU()) for _ in pools)
-        self.bottom, self.fuse = conv(width * (1 + len(pools)), width), conv(4 * width, width)
+        self.pooled = nn.ModuleList()
+        for _ in pools:
+            self.pooled.append(nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU()))
+        self.bottom = conv(width * (1 + len(pools)), width)
+        self.fuse = conv(4 * width, width)
         self.smooth = nn.ModuleList(conv(width, width) for _ in range(3))
         self.out = nn.Conv2d(width, out, 1)
 
     def forward(self, z, size):
         """z (B,n,4*D) -> (B,out,*size)."""
         x = pyramid(z, self.grid, self.lateral)
-        x[3] = self.bottom(torch.cat([x[3], *(resize(f(F.adaptive_avg_pool2d(x[3], p)), x[3].shape[2:]) for f, p in zip(self.pooled, self.pools))], 1))
+        scales = [x[3]]
+        for convolve, cells in zip(self.pooled, self.pools):
+            pooled = convolve(F.adaptive_avg_pool2d(x[3], cells))
+            scales.append(resize(pooled, x[3].shape[2:]))
+        x[3] = self.bottom(torch.cat(scales, 1))
         for i in (2, 1, 0):
             x[i] = x[i] + resize(x[i + 1], x[i].shape[2:])
-        x = [f(v) for f, v in zip(self.smooth, x)] + [x[3]]
-        return resize(self.out(self.fuse(torch.cat([resize(v, x[0].shape[2:]) for v in x], 1))), size)
+        x = [convolve(layer) for convolve, layer in zip(self.smooth, x)] + [x[3]]
+        joined = torch.cat([resize(layer, x[0].shape[2:]) for layer in x], 1)
+        return resize(self.out(self.fuse(joined)), size)
 
 
 class TwoFrameDPT(nn.Module):
-    """A picture of values for each place of one frame, told another (flow, stereo; TDV D.3, CroCo v2). Four blocks, each of self-attention, cross-attention
-    to the other frame and MLP, take up one of four layers each; DPT's convolutions join their outputs from coarse to fine."""
+    """A picture of values for each place of one frame, told another (flow, stereo; TDV D.3, CroCo
+    v2). Four blocks, each of self-attention, cross-attention to the other frame and MLP, take up
+    one of four layers each; DPT's convolutions join their outputs from coarse to fine."""
 
     def __init__(self, in_width, grid, out, width, heads):
         super().__init__()
-        self.grid, D = grid, width
-        self.embed = nn.ModuleList(nn.Sequential(M.LayerNorm(in_width, eps=1e-6), nn.Linear(in_width, D)) for _ in range(4))
-        self.positions = nn.Parameter(M.sincos_table(D, (1, *grid))[None].clone())
-        self.blocks = nn.ModuleList(M.MotionBlock(D, heads, 4 * D, "xattn") for _ in range(4))
-        self.lateral, self.refine = (nn.ModuleList(conv(D, D) for _ in range(4)) for _ in range(2))
-        self.out = nn.Sequential(conv(D, D), nn.Conv2d(D, out, 1))
+        self.grid = grid
+        self.embed = nn.ModuleList()
+        for _ in range(4):
+            norm = model.LayerNorm(in_width, eps=1e-6)
+            self.embed.append(nn.Sequential(norm, nn.Linear(in_width, width)))
+        self.positions = nn.Parameter(model.sincos_table(width, (1, *grid))[None].clone())
+        self.blocks = nn.ModuleList()
+        for _ in range(4):
+            self.blocks.append(model.MotionBlock(width, heads, 4 * width, "xattn"))
+        self.lateral = nn.ModuleList(conv(width, width) for _ in range(4))
+        self.refine = nn.ModuleList(conv(width, width) for _ in range(4))
+        self.out = nn.Sequential(conv(width, width), nn.Conv2d(width, out, 1))
 
     def forward(self, z, other, size):
         """z, other (B,n,4*D) -> (B,out,*size)."""
-        x, hooks = self.positions, []
-        for embed, block, a, b in zip(self.embed, self.blocks, z.chunk(4, -1), other.chunk(4, -1)):
-            x = block(x + embed(a), None, embed(b) + self.positions)
+        x = self.positions
+        hooks = []
+        layers = zip(self.embed, self.blocks, z.chunk(4, -1), other.chunk(4, -1))
+        for embed, block, here, there in layers:
+            x = block(x + embed(here), None, embed(there) + self.positions)
             hooks.append(x)
-        maps, x = pyramid(torch.cat(hooks, -1), self.grid, self.lateral), 0
-        for f, v in list(zip(self.refine, maps))[::-1]:
-            x = v + (resize(x, v.shape[2:]) if torch.is_tensor(x) else 0)
-            x = x + f(x)
+        maps = pyramid(torch.cat(hooks, -1), self.grid, self.lateral)
+        x = torch.zeros_like(maps[3])
+        for refine, finer in zip(self.refine[::-1], maps[::-1]):
+            x = finer + resize(x, finer.shape[2:])
+            x = x + refine(x)
         return resize(self.out(x), size)
 
 
-# --- dense labels -----------------------------------------------------------------------------------------------------------------------
+# what classify can train. pooled: it reads one vector a clip. lr, wd: its grid
+HEADS = {
+    "attentive": dict(
+        pooled=False, lr=(1e-3,), wd=(0.01,),
+        build=lambda task: Attentive(task.width, task.classes, task.heads, 0)),
+    "attentive4": dict(
+        pooled=False, lr=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4), wd=(0.8, 0.4, 0.1, 0.01),
+        build=lambda task: Attentive(task.width, task.classes, 16, 3)),
+    "linear": dict(
+        pooled=True, lr=(1e-2, 3e-3, 1e-3, 3e-4), wd=(0.1, 0.01),
+        build=lambda task: Standardised(task.width, task.classes)),
+    # wd: its penalty
+    "ridge": dict(
+        pooled=True, lr=(0.0,), wd=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        build=lambda task: Ridge(task.width, task.classes)),
+    "knn": dict(
+        pooled=True, lr=(0.0,), wd=(0.0,),
+        build=lambda task: Neighbours(task.width, task.classes)),
+    "readout": dict(
+        pooled=False, lr=(), wd=(),
+        build=lambda task: Readout(
+            task.width, task.grid, task.classes, queries=(1, 1, 1), steps=task.args.resample,
+            **task.wide(768, 12))),
+}
+
+# --- dense labels ---------------------------------------------------------------------------------
 
 PER_CLIP = ("K", "actions", "kind", "change")  # all other labels have a row for each frame
 PICTURES = ("depth", "masks", "flow", "flow_visible", "disparity", "disparity_visible")
-SEEN = {"visible": "tracks", "flow_visible": "flow", "disparity_visible": "disparity"}  # in a file that lacks it: wherever the other is known
+# in a file that lacks it: wherever the other is known
+SEEN = {"visible": "tracks", "flow_visible": "flow", "disparity_visible": "disparity"}
 
 
-def read_labels(path, names, at, box, size, shape):
-    """The arrays `names` of the .safetensors file beside the video `path` of `shape` (T,H,W), of its frames `at`, cut and resized as crop_resize does with
-    `box`. A picture of labels may have another size than the frames; values in pixels are always pixels of the frames. One row may stand for all frames."""
-    beside, out = Path(path).with_suffix(".safetensors"), {}
-    corner, scale = torch.tensor([box[1], box[0]]), size / torch.tensor([box[3], box[2]])
-    centres = torch.stack(torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="xy"), -1)
+def read_labels(path, names, cut, size):
+    """The arrays `names` of the .safetensors file beside the video `path`, of the frames and the
+    box of `cut` (data.Cut), resized as crop_resize does to `size` pixels.
+
+    A picture of labels may have another size than the frames; values in pixels are always pixels of
+    the frames. One row may stand for all frames.
+    """
+    beside = Path(path).with_suffix(".safetensors")
     if not beside.is_file():
-        raise D.DataError(f"{path}: no dense labels (no file {beside}); `python data.py index LAYOUT ROOT` makes them")
+        raise data.DataError(f"{path}: no dense labels (no file {beside}); `python data.py index "
+                             "LAYOUT ROOT` makes them")
+    found = {}
     with safe_open(beside, "pt") as file:
         has = set(file.keys())
         for name in dict.fromkeys([*names, *(SEEN[n] for n in names if n in SEEN)]):
-            if name not in has:
-                if name in SEEN:
-                    continue
-                raise D.DataError(f"{beside}: no label {name!r}; it has {', '.join(sorted(has))}")
-            if name in PER_CLIP:
-                value = file.get_tensor(name)
-            else:
-                value, between = file.get_slice(name), name.startswith("flow")
-                rows = value.get_shape()[0]
-                if rows not in (1, shape[0] - between):
-                    raise ValueError(f"{name} has {rows} rows, and the video {shape[0]} frames")
-                ids = torch.from_numpy(at[:-1] if between else at).clamp_max(rows - 1)
-                value = value[int(ids.min()) : int(ids.max()) + 1][ids - ids.min()] if len(ids) else value[:0]
-            if name in PICTURES:
-                column, row = (((c + (torch.arange(size) + 0.5) / s) * value.shape[d] / shape[d]).long() for c, s, d in zip(corner, scale, (2, 1)))
-                value = value[:, row][:, :, column]
-            if name in ("right", "impossible"):
-                value = D.crop_resize(value, box, size)
-            elif name == "flow":
-                value = torch.where(torch.from_numpy(np.diff(at) == 1)[:, None, None, None], value * scale, math.nan)  # the last frame may be repeated
-            elif name == "disparity":
-                value = value * scale[0]
-            elif name == "tracks":
-                value = (value - corner) * scale
-            elif name == "boxes":
-                value = ((value.unflatten(-1, (2, 2)) - corner) * scale).clamp(0, size)
-                value = value.masked_fill((value[..., 1, :] <= value[..., 0, :]).any(-1)[..., None, None], math.nan).flatten(-2)
-            elif name == "K":
-                value = torch.cat([(value[:2] - corner[:, None] * value[2:]) * scale[:, None], value[2:]])
-            out[name] = value
+            if name in has:
+                found[name] = in_clip(name, label_rows(file, name, cut), cut, size)
+            elif name not in SEEN:
+                raise data.DataError(
+                    f"{beside}: no label {name!r}; it has {', '.join(sorted(has))}")
     for name in set(SEEN) & set(names):
-        end = out[SEEN[name]]
-        end = end if name == "visible" else centres + (end if name == "flow_visible" else torch.stack([-end, 0 * end], -1))
-        out[name] = out.get(name, torch.tensor(True)) & ((end >= 0) & (end < size)).all(-1)
-    return {name: out[name] for name in names}
+        known = torch.tensor(True) if name not in found else found[name]
+        end = ends(found[SEEN[name]], name, size)
+        found[name] = known & ((end >= 0) & (end < size)).all(-1)
+    return {name: found[name] for name in names}
+
+
+def label_rows(file, name, cut):
+    """The rows of one array that belong to the frames of a cut; of flow, to the steps between."""
+    if name in PER_CLIP:
+        return file.get_tensor(name)
+    value = file.get_slice(name)
+    rows = value.get_shape()[0]
+    between = name.startswith("flow")
+    ids = torch.from_numpy(cut.ids[:-1] if between else cut.ids)
+    frames = cut.shape[0] - 1 if between else cut.shape[0]
+    if rows not in (1, frames):
+        raise ValueError(f"{name} has {rows} rows, and the video {cut.shape[0]} frames")
+    if not len(ids):
+        return value[:0]
+    ids = ids.clamp_max(rows - 1)
+    first = int(ids.min())
+    return value[first : int(ids.max()) + 1][ids - first]
+
+
+def in_clip(name, value, cut, size):
+    """Labels of whole frames -> labels of the clip that is cut out of them and resized."""
+    top, left, height, width = cut.box
+    corner = torch.tensor([left, top])
+    scale = size / torch.tensor([width, height])
+    if name in PICTURES:
+        centres = torch.arange(size) + 0.5
+        for side, axis in ((0, 2), (1, 1)):
+            at = (corner[side] + centres / scale[side]) * value.shape[axis] / cut.shape[axis]
+            value = value.index_select(axis, at.long())
+    if name in ("right", "impossible"):
+        return data.crop_resize(value, cut.box, size)
+    if name == "flow":  # the last frame may be repeated
+        steps = torch.from_numpy(np.diff(cut.ids) == 1)[:, None, None, None]
+        return torch.where(steps, value * scale, math.nan)
+    if name == "disparity":
+        return value * scale[0]
+    if name == "tracks":
+        return (value - corner) * scale
+    if name == "boxes":
+        value = ((value.unflatten(-1, (2, 2)) - corner) * scale).clamp(0, size)
+        empty = (value[..., 1, :] <= value[..., 0, :]).any(-1)
+        return value.masked_fill(empty[..., None, None], math.nan).flatten(-2)
+    if name == "K":
+        moved = value[:2] - corner[:, None] * value[2:]
+        return torch.cat([moved * scale[:, None], value[2:]])
+    return value
+
+
+def ends(value, name, size):
+    """Where it leads: places of tracks, pixels moved by flow or disparity, (...,2)."""
+    if name == "visible":
+        return value
+    centres = torch.arange(size) + 0.5
+    here = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1)
+    if name == "flow_visible":
+        return here + value
+    return here + torch.stack([-value, torch.zeros_like(value)], -1)
 
 
 def stack(values):
-    """Tensors (or None) whose sizes differ -> one, filled up with "unknown": NaN, for masks 255, else 0."""
-    some = next((v for v in values if v is not None), torch.zeros(0))
-    shape = [max(n) for n in zip(*(v.shape for v in values if v is not None))] or [0] * some.ndim
-    out = some.new_full((len(values), *shape), math.nan if some.is_floating_point() else 255 if some.dtype == torch.uint8 and some.ndim == 3 else 0)
-    for row, v in zip(out, values):
-        if v is not None:
-            row[tuple(slice(n) for n in v.shape)] = v
+    """Tensors (or None) whose sizes differ -> one, filled up with "unknown": NaN, for masks 255,
+    else 0."""
+    given = [value for value in values if value is not None]
+    if not given:
+        return torch.full((len(values), 0), math.nan)
+    fill = 0
+    if given[0].is_floating_point():
+        fill = math.nan
+    elif given[0].dtype == torch.uint8 and given[0].ndim == 3:
+        fill = 255
+    shapes = torch.tensor([value.shape for value in given])
+    out = given[0].new_full((len(values), *shapes.amax(0).tolist()), fill)
+    for row, value in zip(out, values):
+        if value is not None:
+            row[tuple(slice(n) for n in value.shape)] = value
     return out
 
 
-def dense_batches(source, clip, names, *, batch_size, workers=0, rank=0, ranks=1, rows=None, seed=0, timeout=600):
-    """eval_batches with dense labels: each batch also holds the arrays `names`, b = clips as in "video" (one per video unless segments or views ask for
-    more). The list's videos have them beside, clip.mp4 + clip.safetensors (`python data.py index`); the built-in world renders them.
+def dense_batches(source, clip, names, **how):
+    """eval_batches with dense labels: each batch also holds the arrays `names`, b = clips as in
+    "video" (one per video unless segments or views ask for more). The list's videos have them
+    beside, clip.mp4 + clip.safetensors (`python data.py index`); the built-in world renders them.
 
-        depth       (b,T,H,W)     float32  along the optical axis: metres; world: units, the wall is at about 1
-        pose        (b,T,4,4)     float32  camera to world, axes x right, y down, z ahead; lengths as depth
+        depth       (b,T,H,W)     float32  along the optical axis: metres; world: units, the wall is
+                                           at about 1
+        pose        (b,T,4,4)     float32  camera to world, axes x right, y down, z ahead; lengths
+                                           as depth
         K           (b,3,3)       float32  pixels: u = (K @ (x,y,z))[0] / z
-        masks       (b,T,H,W)     uint8    object or class; 255 not labelled. world: 0 wall, 1 floor, 2, 3 spheres, 4, 5 boxes
-        boxes       (b,T,O,4)     float32  x0, y0, x1, y1 in pixels of object o, NaN in all four where it is not seen. world: of objects 2 to 5
-        tracks      (b,T,P,2)     float32  x, y in pixels of point p; visible (b,T,P) bool. world: all are visible in frame 0
-        flow        (b,T-1,H,W,2) float32  pixels to the right and down until the next frame; flow_visible (b,T-1,H,W) bool: is seen there, too
+        masks       (b,T,H,W)     uint8    object or class; 255 not labelled. world: 0 wall, 1
+                                           floor, 2, 3 spheres, 4, 5 boxes
+        boxes       (b,T,O,4)     float32  x0, y0, x1, y1 in pixels of object o, NaN in all four
+                                           where it is not seen. world: of objects 2 to 5
+        tracks      (b,T,P,2)     float32  x, y in pixels of point p; visible (b,T,P) bool. world:
+                                           all are visible in frame 0
+        flow        (b,T-1,H,W,2) float32  pixels to the right and down until the next frame;
+                                           flow_visible (b,T-1,H,W) bool: is seen there, too
         right       (b,T,H,W,3)   uint8    what a second camera on the right sees of the same moment
-        disparity   (b,T,H,W)     float32  pixels to the left at which `right` shows it; disparity_visible (b,T,H,W) bool: is seen there
-        impossible  (b,T,H,W,3)   uint8    the same scene with something impossible in it; "video" is the possible one
-        kind        (b,)          int64    what is impossible (world: index into IMPOSSIBLE); change (b,) int64: the first frame that differs
+        disparity   (b,T,H,W)     float32  pixels to the left at which `right` shows it;
+                                           disparity_visible (b,T,H,W) bool: is seen there
+        impossible  (b,T,H,W,3)   uint8    the same scene with something impossible in it; "video"
+                                           is the possible one
+        kind        (b,)          int64    what is impossible (world: index into IMPOSSIBLE); change
+                                           (b,) int64: the first frame that differs
         actions     (b,O,C)       uint8    1 for each of C actions that object o performs
 
-    Column j of a picture covers x from j to j + 1, row i likewise: a pixel's centre is at (j + 0.5, i + 0.5). Floats are NaN where nothing is known, and
-    O and P are filled up with NaN (actions 0, visible False) to the most in the batch; visible is False where the point is unknown or outside.
-    Labels are cut and resized with the frames: nearest for pictures of labels, and values in pixels are moved and scaled. Nothing is flipped. clip.train
-    gives random starts and boxes as in eval_batches. Raises DataError for a label that a clip does not have, and for what would break the labels' time:
-    fps (use stride), flow with a stride.
+    Column j of a picture covers x from j to j + 1, row i likewise: a pixel's centre is at
+    (j + 0.5, i + 0.5). Floats are NaN where nothing is known, and O and P are filled up with NaN
+    (actions 0, visible False) to the most in the batch; visible is False where the point is unknown
+    or outside. Labels are cut and resized with the frames: nearest for pictures of labels, and
+    values in pixels are moved and scaled. Where labels are asked for nothing is flipped. clip.train
+    gives random starts and boxes as in eval_batches, which has the other keywords. Raises DataError
+    for a label that a clip does not have, and for what would break the labels' time: fps (use
+    stride), flow with a stride.
     """
+    if not names:
+        return data.eval_batches(source, clip, **how)
     if clip.fps or (clip.stride > 1 and any(name.startswith("flow") for name in names)):
-        raise D.DataError("dense labels are those of frames: give stride, not fps, and with flow stride 1")
-    how = dict(batch_size=batch_size, workers=workers, rank=rank, ranks=ranks, rows=rows, seed=seed, timeout=timeout)
-    if source.split:                                            # the world renders its own
-        return D.eval_batches(source, dataclasses.replace(clip, flip=False), names=names, **how)
-    return D.eval_batches(source, dataclasses.replace(clip, flip=False), after=partial(with_labels, names=names, size=clip.size), **how)
+        raise data.DataError(
+            "dense labels are those of frames: give stride, not fps, and with flow stride 1")
+    clip = replace(clip, flip=False)
+    if source.split:  # the world renders its own
+        return data.eval_batches(source, clip, names=names, **how)
+    cut = partial(with_labels, names=names, size=clip.size)
+    return data.eval_batches(source, clip, after=cut, **how)
 
 
 def with_labels(batch, names, size):
-    """A batch of files with the labels beside them, which its cuts say how to cut. One whose labels are damaged is unread."""
-    many = len(batch["cut"]) // len(batch["path"])              # clips of a video
+    """A batch of files with the labels beside them, which its cuts say how to cut. One whose labels
+    are damaged is unread."""
+    many = len(batch["cut"]) // len(batch["path"])  # clips of a video
     labels = [{}] * len(batch["cut"])
     for i, path in enumerate(batch["path"]):
         clips = range(i * many, (i + 1) * many)
@@ -871,57 +636,104 @@ def with_labels(batch, names, size):
             continue
         try:
             for k in clips:
-                cut = batch["cut"][k]
-                labels[k] = read_labels(path, names, cut.ids, cut.box, size, cut.shape)
-        except D.DataError:
+                labels[k] = read_labels(path, names, batch["cut"][k], size)
+        except data.DataError:
             raise
-        except D.DAMAGE as error:
+        except data.DAMAGE as error:
             batch["ok"][i] = False
-            batch["bad"].append((path, D.reason(error)))
+            batch["bad"].append((path, data.reason(error)))
             batch["video"][clips.start : clips.stop] = 0
             labels[clips.start : clips.stop] = [{}] * many
-    return batch | {name: stack([row.get(name) for row in labels]) for name in names}
+    for name in names:
+        batch[name] = stack([row.get(name) for row in labels])
+    return batch
+
+# --- features -------------------------------------------------------------------------------------
 
 
-# --- space and time: what a task asks of a clip, its loss, its metric ---
+class Pixels(nn.Module):
+    """What needs no encoder: 24x16 grey pixels of the first frame, or their absolute differences
+    between frames, as a single token."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x, blocks=None):
+        """x (B,3,T,H,W) -> (B,1,D)."""
+        grey = torch.einsum("bcthw,c->bthw", x, x.new_tensor([0.299, 0.587, 0.114]))
+        small = F.adaptive_avg_pool2d(grey, (16, 24))                   # (B, T, 16, 24)
+        small = small[:, :1] if self.kind == "frame" else small.diff(dim=1).abs()
+        return small.flatten(1)[:, None]
 
 
-class Dense:
-    """What tasks of space and time see of a source: tokens of the frames (and of the right camera's) by moment and layer, and labels. Stored: tokens on
-    disk as Features keeps them, labels in memory; both are made once and shared by all tasks and seeds."""
+def load(args):
+    """--encoder -> (module, its config)."""
+    if not args.encoder:
+        raise data.DataError("give --encoder FILE (or random:vit_s, pixels:diff)")
+    if args.encoder in ("pixels:frame", "pixels:diff"):
+        config = dict(model=args.encoder, mean=[0.0] * 3, std=[1.0] * 3)
+        if args.data:
+            config |= dict(frames=8, size=32)
+        return Pixels(args.encoder[7:]), config
+    if is_checkpoint(Path(args.encoder.removeprefix("random:"))):
+        run = restore(args, "cpu")
+        config = {**model.IMAGENET, **getattr(run, "pixels", {}), **getattr(run, "layers", {})}
+        config |= {"model": run.args.model, "stride": run.args.stride, "fps": run.args.fps}
+        return run.product, run.product.config | config
+    override = {"heads": args.heads} if args.heads else {}
+    if args.encoder.startswith("random:"):
+        override["seed"] = args.seed
+    try:
+        return model.load_encoder(args.encoder, **override)
+    except ValueError as error:
+        raise data.DataError(f"--encoder {error}") from error
 
-    def __init__(self, args, encoder, config, source, layers, clip, device, names):
-        if clip.frames % (a := 1 if config["images"] else config["tubelet"]):
-            raise D.DataError(f"--frames {clip.frames} does not divide into tubelets of {a}")
-        self.args, self.source, self.clip, self.device, self.width, self.layers, self.want = args, source, clip, device, config["width"], layers, layers
-        self.encoder = encoder                                  # as it came: fine-tuning trains copies of it
-        self.grid, self.names, self.labels = (clip.frames // a, *[clip.size // config["patch"]] * 2), [n for n in names if n != "right"], None
-        self.features = {key: Features(args, encoder, config, source, layers, clip, device, key) for key in ("video", *{"right"} & {*names})}
 
-    def seed(self, turn):
-        return self.features["video"].seed(turn)
+class Features:
+    """Tokens of a list's videos and their labels, by row. Those of the first `kept` rows are stored
+    on disk, those of the others made anew at every use.
 
-    def read(self, rows, size, turn, names):
-        yield from dense_batches(self.source, self.clip, names, rows=rows, batch_size=size, workers=self.args.workers, seed=self.seed(turn))
+    layers: blocks run before tokens are taken, their channels side by side. names: labels, see
+    dense_batches; "right" is encoded as well. form: "grid", tokens without CLS; "all", with it;
+    "mean" over a clip's patch tokens or its "cls", one vector a video. Turn t is the t-th random
+    pass over the list; where nothing is random there is one. apart: pooled vectors of a video's
+    S clips are not averaged. ValueError: clips that do not fit.
+    """
 
-    def store(self, folder):
-        for f in self.features.values():
-            f.store(folder)
-        self.labels = []
-        for turn in range((video := self.features["video"]).turns):
-            made, ok = [], []
-            for batch in self.read(range(len(self.source)), self.args.micro_batch, turn, self.names):
-                made += [{n: batch[n][i] for n in self.names} for i in range(len(batch["ok"]))]
-                ok += batch["ok"].tolist()
-                video.bad.update(batch["bad"])
-            video.ok[turn] = video.ok[turn] & np.array(ok)      # a clip with a damaged label file is left out, too
-            self.labels.append(made)
+    def __init__(self, args, encoder, config, source, clip, device, layers, names=(), form="grid",
+                 apart=False):
+        self.args = args
+        self.encoder = encoder
+        self.config = config
+        self.source = source
+        self.clip = clip
+        self.device = device
+        self.layers = layers
+        self.want = layers  # of these the batches have tokens
+        self.form = form
+        self.names = [name for name in names if name != "right"]
+        self.keys = ["video", "right"] if "right" in names else ["video"]
+        self.tuned = None  # an encoder that is trained, instead of the given one
+        self.bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
+        self.pooled = form in ("mean", "cls")
+        self.apart = apart or not self.pooled
+        self.type = torch.float32 if self.pooled else torch.float16  # on disk
+        self.turns = max(1, args.train_passes) if clip.train else 1
+        self.kept = 0
+        self.bad = {}
+        tubelet = 1 if config.get("images") else config.get("tubelet", 1)
+        if clip.frames % tubelet:
+            raise ValueError(f"{clip.frames} frames do not divide into tubelets of {tubelet}")
+        side = clip.size // config.get("patch", clip.size)
+        self.grid = (clip.segments * clip.frames // tubelet, side, side)
+        clips = clip.segments * clip.views
+        blank = torch.zeros(clips, clip.frames, clip.size, clip.size, 3, dtype=torch.uint8)
+        self.shape = self.encode(blank, torch.zeros(clips, dtype=torch.bool))[0].shape  # (V, N, D)
+        self.width = self.shape[-1] // len(layers)
 
-    def room(self):
-        """Bytes that store() takes on disk, for tokens, and in memory, for labels, as many as the first clip's for each."""
-        one = next(self.read([0], 1, 0, self.names))
-        return np.array([sum(f.bytes for f in self.features.values()),
-                         sum(one[n].nbytes for n in self.names) * len(self.source) * self.features["video"].turns])
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def of(self, layers):
         """The same, whose batches have the tokens of these of the layers only."""
@@ -929,568 +741,1643 @@ class Dense:
         view.want = layers
         return view
 
-    def tokens(self, z):
-        """(b,1,t*n,D of all layers) -> (b,t,n,D of the wanted layers)."""
-        if self.want != self.layers:
-            z = torch.cat([z[..., self.layers.index(i) * self.width :][..., : self.width] for i in self.want], -1)
-        return z[:, 0].unflatten(1, (self.grid[0], -1))
-
-    def tune(self, encoder):
-        """From now on tokens come from this encoder, with gradients."""
-        for f in self.features.values():
-            f.encoder, f.grad = encoder, True
+    def encode(self, video, flip):
+        """Clips (b*S*V,T,H,W,3) -> (b,V,S*N,D), of pooled forms N = 1: float32 on the device."""
+        encoder = self.tuned or self.encoder
+        blocks = self.layers if any(self.layers) else None
+        first = 0  # patch token
+        if self.config.get("cls"):
+            first = self.clip.frames if self.config.get("images") else 1
+        tokens = slice(first, None)
+        if self.form in ("all", "cls"):
+            tokens = slice(first if self.form == "cls" else None)
+        parts = []
+        with torch.set_grad_enabled(self.tuned is not None and torch.is_grad_enabled()):
+            for some in torch.arange(len(video)).split(self.args.micro_batch):
+                clips = {"video": video[some], "flip": flip[some]}
+                x = data.prepare(clips, self.device, self.config["mean"], self.config["std"])
+                with self.autocast():
+                    z = encoder(x, blocks=blocks).float()[:, tokens]
+                parts.append(z.mean(1, keepdim=True) if self.pooled else z)
+            z = torch.cat(parts).unflatten(0, (-1, self.clip.segments, self.clip.views))
+            z = z.transpose(1, 2)                                       # (b, V, S, N, D)
+            return z.flatten(2, 3) if self.apart else z.mean(2)
 
     def batches(self, rows, size, turn=0, encode=True):
-        """For every `size` of these rows, those that can be read: ({key: tokens (b,t,n,D)}, labels as dense_batches has them and "class", rows)."""
-        turn = turn % self.features["video"].turns
-        if self.labels is not None:
-            for part in (rows[i : i + size] for i in range(0, len(rows), size)):
-                part = part[self.features["video"].ok[turn][part]]
-                if len(part):
-                    z = {k: self.tokens(torch.from_numpy(f.stored[turn][part]).to(self.device).float()) for k, f in self.features.items()} if encode else {}
-                    yield z, self.move({n: stack([self.labels[turn][r][n] for r in part]) for n in self.names}, part), part
+        """For every `size` of these rows, those that can be read: {key: tokens (b,V,N,D)}, {name:
+        labels (b,...)} and "class" with them, rows (b,). Where none can be: {}, {}, ()."""
+        turn %= self.turns
+        anew = self.fresh(rows[rows >= self.kept], size, turn, encode)
+        for start in range(0, len(rows), size):
+            clips = {}
+            for row in rows[start : start + size]:
+                clip = self.stored(row, turn, encode) if row < self.kept else next(anew)
+                if clip is not None:
+                    clips[row] = clip
+            part = np.array([*clips], int)
+            x = {}
+            y = {"class": torch.from_numpy(self.source.labels[part]).to(self.device)}
+            for name in next(iter(clips.values()), {}):
+                values = [clip[name] for clip in clips.values()]
+                if name in self.keys:
+                    x[name] = self.wanted(torch.stack(values).to(self.device).float())
+                else:
+                    y[name] = stack(values).to(self.device)
+            yield x, y, part
+
+    def wanted(self, z):
+        if self.want == self.layers:
+            return z
+        columns = z.unflatten(-1, (len(self.layers), -1))
+        return torch.cat([columns[..., self.layers.index(i), :] for i in self.want], -1)
+
+    def fresh(self, rows, size, turn, encode=True):
+        """Read these rows in order, `size` at a time, and yield of each {key: tokens (V,N,D)} with
+        {name: label}, or None where it cannot be read."""
+        if not (encode or self.names):
+            yield from ({} for _ in rows)
+        if not (encode or self.names) or not len(rows):
             return
-        for i, batch in enumerate(self.read(rows, size, turn, [*self.names, *{"right"} & {*self.features}])):
-            ok, part = batch["ok"], rows[i * size : i * size + size]
-            self.features["video"].bad.update(batch["bad"])
-            if n := int(ok.sum()):
-                still, part = torch.zeros(n, dtype=torch.bool), part[ok.numpy()]
-                z = {k: self.tokens(f.encode({"video": batch[k][ok], "flip": still}, n)) for k, f in self.features.items()} if encode else {}
-                yield z, self.move({name: batch[name][ok] for name in self.names}, part), part
+        batches = dense_batches(
+            self.source,
+            self.clip,
+            [*self.names, *self.keys[1:]],
+            rows=rows,
+            batch_size=size,
+            workers=self.args.workers,
+            seed=self.args.seed * 1000 + turn,
+        )
+        for batch in batches:
+            self.note(batch["bad"])
+            columns = {name: batch[name] for name in self.names}
+            for key in self.keys if encode else ():
+                columns[key] = self.encode(batch[key], batch["flip"])
+            for i, ok in enumerate(batch["ok"].tolist()):
+                yield {name: values[i] for name, values in columns.items()} if ok else None
 
-    def move(self, labels, rows):
-        return {n: v.to(self.device) for n, v in labels.items()} | {"class": torch.from_numpy(self.source.labels[rows]).to(self.device)}
+    def note(self, bad):
+        self.bad.update(bad)
+        if self.bad and len(self.bad) == len(set(self.source.paths)):
+            *_, reason = self.bad.values()
+            raise data.DataError(
+                f"{self.source.name}: no video can be read; the last one: {reason}")
 
-    def endless(self, rows, size, seed):
-        """Batches of shuffled passes over these rows, without end."""
-        for turn in itertools.count():
-            seen = 0
-            for batch in self.batches(np.random.default_rng((seed, turn)).permutation(rows), size, turn):
-                seen += 1
-                yield batch
-            if not seen:
-                raise D.DataError(f"{self.source.name}: no video can be read")
+    # what is stored: files of a few hundred MB at most, each of so many rows
+
+    def row_bytes(self):
+        """As many as the first clip takes, in all turns."""
+        labels = next(self.fresh([0], 1, 0, encode=False)) or {}
+        tokens = math.prod(self.shape) * len(self.keys) * self.type.itemsize
+        return self.turns * (tokens + sum(value.nbytes for value in labels.values()))
+
+    def store(self, folder, share=1.0):
+        """Keep this share of the rows in a folder that is called after all that tokens depend on:
+        weights, config, list and files, clips, and the pixels of one video. What is there already
+        is not computed again."""
+        seed = self.clip.train and self.args.seed
+        one = next(iter(data.eval_batches(
+            self.source, self.clip, rows=[0], batch_size=1, seed=self.args.seed * 1000)))
+        facts = [
+            self.config,
+            self.layers,
+            self.keys,
+            self.names,
+            self.form,
+            self.apart,
+            self.bf16,
+            seed,
+            asdict(self.clip),
+            data.fingerprint([self.source]),
+            weights_hash(self.encoder),
+        ]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        digest.update(one["video"].numpy().tobytes() + one["flip"].numpy().tobytes())
+        self.folder = folder / digest.hexdigest()[:32]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.each = max(1, min(256, 2**28 // self.row_bytes()))
+        self.kept = len(self.source)
+        if share < 1:
+            self.kept = int(share * self.kept) // self.each * self.each
+        parts = np.split(np.arange(self.kept), range(self.each, self.kept, self.each))
+        rank, many = ranks()
+        for turn in range(self.turns):
+            missing = [part for part in parts if not self.file(part[0], turn).exists()]
+            gathered([None])  # all have looked before any writes
+            missing = missing[rank::many]
+            rows = np.array([*itertools.chain(*missing)], int)
+            clips = self.fresh(rows, self.args.micro_batch, turn)
+            for part in missing:
+                self.write(self.file(part[0], turn), list(itertools.islice(clips, len(part))))
+            gathered([None])  # all have written
+            for part in parts:
+                about = open_file(self.file(part[0], turn)).metadata()
+                self.note(json.loads(about["bad"]))
+
+    def file(self, row, turn):
+        return self.folder / f"{turn}_{row // self.each}.safetensors"
+
+    def write(self, file, clips):
+        """A file of these clips, in place only when it is whole."""
+        read = [clip for clip in clips if clip is not None]
+        columns = {"ok": torch.tensor([clip is not None for clip in clips])}
+        for name in read[0] if read else ():
+            columns[name] = stack([clip[name] for clip in read]).cpu()
+            if name in self.keys:
+                columns[name] = columns[name].to(self.type)
+                if not columns[name].isfinite().all():
+                    raise data.DataError(f"{self.source.name}: features are not finite in "
+                                         f"{self.type}; --cache_gb 0 keeps them in float32")
+        temp = file.with_suffix(f".{os.getpid()}")
+        try:
+            save_file(columns, temp, {"bad": json.dumps(self.bad)})
+            model.put_in_place(temp, file)
+        finally:
+            temp.unlink(missing_ok=True)
+
+    def stored(self, row, turn, encode):
+        """As fresh gives it. Clips that could not be read have no place in a file."""
+        file = open_file(self.file(row, turn))
+        ok = file.get_tensor("ok")
+        i = int(row % self.each)
+        if not ok[i]:
+            return None
+        names = [*self.names, *self.keys] if encode else self.names
+        place = int(ok[:i].sum())
+        return {name: file.get_slice(name)[place] for name in names}
 
 
-@dataclasses.dataclass
-class Setting:
-    """What heads and labels depend on. mean, std (channels,): of the train labels, the units of what a head puts out."""
+@functools.lru_cache(maxsize=512)
+def open_file(path):
+    return safe_open(str(path), "pt")
+
+
+def weights_hash(encoder):
+    digest = hashlib.sha256()
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_json(file):
+    return json.loads(file.read_text())
+
+
+def store_what_fits(args, *lists):
+    """Of each list the same share of the rows, as --cache_gb and the disk allow."""
+    folder = Path(args.cache_dir or Path(args.out_dir) / "features")
+    folder.mkdir(parents=True, exist_ok=True)
+    room = min(args.cache_gb * 1e9, 0.9 * shutil.disk_usage(folder).free)
+    needed = sum(features.row_bytes() * len(features.source) for features in lists)
+    for features in lists if room else ():
+        features.store(folder, room / needed)
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """What a head is asked, how it is trained, and how its answers are scored.
+
+    A subclass says, of labels y whose "y" is NaN (or 255) where nothing is known:
+        labels(batch)         labels of dense_batches -> y, in a form of its own
+        net()                 the head
+        ask(net, x, y)        tokens {key: (b,V,N,D)} -> its output, and the y that this is about
+        loss(out, y)          a mean
+        answer(out)           -> p, what is scored and predicted
+        score(p, y)           -> rows (n,c); total(rows) -> {metric: value}, first what counts
+        constants(ys)         answers y -> p that look at no video; of them the best on train is the
+                              baseline
+    """
     args: Args
-    width: int                         # of a token
-    grid: tuple                        # (t,h,w)
+    width: int  # of a token
+    heads: int  # attention heads of the encoder
+    grid: tuple  # (t,h,w) of a video's tokens
     frames: int
     size: int
-    classes: int = 0                   # 0: not known yet
-    mean: torch.Tensor | None = None
+    classes: int = 0
+    mean: torch.Tensor | None = None  # (channels,) of the train labels, the units of the output
     std: torch.Tensor | None = None
+
+    names = ()  # labels that it needs, see dense_batches
+    given = ()  # those that it is asked with
+    channels = 0  # of the output, if it is in units of the train labels' mean and deviation
+    deep = False  # reads four layers instead of one
+    up = False  # higher is better
+    folds = 1  # of a cross-validation that chooses a head where few videos would be held out
+
+    @staticmethod
+    def form(args):
+        """Of Features."""
+        return "grid"
+
+    def classes_of(self, ys, train):
+        """How many classes: from labels y of some clips, and the train source."""
+        return 0
+
+    def moments(self, z):
+        """(B,1,t*n,D) -> (B,t,n,D)."""
+        return z[:, 0].unflatten(1, (self.grid[0], -1))
 
     def wide(self, paper, heads, world=128):
         """Width and heads of a readout: the paper's, and small ones for the built-in world."""
         width = self.args.width or (world if self.args.data else paper)
         return dict(width=width, heads=math.gcd(heads, width))
 
+    def pairs(self):
+        """The grid of (learning rate, weight decay)."""
+        rates = (1e-4, 3e-4, 1e-3)
+        if self.args.data:
+            rates = (2e-3,)
+        if self.args.finetune:
+            rates = (1e-3,) if self.args.data else (1e-4, 3e-4)
+        decay = 0.05 if self.args.finetune == "vjepa" else 1e-4
+        return list(itertools.product(self.args.grid_lr or rates, self.args.grid_wd or (decay,)))
 
-class Asking(nn.Module):
-    """A head of model.py, and how it is asked: call(self, z, y) -> its answer and the labels that this is about."""
+    def plan(self, videos):
+        """Batch size, steps and warm-up: 4DS's (A.2)."""
+        few = 20_000 if self.args.finetune else 40_000
+        steps = self.args.steps or (600 if self.args.data else few)
+        most = 3000 if self.args.finetune else 1000
+        return self.args.batch_size or 32, steps, min(most, steps // 10)
 
-    def __init__(self, row, s):
-        super().__init__()
-        self.head, self.call, self.s = row["head"](s), row["call"], s
+    def output(self, net, x, y):
+        """ask, in the units of the labels."""
+        out, y = self.ask(net, x, y)
+        if self.mean is not None:
+            known = out[..., : len(self.mean)] * self.std + self.mean
+            out = torch.cat([known, out[..., len(self.mean) :]], -1)
+        return out.float(), y
 
-    def forward(self, z, y):
-        out, y = self.call(self, z, y)
-        if self.s.mean is not None:
-            out = torch.cat([(part := out[..., : len(self.s.mean)]) * self.s.std + self.s.mean, out[..., part.shape[-1] :]], -1)
-        return out, y
+    def answer(self, out):
+        return out
+
+    def unread(self, label):
+        """The row of a clip that cannot be read: none, but for classify."""
+        return None
+
+    def constants(self, ys):
+        values = known_values(ys, self.channels)
+        found = []
+        for value in (values.mean(0), values.median(0).values):
+            found.append(partial(everywhere, value.squeeze()))
+        return found
 
 
-def mean_of(errors):
-    return errors.sum() / max(1, errors.numel())
+def everywhere(value, y):
+    return value.expand_as(y["y"])
+
+
+def known_values(ys, channels):
+    values = torch.cat([y["y"].reshape(-1, channels) for y in ys])
+    return values[values.isfinite().all(1)]
+
+
+def always(best, classes, y):
+    """The constant answer of a classifier."""
+    return torch.eye(classes, device=y["y"].device)[best].expand(*y["y"].shape, -1)
 
 
 def known(y):
     return y["y"].isfinite()
 
 
-def typical(channels):
-    """Constant answers: mean and median of what is known in the train labels, for each channel."""
-    def candidates(ys, s):
-        v = torch.cat([y["y"].reshape(-1, channels) for y in ys])
-        v = v[v.isfinite().all(1)]
-        return [lambda y, c=c.squeeze(): c.expand_as(y["y"]) for c in (v.mean(0), v.median(0).values)]
-    return candidates
-
-
-def ask_plain(m, z, y):
-    return m.head(z["video"])[:, 0], y
-
-
-def ask_ends(m, z, y):
-    return m.head(z["video"][:, [0, -1]])[:, 0], y
-
-
-def ask_depth(m, z, y):
-    return M.unpatch(m.head(z["video"]), (m.s.frames // 2, m.s.size // 8, m.s.size // 8), 2, 8).movedim(1, -1), y
-
-
-def ask_tracks(m, z, y):
-    """In training a random 64 things of each clip (world: 16)."""
-    if m.training and y["first"].shape[1] > (most := 16 if m.s.args.data else 64):
-        pick = torch.randperm(y["first"].shape[1])[:most].to(y["first"].device)
-        y = {k: v[:, pick] for k, v in y.items()}
-    return m.head(z["video"], y["first"].nan_to_num()), y
-
-
-def ask_moments(*frames):
-    """A head that answers for single moments, from the tokens that `frames` pick; in training for one random moment of each clip that has labels.
-    y (B,t,a,H,W,...) -> answer (B,t,a,H,W,channels), in training (B,1,...)."""
-    def call(m, z, y):
-        z, v = [f(z) for f in frames], y["y"]
-        if m.training:
-            some = (v.isfinite() & (v != 255)).flatten(2).any(2).float().cpu() + 1e-6
-            at = torch.arange(len(v))[:, None], torch.multinomial(some, 1)
-            *z, v = (x[at] for x in (*z, v))
-        out = m.head(*(x.flatten(0, 1) for x in z), size=v.shape[3:5]).unflatten(1, (v.shape[2], -1)).movedim(2, -1)
-        return out.unflatten(0, v.shape[:2]), y | {"y": v}
-    return call
-
-
-def now(z):
-    return z["video"]
-
-
-def following(z):
-    return torch.cat([z["video"][:, 1:], z["video"][:, -1:]], 1)
-
-
-def ask_boxes(m, z, y):
-    """The tokens of all layers under each box, weighted by how much of a patch it covers, averaged over the clip -> Linear."""
-    (t, h, w), boxes = m.s.grid, y["boxes"].nan_to_num().unflatten(1, (m.s.grid[0], -1)).flatten(2, 3) / m.s.size       # (B,t,a*O,4) shares
-    edges = [torch.arange(n + 1, device=boxes.device) / n for n in (w, h)]
-    cover = [(torch.minimum(boxes[..., i + 2, None], e[1:]) - torch.maximum(boxes[..., i, None], e[:-1])).clamp(min=0) for i, e in enumerate(edges)]
-    area = (cover[1][..., :, None] * cover[0][..., None, :]).flatten(3).unflatten(2, (-1, y["boxes"].shape[2])).sum(2)  # (B,t,O,n)
-    area = area / area.sum((1, 3), keepdim=True).clamp(min=1e-9)
-    return m.head(torch.einsum("bton,btnd->bod", area, z["video"])), y
-
-
-def relative_pose(labels, s):
-    """(B,12): the last camera in the first one's coordinates, three rows of rotation and translation."""
-    R, p = labels["pose"][..., :3, :3], labels["pose"][..., :3, 3:]
-    back = R[:, 0].transpose(1, 2)
-    return {"y": torch.cat([back @ R[:, -1], back @ (p[:, -1] - p[:, 0])], 2).flatten(1)}
-
-
-def rigid(m):
-    """(B,12) -> the same with the nearest rotation (Procrustes)."""
-    m = m.view(-1, 3, 4)
-    u, _, v = torch.linalg.svd(m[..., :3].double())
-    flip = torch.ones_like(m[:, 0, :3], dtype=torch.double)
-    flip[:, 2] = torch.linalg.det(u @ v)
-    return torch.cat([((u * flip[:, None]) @ v).to(m), m[..., 3:]], 2).flatten(1)
-
-
-CUBE = torch.tensor(list(itertools.product((-0.5, 0.5), (-0.5, 0.5), (0.5, 1.5))))       # corners, in front of the camera whose pose it is
-
-
-def pose_error(p, y):
-    """Mean distance of the cube's corners moved by either pose, for each clip whose poses are known."""
-    ok = known(y).all(1)
-    p, y = rigid(p[ok]).view(-1, 3, 4), y["y"][ok].view(-1, 3, 4)
-    moved = [CUBE.to(v) @ v[..., :3].transpose(1, 2) + v[:, None, :, 3] for v in (p, y)]
-    return (moved[0] - moved[1]).norm(dim=-1).mean(1, keepdim=True)
-
-
-def points(labels, s):
-    """Points that are seen in the first frame, (B,P,T,2) as shares of the picture."""
-    xy = labels["tracks"].transpose(1, 2) / s.size
-    seen = labels["visible"].transpose(1, 2) & xy.isfinite().all(-1)
-    return {"y": xy, "first": xy[:, :, 0].masked_fill(~seen[:, :, :1], math.nan), "seen": seen, "asked": seen[:, :, 0]}
-
-
-def points_loss(out, y):
-    """Huber on places (its corner at 4 pixels of 256), cross-entropy on "is seen" and on "is off by more than 6 pixels of 256" (TAPIR's two numbers)."""
-    asked, seen = y["asked"][:, :, None].expand(y["seen"].shape), y["seen"] & y["asked"][:, :, None]
-    xy, bce = out[..., :2].sigmoid(), lambda logit, truth: mean_of(F.binary_cross_entropy_with_logits(logit, truth.float(), reduction="none"))
-    off = (xy.detach() - y["y"]).norm(dim=-1) > 6 / 256
-    place = mean_of(F.huber_loss(xy[seen], y["y"][seen], delta=4 / 256, reduction="none"))
-    return 100 * place + 0.1 * bce(out[..., 2][asked], y["seen"][asked]) + 0.1 * bce(out[..., 3][seen], off[seen])
-
-
-def points_answer(out):
-    """-> (B,P,T,3): place, and 1 where the point is called visible. TAPIR also hides points whose place is uncertain, which is right for good trackers only:
-    where most places are off by more than 6 pixels it would hide nearly all of them."""
-    return torch.cat([out[..., :2].sigmoid(), (out[..., 2:3] > 0).float()], -1)
-
-
-def jaccards(p, y):
-    """Jaccard of each clip at 1, 2, 4, 8 and 16 pixels of 256 over the points seen in the first frame and all later frames (TAP-Vid) -> (clips, 5)."""
-    out = []
-    for p, gt, seen, asked in zip(p, y["y"], y["seen"], y["asked"]):
-        p, gt, seen = p[asked, 1:], gt[asked, 1:], seen[asked, 1:]
-        called = p[..., 2] > 0.5
-        near = [seen & ((p[..., :2] - gt).norm(dim=-1) * 256 < r) for r in (1, 2, 4, 8, 16)]
-        if (seen | called).any():                               # true positives / (visible + false positives)
-            out.append(torch.stack([(n & called).sum() / (seen.sum() + (called & ~n).sum()) for n in near]))
-    return torch.stack(out) if out else torch.zeros(0, 5)
-
-
-def boxes(labels, s):
-    """Boxes that cover at least 0.5 % of the first frame, (B,O,T,4) as shares of the picture."""
-    y = labels["boxes"].transpose(1, 2) / s.size
-    area = (y[:, :, 0, 2:] - y[:, :, 0, :2]).prod(-1)
-    y = y.masked_fill(~(area >= 0.005)[:, :, None, None], math.nan)
-    return {"y": y, "first": y[:, :, 0]}
-
-
-def ious(p, y):
-    """Intersection over union of every known box but the first frame's -> (boxes, 1)."""
-    ok = known(y).all(-1)
-    ok[:, :, 0] = False
-    p, y = p[ok], y["y"][ok]
-    area = lambda b: (b[:, 2:] - b[:, :2]).clamp(min=0).prod(1)
-    both = area(torch.cat([torch.maximum(p[:, :2], y[:, :2]), torch.minimum(p[:, 2:], y[:, 2:])], 1))
-    return (both / (area(p) + area(y) - both).clamp(min=1e-9))[:, None]
-
-
-def actions(labels, s):
-    """What each box does: AVA's actions; in the world, where its picture moves: right, down, nearer, left, up, away, by a fifth of its size or more over the
-    frames that show it. Of the world's boxes the middle frame's alone are pooled, as of AVA's key frames: how a box moves would tell what it does."""
-    box = labels["boxes"]                                       # (B,T,O,4)
-    seen = box.isfinite().all(-1)
-    if "actions" in labels:
-        return {"y": labels["actions"].float().masked_fill(~seen.any(1)[..., None], math.nan), "boxes": box}
-    first, last = seen.int().argmax(1), box.shape[1] - 1 - seen.flip(1).int().argmax(1)                # (B,O) frames
-    a, b = (box.gather(1, i[:, None, :, None].expand(-1, 1, -1, 4))[:, 0] for i in (first, last))
-    side, moved = (a[..., 2:] - a[..., :2]).clamp(min=1), ((b - a)[..., :2] + (b - a)[..., 2:]) / 2
-    moved, grown = moved / side, ((b[..., 2:] - b[..., :2]).clamp(min=1) / side).log().mean(-1, keepdim=True)
-    y, key = (torch.cat([moved, grown, -moved, -grown], -1) > 0.2).float(), torch.arange(box.shape[1], device=box.device) == box.shape[1] // 2
-    return {"y": y.masked_fill(~(seen[:, key].all(1) & (last > first))[..., None], math.nan), "boxes": box.masked_fill(~key[:, None, None], math.nan)}
-
-
-def average_precision(score, y):
-    """Area under the steps of precision over recall; what has equal scores is called together. score, y (n,)."""
-    if not len(y):
-        return None
-    value, group = torch.unique(-score, return_inverse=True)
-    hits, n = (torch.zeros(len(value), dtype=torch.double).index_add(0, group, v.double()).cumsum(0) for v in (y, torch.ones_like(y)))
-    return ((hits.diff(prepend=hits.new_zeros(1)) / hits[-1]) * hits / n).sum() if hits[-1] else None
-
-
-def mean_ap(rows):
-    """rows (boxes, 2*C): scores, then truth -> mean over the classes that occur."""
-    found = [average_precision(s, y) for s, y in zip(*(v.T for v in rows.chunk(2, 1)))]
-    found = [f for f in found if f is not None]
-    return {"map": float(np.mean(found)) if found else math.nan}
-
-
-def kinds(labels, s):
-    """Classes (B,t,a,H,W), 255 unknown; of the world wall, floor, spheres, boxes: its objects are classes only in pairs."""
-    mask = labels["masks"].long()
-    if s.args.data:
-        mask = torch.tensor([0, 1] + [2] * D.SPHERES + [3] * D.BOXES + [255] * 256, device=mask.device)[mask]
-    top = int(mask[mask < 255].max()) if (mask < 255).any() else 0
-    if s.classes and top >= s.classes:
-        raise D.DataError(f"segment: a mask has the label {top}, but there are {s.classes} classes (of the first clips of --train): give --classes {top + 1}")
-    return {"y": mask.unflatten(1, (s.grid[0], -1))}
-
-
-def confusion(p, y):
-    """(1, C*C): row by row, what pixels of each class were called. p (..., C)."""
-    C, y = p.shape[-1], y["y"]
-    ok = y < C
-    return torch.bincount(y[ok] * C + p.argmax(-1)[ok], minlength=C * C)[None]
-
-
-def mean_iou(counts):
-    """From the confusion of the whole data set: mean over classes that occur or are called, and accuracy over classes that occur."""
-    counts = counts.sum(0).view(math.isqrt(counts.shape[1]), -1)
-    hit, truth, called = counts.diag(), counts.sum(1), counts.sum(0)
-    return {"miou": (hit / (truth + called - hit)).nanmean().item(), "macc": (hit / truth).nanmean().item()}
-
-
-def flow(labels, s):
-    y = F.pad(labels["flow"], (0, 0, 0, 0, 0, 0, 0, 1), value=math.nan)                  # the last frame's leads out of the clip
-    return {"y": y.unflatten(1, (s.grid[0], -1))}
-
-
-def flow_sums(p, y):
-    error = (p - y["y"]).norm(dim=-1)
-    error = error[error.isfinite()]
-    return torch.stack([error.sum(), torch.tensor(float(error.numel())).to(error)])[None]
-
-
-def laplace_loss(out, y):
-    """Negative log-likelihood of Laplace's distribution: |d - dhat| / b + log b, out = (dhat, log b)."""
-    ok = known(y)
-    d, b = out[..., 0][ok], out[..., 1][ok].clamp(-5, 5)
-    return mean_of((d - y["y"][ok]).abs() * (-b).exp() + b)
+def mean_of(errors):
+    return errors.sum() / max(1, errors.numel())
 
 
 def squares(out, y):
     return mean_of((out - y["y"])[known(y)].square())
 
 
-def first(out):
-    return out[..., 0]
+def pooled_means(rows, *names):
+    """Sums with their count in the last column -> means over all that was counted."""
+    total = rows.sum(0)
+    return dict(zip(names, (total[:-1] / total[-1]).tolist()))
 
 
-def same(out):
-    return out
+def sums(*errors):
+    """Errors of the same things -> the row that pooled_means takes."""
+    count = errors[0].new_tensor(float(errors[0].numel()))
+    return torch.stack([*(error.sum() for error in errors), count])[None]
 
 
-def stereo_sums(p, y):
-    error = (p - y["y"])[known(y)].abs()
-    return torch.stack([error.sum(), (error > 0.5).sum().float(), (error > 1).sum().float(), torch.tensor(float(error.numel())).to(error)])[None]
+class Classify(Task):
+    """Top-1 accuracy. Probabilities are averaged over spatial views; a video that cannot be read
+    counts as wrong."""
+    up = True
+    folds = 5
+
+    @staticmethod
+    def form(args):
+        if args.head == "readout":
+            return "grid"
+        return args.pool if HEADS[args.head]["pooled"] else "all"
+
+    def classes_of(self, ys, train):
+        return int(train.labels.max()) + 1
+
+    def pairs(self):
+        row = HEADS[self.args.head]
+        if self.args.head == "readout" or self.args.finetune:
+            return super().pairs()
+        rates = self.args.grid_lr or row["lr"]
+        return list(itertools.product(rates, self.args.grid_wd or row["wd"]))
+
+    def plan(self, videos):
+        if self.args.head == "readout" or self.args.finetune:
+            return super().plan(videos)
+        batch = self.args.batch_size or max(16, min(256, videos // 512 * 16))
+        return batch, self.args.epochs * math.ceil(videos / batch), 0
+
+    def labels(self, batch):
+        return {"y": batch["class"]}
+
+    def net(self):
+        return HEADS[self.args.head]["build"](self)
+
+    def ask(self, net, x, y):
+        out = net(x["video"].flatten(0, 1)).flatten(1)                  # (b*V, classes)
+        return out.unflatten(0, x["video"].shape[:2]), y
+
+    def loss(self, out, y):
+        return F.cross_entropy(out[:, 0], y["y"])
+
+    def answer(self, out):
+        return out.softmax(-1).mean(1).nan_to_num()                     # (b, classes)
+
+    def score(self, p, y):
+        """label, what was called (of equal probabilities the lower class), is the label among the
+        first five?, log-likelihood."""
+        order = p.argsort(dim=1, descending=True, stable=True)
+        five = (order[:, :5] == y["y"][:, None]).any(1)
+        likelihood = (p[torch.arange(len(p)), y["y"]] + 1e-9).log()
+        return torch.stack([y["y"], order[:, 0], five, likelihood], 1)
+
+    def unread(self, label):
+        return torch.tensor([label, self.classes, 0, math.log(1e-9)]).double()
+
+    def total(self, rows):
+        label, called, five, likelihood = rows.T
+        top1 = (label == called).double().mean().item()
+        return {"top1": top1, "top5": five.mean().item(), "likelihood": likelihood.mean().item()}
+
+    def constants(self, ys):
+        best = torch.cat([y["y"] for y in ys]).bincount().argmax()
+        return [partial(always, best, self.classes)]
 
 
-def ratio(*names):
-    """Sums with their count in the last column -> pooled means."""
-    return lambda sums: dict(zip(names, (sums.sum(0)[:-1] / sums.sum(0)[-1]).tolist()))
+def confusion_of(rows, classes):
+    """Rows of Classify -> (classes, classes + 1): row the class, column what it was called, the
+    last one what could not be read."""
+    label, called = rows[:, :2].long().T
+    counts = torch.bincount(label * (classes + 1) + called, minlength=classes * (classes + 1))
+    return counts.view(classes, classes + 1)
 
 
-def depth_sums(p, y):
-    ok = known(y)
-    return torch.stack([((p - y["y"]).abs() / y["y"])[ok].sum(), ok.sum().float()])[None]
+class Pose(Task):
+    """The last camera in the first one's coordinates, three rows of rotation and translation (4DS
+    A.2.2): the mean distance of a cube's corners moved by either pose."""
+    names = ("pose",)
+    channels = 12
+
+    def labels(self, batch):
+        turn = batch["pose"][..., :3, :3]
+        place = batch["pose"][..., :3, 3:]
+        back = turn[:, 0].transpose(1, 2)
+        moved = back @ (place[:, -1] - place[:, 0])
+        return {"y": torch.cat([back @ turn[:, -1], moved], 2).flatten(1)}
+
+    def net(self):
+        return Readout(
+            self.width,
+            (2, *self.grid[1:]),
+            12,
+            queries=(1, 1, 1),
+            **self.wide(self.width, 8),
+        )
+
+    def ask(self, net, x, y):
+        ends = self.moments(x["video"])[:, [0, -1]]
+        return net(ends.flatten(1, 2))[:, 0], y
+
+    loss = staticmethod(squares)
+
+    def score(self, p, y):
+        ok = known(y).all(1)
+        corners = torch.tensor(list(itertools.product((-0.5, 0.5), (-0.5, 0.5), (0.5, 1.5))))
+        moved = []
+        for pose in (rigid(p[ok]), rigid(y["y"][ok])):
+            pose = pose.view(-1, 3, 4)
+            turned = corners.to(pose) @ pose[..., :3].transpose(1, 2)
+            moved.append(turned + pose[:, None, :, 3])                  # (B, 8, 3)
+        return (moved[0] - moved[1]).norm(dim=-1).mean(1, keepdim=True)
+
+    def total(self, rows):
+        return {"epe": rows.mean().item()}
 
 
-def class_scores(p, y):
-    """Right at first, and among the first five, for each clip -> (B, 2)."""
-    return (p.topk(min(5, p.shape[1]), 1).indices == y["y"][:, None]).cumsum(1)[:, [0, -1]].bool()
+def rigid(pose):
+    """(B,12) -> the same with the nearest rotation (Procrustes)."""
+    pose = pose.view(-1, 3, 4)
+    u, _, v = torch.linalg.svd(pose[..., :3].double())
+    flip = torch.ones_like(pose[:, 0, :3], dtype=torch.double)
+    flip[:, 2] = torch.linalg.det(u @ v)
+    turn = (u * flip[:, None]) @ v
+    return torch.cat([turn.to(pose), pose[..., 3:]], 2).flatten(1)
 
 
-def commonest(ys, s):
-    """The constant answer of a classifier."""
-    v = torch.cat([y["y"].flatten() for y in ys])
-    best = v[v < s.classes].bincount().argmax()
-    return [lambda y: torch.eye(s.classes, device=y["y"].device)[best].expand(*y["y"].shape, -1)]
+class Track(Task):
+    """Things given in the first frame, (B,O,T,...) as shares of the picture. In training a random
+    64 of each clip (world: 16)."""
+    up = True
+    hidden = 0  # what an answer says of a thing besides its coordinates
+
+    def ask(self, net, x, y):
+        things = y["first"].shape[1]
+        most = 16 if self.args.data else 64
+        if net.training and things > most:
+            pick = torch.randperm(things)[:most].to(y["first"].device)
+            y = {name: value[:, pick] for name, value in y.items()}
+        return net(x["video"][:, 0], y["first"].nan_to_num()), y
+
+    def constants(self, ys):
+        """Everything stays where it was."""
+        return [self.still]
+
+    def still(self, y):
+        first = y["first"][:, :, None].expand(y["y"].shape)
+        return F.pad(first, (0, self.hidden), value=1.0)
 
 
-def still(extra=0):
-    """What stands for no video in tracking: everything stays where it was."""
-    return lambda ys, s: [lambda y: F.pad(y["first"][:, :, None].expand(y["y"].shape), (0, extra), value=1.0)]
+class Points(Track):
+    """Points that are seen in the first frame (4DS A.2.3): where they are and whether they are
+    seen, Average Jaccard (TAP-Vid)."""
+    names = given = ("tracks", "visible")
+    hidden = 1
+
+    def labels(self, batch):
+        xy = batch["tracks"].transpose(1, 2) / self.size                # (B, P, T, 2)
+        seen = batch["visible"].transpose(1, 2) & xy.isfinite().all(-1)
+        first = xy[:, :, 0].masked_fill(~seen[:, :, :1], math.nan)
+        return {"y": xy, "first": first, "seen": seen, "asked": seen[:, :, 0]}
+
+    def net(self):
+        return Tracker(
+            self.width,
+            self.grid,
+            2,
+            self.frames,
+            4,
+            copies=self.frames // 2,
+            steps=self.args.resample,
+            **self.wide(1024, 8),
+        )
+
+    def loss(self, out, y):
+        """Huber on places (its corner at 4 pixels of 256), cross-entropy on "is seen" and on "is
+        off by more than 6 pixels of 256" (TAPIR's two numbers)."""
+        asked = y["asked"][:, :, None].expand(y["seen"].shape)
+        seen = y["seen"] & asked
+        place = out[..., :2].sigmoid()
+        off = (place.detach() - y["y"]).norm(dim=-1) > 6 / 256
+        huber = F.huber_loss(place[seen], y["y"][seen], delta=4 / 256, reduction="none")
+        visible = is_true(out[..., 2][asked], y["seen"][asked])
+        return 100 * mean_of(huber) + 0.1 * visible + 0.1 * is_true(out[..., 3][seen], off[seen])
+
+    def answer(self, out):
+        """(B,P,T,3): place, and 1 where the point is called visible. TAPIR also hides points whose
+        place is uncertain, which is right for good trackers only: where most places are off by more
+        than 6 pixels it would hide nearly all of them."""
+        visible = (out[..., 2:3] > 0).float()
+        return torch.cat([out[..., :2].sigmoid(), visible], -1)
+
+    def score(self, p, y):
+        """Jaccard of each clip at 1, 2, 4, 8 and 16 pixels of 256 over the points seen in the first
+        frame and all later frames -> (clips, 5)."""
+        found = []
+        for place, truth, seen, asked in zip(p, y["y"], y["seen"], y["asked"]):
+            place = place[asked, 1:]
+            seen = seen[asked, 1:]
+            called = place[..., 2] > 0.5
+            distance = (place[..., :2] - truth[asked, 1:]).norm(dim=-1) * 256
+            if not (seen | called).any():
+                continue
+            for radius in (1, 2, 4, 8, 16):
+                near = seen & (distance < radius)
+                false = (called & ~near).sum()
+                found.append((near & called).sum() / (seen.sum() + false))
+        return torch.stack(found).view(-1, 5) if found else torch.zeros(0, 5)
+
+    def total(self, rows):
+        return {"aj": rows.mean().item(), "jaccard": rows.mean(0).tolist()}
 
 
-# labels: of dense_batches. y(labels, setting): the task's labels in a form of its own, NaN where unknown. layers: 4 of them, or the last. head, call: see
-# Asking; channels: its answer is in units of the labels' mean and deviation. loss(out, y). answer(out): what the metric takes. tally(answer, y): rows that
-# final(rows) turns into the metric and its companions; wrong: the row of a clip that cannot be read. up: higher is better. constants(ys): answers that look at
-# no video; the best on train is the baseline
-DENSE = {
-    "classify": dict(labels=(), y=lambda l, s: {"y": l["class"]}, layers=1, up=True, final=lambda c: dict(zip(("top1", "top5"), c.mean(0).tolist())),
-                     head=lambda s: Readout(s.width, s.grid, s.classes, queries=(1, 1, 1), steps=s.args.resample, **s.wide(768, 12)), call=ask_plain,
-                     loss=lambda out, y: F.cross_entropy(out, y["y"]), answer=same, tally=class_scores, wrong=torch.zeros(1, 2).double(), constants=commonest),
-    "pose": dict(labels=("pose",), y=relative_pose, layers=1, up=False, final=lambda e: {"epe": e.mean().item()}, channels=12,
-                 head=lambda s: Readout(s.width, (2, *s.grid[1:]), 12, queries=(1, 1, 1), **s.wide(s.width, 8)), call=ask_ends,
-                 loss=squares, answer=same, tally=pose_error, constants=typical(12)),
-    "points": dict(labels=("tracks", "visible"), y=points, layers=1, up=True, final=lambda j: {"aj": j.mean().item(), "jaccard": j.mean(0).tolist()},
-                   head=lambda s: Tracker(s.width, s.grid, 2, s.frames, 4, copies=s.frames // 2, steps=s.args.resample, **s.wide(1024, 8)),
-                   call=ask_tracks, loss=points_loss, answer=points_answer, tally=jaccards, constants=still(1)),
-    "boxes": dict(labels=("boxes",), y=boxes, layers=1, up=True, final=lambda i: {"miou": i.mean().item()},
-                  head=lambda s: Tracker(s.width, s.grid, 4, s.frames, 4, steps=s.args.resample, **s.wide(1024, 4)),
-                  call=ask_tracks, loss=squares, answer=same, tally=ious, constants=still()),
-    "depth": dict(labels=("depth",), layers=1, up=False, final=ratio("absrel"), channels=1,
-                  y=lambda l, s: {"y": l["depth"].masked_fill(~((l["depth"] > 0.001) & (l["depth"] < 10)), math.nan)},
-                  head=lambda s: Readout(s.width, s.grid, 128, queries=(s.frames // 2, s.size // 8, s.size // 8), steps=s.args.resample, **s.wide(1024, 16)),
-                  call=ask_depth, loss=lambda out, y: squares(first(out), y), answer=first, tally=depth_sums, constants=typical(1)),
-    "segment": dict(labels=("masks",), y=kinds, layers=4, up=True, final=mean_iou, call=ask_moments(now),
-                    head=lambda s: UPerNet(s.width, s.grid[1:], s.frames // s.grid[0] * s.classes, s.wide(512, 1, 32)["width"]),
-                    loss=lambda out, y: mean_of(F.cross_entropy(out[y["y"] < 255], y["y"][y["y"] < 255], reduction="none")),
-                    answer=same, tally=confusion, constants=commonest),
-    "flow": dict(labels=("flow",), y=flow, layers=4, up=False, final=ratio("epe"), channels=2, call=ask_moments(now, following),
-                 head=lambda s: TwoFrameDPT(s.width, s.grid[1:], 2 * s.frames // s.grid[0], **s.wide(768, 12, 64)),
-                 loss=lambda out, y: mean_of((out - y["y"])[known(y)].abs()), answer=same, tally=flow_sums, constants=typical(2)),
-    "stereo": dict(labels=("right", "disparity"), layers=4, up=False, final=ratio("average", "bad0.5", "bad1"), channels=1,
-                   y=lambda l, s: {"y": l["disparity"].unflatten(1, (s.grid[0], -1))}, call=ask_moments(now, lambda z: z["right"]),
-                   head=lambda s: TwoFrameDPT(s.width, s.grid[1:], 2 * s.frames // s.grid[0], **s.wide(768, 12, 64)),
-                   loss=laplace_loss, answer=first, tally=stereo_sums, constants=typical(1)),
-    "detect": dict(labels=("boxes", "actions"), y=actions, layers=4, up=True, final=mean_ap, call=ask_boxes,
-                   head=lambda s: nn.Sequential(M.LayerNorm(4 * s.width), nn.Linear(4 * s.width, s.classes)),
-                   loss=lambda out, y: mean_of(F.binary_cross_entropy_with_logits(out[known(y)], y["y"][known(y)], reduction="none")),
-                   answer=same, tally=lambda p, y: torch.cat([p, y["y"]], 2)[known(y).all(2)],
-                   constants=lambda ys, s: [lambda y: torch.zeros_like(y["y"])]),                   # all boxes alike
+def is_true(logit, truth):
+    return mean_of(F.binary_cross_entropy_with_logits(logit, truth.float(), reduction="none"))
+
+
+class Boxes(Track):
+    """Boxes that cover at least 0.5 % of the first frame (4DS A.2.4): mean IoU of every known box
+    but the first frame's."""
+    names = given = ("boxes",)
+
+    def labels(self, batch):
+        y = batch["boxes"].transpose(1, 2) / self.size                  # (B, O, T, 4)
+        area = (y[:, :, 0, 2:] - y[:, :, 0, :2]).prod(-1)
+        y = y.masked_fill(~(area >= 0.005)[:, :, None, None], math.nan)
+        return {"y": y, "first": y[:, :, 0]}
+
+    def net(self):
+        return Tracker(
+            self.width,
+            self.grid,
+            4,
+            self.frames,
+            4,
+            steps=self.args.resample,
+            **self.wide(1024, 4),
+        )
+
+    loss = staticmethod(squares)
+
+    def score(self, p, y):
+        ok = known(y).all(-1)
+        ok[:, :, 0] = False
+        p = p[ok]
+        y = y["y"][ok]
+        low = torch.maximum(p[:, :2], y[:, :2])
+        high = torch.minimum(p[:, 2:], y[:, 2:])
+        both = area_of(torch.cat([low, high], 1))
+        return (both / (area_of(p) + area_of(y) - both).clamp(min=1e-9))[:, None]
+
+    def total(self, rows):
+        return {"miou": rows.mean().item()}
+
+
+def area_of(boxes):
+    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
+
+
+class Depth(Task):
+    """Depth of each pixel from 0.001 to 10 m, 2x8x8 for each learned query (4DS A.2.5): AbsRel."""
+    names = ("depth",)
+    channels = 1
+
+    def queries(self):
+        return (self.frames // 2, self.size // 8, self.size // 8)
+
+    def labels(self, batch):
+        depth = batch["depth"]
+        return {"y": depth.masked_fill(~((depth > 0.001) & (depth < 10)), math.nan)}
+
+    def net(self):
+        return Readout(
+            self.width,
+            self.grid,
+            128,
+            queries=self.queries(),
+            steps=self.args.resample,
+            **self.wide(1024, 16),
+        )
+
+    def ask(self, net, x, y):
+        values = model.unpatch(net(x["video"][:, 0]), self.queries(), 2, 8)
+        return values.movedim(1, -1), y                                 # (B, T, H, W, 1)
+
+    def loss(self, out, y):
+        return squares(out[..., 0], y)
+
+    def answer(self, out):
+        return out[..., 0]
+
+    def score(self, p, y):
+        return sums(((p - y["y"]).abs() / y["y"])[known(y)])
+
+    def total(self, rows):
+        return pooled_means(rows, "absrel")
+
+
+class Moments(Task):
+    """A picture of answers for each of a clip's t moments, (B,t,a,H,W,...) with a frames a moment,
+    from four layers. In training one random moment of each clip that has labels."""
+    deep = True
+
+    def of_moments(self, labels):
+        return {"y": labels.unflatten(1, (self.grid[0], -1))}
+
+    def views(self, x):
+        """(B,t,n,4*D) of the tokens that the head is given for each moment."""
+        return [x["video"]]
+
+    def ask(self, net, x, y):
+        views = self.views({key: self.moments(z) for key, z in x.items()})
+        if net.training:
+            truth = y["y"]
+            some = (truth.isfinite() & (truth != 255)).flatten(2).any(2)
+            some = some.float().cpu() + 1e-6
+            at = (torch.arange(len(truth))[:, None], torch.multinomial(some, 1))
+            views = [view[at] for view in views]
+            y = y | {"y": truth[at]}
+        clips = len(views[0])
+        each = self.frames // self.grid[0]
+        views = [view.flatten(0, 1) for view in views]
+        out = net(*views, size=(self.size, self.size))
+        out = out.unflatten(1, (each, -1)).movedim(2, -1)
+        return out.unflatten(0, (clips, -1)), y
+
+
+class Segment(Moments):
+    """Classes of pixels, of the world wall, floor, spheres, boxes (its objects are classes only in
+    pairs): mIoU and mAcc of the whole list's confusion."""
+    names = ("masks",)
+    up = True
+
+    def classes_of(self, ys, train):
+        return self.args.classes or 1 + max(self.top(y["y"]) for y in ys)
+
+    def top(self, mask):
+        return int(mask.masked_fill(mask == 255, 0).max())
+
+    def labels(self, batch):
+        mask = batch["masks"].long()
+        if self.args.data:
+            kinds = [0, 1] + [2] * data.SPHERES + [3] * data.BOXES + [255] * 256
+            mask = torch.tensor(kinds, device=mask.device)[mask]
+        top = self.top(mask)
+        if self.classes and top >= self.classes:
+            raise data.DataError(
+                f"segment: a mask has the label {top}, but there are {self.classes} classes (of "
+                f"the first clips of --train): give --classes {top + 1}")
+        return self.of_moments(mask)
+
+    def net(self):
+        out = self.frames // self.grid[0] * self.classes
+        width = self.wide(512, 1, 32)["width"]
+        return UPerNet(self.width, self.grid[1:], out, width)
+
+    def loss(self, out, y):
+        ok = y["y"] < 255
+        return mean_of(F.cross_entropy(out[ok], y["y"][ok], reduction="none"))
+
+    def score(self, p, y):
+        """(1, C*C): row by row, what pixels of each class were called."""
+        ok = y["y"] < self.classes
+        pairs = y["y"][ok] * self.classes + p.argmax(-1)[ok]
+        return torch.bincount(pairs, minlength=self.classes**2)[None]
+
+    def total(self, rows):
+        """Mean over classes that occur or are called, and accuracy over classes that occur."""
+        counts = rows.sum(0).view(self.classes, -1)
+        hit = counts.diag()
+        truth = counts.sum(1)
+        union = truth + counts.sum(0) - hit
+        return {"miou": (hit / union).nanmean().item(), "macc": (hit / truth).nanmean().item()}
+
+    def constants(self, ys):
+        values = torch.cat([y["y"].flatten() for y in ys])
+        best = values[values < self.classes].bincount().argmax()
+        return [partial(always, best, self.classes)]
+
+
+class Flow(Moments):
+    """Optical flow to the next frame (TDV D.3): end-point error over all known pixels."""
+    names = ("flow",)
+    channels = 2
+
+    def labels(self, batch):
+        out = torch.full_like(batch["flow"][:, :1], math.nan)  # the last frame's leads out of it
+        return self.of_moments(torch.cat([batch["flow"], out], 1))
+
+    def views(self, x):
+        here = x["video"]
+        return [here, torch.cat([here[:, 1:], here[:, -1:]], 1)]
+
+    def net(self):
+        out = self.channels * self.frames // self.grid[0]
+        return TwoFrameDPT(self.width, self.grid[1:], out, **self.wide(768, 12, 64))
+
+    def loss(self, out, y):
+        return mean_of((out - y["y"])[known(y)].abs())
+
+    def score(self, p, y):
+        error = (p - y["y"]).norm(dim=-1)
+        return sums(error[error.isfinite()])
+
+    def total(self, rows):
+        return pooled_means(rows, "epe")
+
+
+class Stereo(Moments):
+    """Disparity of the left camera's pixels (CroCo v2): mean error, share over 0.5 and 1 pixel."""
+    names = ("right", "disparity")
+    given = ("right",)
+    channels = 1
+
+    def labels(self, batch):
+        return self.of_moments(batch["disparity"])
+
+    def views(self, x):
+        return [x["video"], x["right"]]
+
+    def net(self):
+        out = 2 * self.frames // self.grid[0]
+        return TwoFrameDPT(self.width, self.grid[1:], out, **self.wide(768, 12, 64))
+
+    def loss(self, out, y):
+        """Negative log-likelihood of Laplace's distribution: |d - dhat| / b + log b, out = (dhat,
+        log b)."""
+        ok = known(y)
+        log_b = out[..., 1][ok].clamp(-5, 5)
+        error = (out[..., 0][ok] - y["y"][ok]).abs()
+        return mean_of(error * (-log_b).exp() + log_b)
+
+    def answer(self, out):
+        return out[..., 0]
+
+    def score(self, p, y):
+        error = (p - y["y"])[known(y)].abs()
+        return sums(error, (error > 0.5).float(), (error > 1).float())
+
+    def total(self, rows):
+        return pooled_means(rows, "average", "bad0.5", "bad1")
+
+
+class Detect(Task):
+    """What each box does: AVA's actions, or how it moves in the world. The tokens of four layers
+    under each box, weighted by how much of a patch it covers, averaged over the clip -> Linear;
+    mean average precision."""
+    names = ("boxes", "actions")
+    given = ("boxes",)
+    deep = True
+    up = True
+
+    def classes_of(self, ys, train):
+        return ys[0]["y"].shape[2]
+
+    def labels(self, batch):
+        boxes = batch["boxes"]                                          # (B, T, O, 4)
+        if self.args.data:
+            return moves(boxes)
+        y = {"boxes": boxes}
+        if "actions" in batch:
+            never = ~boxes.isfinite().all(-1).any(1)
+            y["y"] = batch["actions"].float().masked_fill(never[..., None], math.nan)
+        return y
+
+    def net(self):
+        width = 4 * self.width
+        return nn.Sequential(model.LayerNorm(width), nn.Linear(width, self.classes))
+
+    def ask(self, net, x, y):
+        things = y["boxes"].shape[2]
+        boxes = y["boxes"].nan_to_num() / self.size
+        boxes = boxes.unflatten(1, (self.grid[0], -1)).flatten(2, 3)    # (B, t, a*O, 4)
+        across = overlap(boxes[..., 0::2], self.grid[2])
+        down = overlap(boxes[..., 1::2], self.grid[1])
+        cover = (down[..., :, None] * across[..., None, :]).flatten(3)
+        cover = cover.unflatten(2, (-1, things)).sum(2)                 # (B, t, O, n)
+        cover = cover / cover.sum((1, 3), keepdim=True).clamp(min=1e-9)
+        return net(torch.einsum("bton,btnd->bod", cover, self.moments(x["video"]))), y
+
+    def loss(self, out, y):
+        return is_true(out[known(y)], y["y"][known(y)])
+
+    def score(self, p, y):
+        """(boxes, 2*C): scores, then truth."""
+        return torch.cat([p, y["y"]], 2)[known(y).all(2)]
+
+    def total(self, rows):
+        """Mean over the classes that occur."""
+        scores, truth = rows.chunk(2, 1)
+        found = [average_precision(s, y) for s, y in zip(scores.T, truth.T)]
+        found = [value for value in found if value is not None]
+        return {"map": float(np.mean(found)) if found else math.nan}
+
+    def constants(self, ys):
+        """All boxes alike."""
+        return [lambda y: torch.zeros_like(y["y"])]
+
+
+def overlap(ends, cells):
+    """Intervals (...,2) as shares -> (...,cells): how much of each of so many cells they cover."""
+    edges = torch.arange(cells + 1, device=ends.device) / cells
+    high = torch.minimum(ends[..., 1:], edges[1:])
+    low = torch.maximum(ends[..., :1], edges[:-1])
+    return (high - low).clamp(min=0)
+
+
+def moves(boxes):
+    """Where the pictures of boxes (B,T,O,4) move: right, down, nearer, left, up, away, by a fifth
+    of their size or more over the frames that show them. The middle frame's boxes alone are pooled,
+    as of AVA's key frames: how a box moves would tell what it does."""
+    frames = boxes.shape[1]
+    seen = boxes.isfinite().all(-1)
+    first = seen.int().argmax(1)                                        # (B, O)
+    last = frames - 1 - seen.flip(1).int().argmax(1)
+    clips = torch.arange(len(boxes))[:, None]
+    things = torch.arange(boxes.shape[2])
+    start = boxes[clips, first, things]                                 # (B, O, 4)
+    end = boxes[clips, last, things]
+    side = (start[..., 2:] - start[..., :2]).clamp(min=1)
+    moved = ((end - start)[..., :2] + (end - start)[..., 2:]) / 2 / side
+    grown = (end[..., 2:] - end[..., :2]).clamp(min=1) / side
+    grown = grown.log().mean(-1, keepdim=True)
+    y = (torch.cat([moved, grown, -moved, -grown], -1) > 0.2).float()
+    key = torch.arange(frames, device=boxes.device) == frames // 2
+    asked = seen[:, key].all(1) & (last > first)
+    return {
+        "y": y.masked_fill(~asked[..., None], math.nan),
+        "boxes": boxes.masked_fill(~key[:, None, None], math.nan),
+    }
+
+
+def average_precision(scores, truth):
+    """Area under the steps of precision over recall; what has equal scores is called together.
+    scores, truth (n,) -> None where nothing is true."""
+    if not truth.any():
+        return None
+    _, group = torch.unique(-scores, return_inverse=True)
+    counts = torch.zeros(2, int(group.max()) + 1, dtype=torch.double)
+    hits = counts[0].index_add(0, group, truth.double()).cumsum(0)
+    called = counts[1].index_add(0, group, torch.ones_like(truth).double()).cumsum(0)
+    steps = hits.diff(prepend=hits.new_zeros(1)) / hits[-1]
+    return (steps * hits / called).sum()
+
+
+TASKS = {
+    "classify": Classify,
+    "pose": Pose,
+    "points": Points,
+    "boxes": Boxes,
+    "depth": Depth,
+    "segment": Segment,
+    "flow": Flow,
+    "stereo": Stereo,
+    "detect": Detect,
 }
 
-
-def open_clips(args, names, layers, labelled, device):
-    """-> the train and val Dense of --encoder with these labels, its config, and the layer that readouts read."""
-    train, val = lists(args, labelled, rooms=True)
-    if args.fps or len(args.grid_wd) > 1 or args.width % 8:
-        raise D.DataError(f"--fps {args.fps} --grid_wd {args.grid_wd} --width {args.width}: tasks of space and time sample by --stride, have one weight decay "
-                          "and a width that 8 divides")
-    encoder, config = load(args)
-    if not (depth := config.get("depth", 0)):
-        raise D.DataError(f"--encoder {args.encoder}: {args.task} needs the tokens of an encoder")
-    encoder.to(device).eval().requires_grad_(False)
-    if args.layer > depth:
-        raise D.DataError(f"--layer {args.layer}: the encoder has {depth} blocks")
-    top = blocks_read(args, config)
-    quarters = tuple(max(1, round(top * q / 4)) for q in (1, 2, 3, 4))
-    stride = 1 if "flow" in names or args.data else args.stride or config.get("stride", 4)
-    clip = D.Clip(args.frames or config.get("frames", 16), stride, None, args.size or config.get("size", 224), args.crop_scale, args.crop_ratio, flip=False)
-    if clip.frames % 2 or clip.size % 8 or clip.size % config["patch"]:
-        raise D.DataError(f"--frames {clip.frames} must be even, --size {clip.size} divisible by 8 and by the encoder's patch of {config['patch']}")
-    names, wanted = [n for n in names if not (args.data and n == "actions")], {top, *(quarters if layers > 1 else ())}
-    if args.task == "all" and not args.layer:
-        wanted.add(config.get("layer_classify") or top)
-    both = []
-    for source, random in ((train, args.train_passes > 0), (val, False)):
-        try:
-            both.append(Dense(args, encoder, config, source, tuple(sorted(wanted)), dataclasses.replace(clip, train=random), device, names))
-        except ValueError as e:
-            raise D.DataError(f"--encoder {args.encoder} cannot take these clips: {e}") from e
-    folder = Path(args.cache_dir or Path(args.out_dir) / "features")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not args.finetune:
-        disk, memory = sum(x.room() for x in both)
-        most = 0.4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if disk + memory <= args.cache_gb * 1e9 and disk <= 0.9 * shutil.disk_usage(folder).free and memory <= most:
-            for x in both:
-                x.store(folder)
-    return *both, config, top, quarters
+# --- the engine -----------------------------------------------------------------------------------
 
 
-def learn(row, s, rates, data, rows, config):
-    """One head for each learning rate, all on the same batches, by 4DS's recipe (A.2): AdamW, warm-up, cosine. Fine-tuning takes one rate: a copy of the
-    encoder is trained with the head, at 0.003 of its rate (4DS, C) or 0.8 of it for each layer that lies between (V-JEPA, Table 8)."""
-    a, models, groups = s.args, [], []
-    for lr in rates:
-        torch.manual_seed(a.seed)
-        models.append(Asking(row, s).to(data.device).train())
-        groups += [dict(g, peak=lr) for g in M.param_groups(models[-1], (a.grid_wd or (1e-4,))[0])]
-    if a.finetune:
-        encoder, depth = copy.deepcopy(data.encoder).requires_grad_(True), max(data.want)
-        layers = {"norm.": 1.0} | {f"blocks.{i}.": 0.8 ** max(0, depth - i) for i in range(config["depth"])} | {"": 0.8 ** (depth + 1)}
-        wd, factors = (1e-4, {"": 0.003}) if a.finetune == "4ds" else (0.05, layers)
-        groups += [dict(g, peak=rates[0] * g["factor"]) for g in M.param_groups(encoder, a.grid_wd[0] if a.grid_wd else wd, factors)]
-        models[0].encoder = encoder
-        data.tune(encoder)
+@dataclass
+class Trained:
+    """A head, its rates, what it scored on held-out videos, and the encoder if that was trained."""
+    head: nn.Module | None
+    lr: float
+    wd: float
+    encoder: nn.Module | None = None
+    held_out: float | None = None
+
+    def to(self, device):
+        self.head.to(device)
+        if self.encoder:
+            self.encoder.to(device)
+        return self
+
+
+def ranks():
+    """This process's number, and how many share the work (torchrun)."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gathered(values):
+    """Lists of all ranks, on all ranks, in turn: of what was shared out as [rank::ranks]."""
+    _, many = ranks()
+    if many == 1:
+        return values
+    found = [None] * many
+    dist.all_gather_object(found, values)
+    order = itertools.chain(*itertools.zip_longest(*found, fillvalue=ranks))
+    return [value for value in order if value is not ranks]
+
+
+def fit(task, train, rows, pairs):
+    """A head for each (lr, wd), all on the same batches of these rows: AdamW, linear warm-up,
+    cosine. With --finetune a copy of the encoder is trained with each."""
+    args = task.args
+    if args.finetune and len(pairs) > 1:
+        return [fit(task, train, rows, [pair])[0] for pair in pairs]
+    start = pooled_features(train, rows) if train.pooled else ()
+    tried = []
+    groups = []
+    for lr, wd in pairs:
+        torch.manual_seed(args.seed)  # all start alike
+        head = task.net().to(train.device).train()
+        if train.pooled:
+            head.start(*start, wd)
+        tried.append(Trained(head, lr, wd))
+        groups += [dict(group, peak=lr) for group in model.param_groups(head, wd)]
+    if args.finetune:
+        tried[0].encoder = copy.deepcopy(train.encoder).requires_grad_(True)
+        groups += encoder_groups(tried[0], args.finetune, max(train.want))
+        train.tuned = tried[0].encoder
+    if not groups:
+        return tried
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-    steps, batch, warmup = a.steps, a.batch_size or 32, min(3000 if a.finetune else 1000, a.steps // 10)
-    micro = math.gcd(batch, a.micro_batch) if a.finetune else batch
-    batches = data.endless(rows, micro, a.seed)
-    for step in tqdm(range(steps), desc=a.task, disable=not sys.stderr.isatty()):
-        share = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-        for g in groups:
-            g["lr"] = max(1e-7, g["peak"] * share)
-        for i in range(batch // micro):
-            z, labels, _ = next(batches)
-            y = row["y"](labels, s)
-            for m in models:
-                torch.manual_seed(a.seed * 1_000_003 + step + i * 1_000_000_007)        # what a head picks at random does not depend on the other heads
-                with data.features["video"].autocast():
-                    out, asked = m(z, y)
-                (row["loss"](out.float(), asked) * (micro / batch)).backward()
+    batch, steps, warmup = task.plan(len(rows))
+    micro = batch if batch <= args.micro_batch else math.gcd(batch, args.micro_batch)
+    parts = endless(train, rows, batch, micro, args.seed)
+    for step in tqdm(range(steps), desc=args.task, disable=not sys.stderr.isatty()):
+        for group in optimizer.param_groups:
+            group["lr"] = max(1e-7, group["peak"] * rate(step, steps, warmup))
+        for i in itertools.count():
+            x, labels, share, last = next(parts)
+            if share:
+                y = task.labels(labels)
+                backward(task, train, tried, x, y, share, step + 1_000_000_007 * i)
+            if last:
+                break
         optimizer.step()
         optimizer.zero_grad()
-    return models
+    return tried
 
 
-def best_of(found, up):
-    """Index of the best among metrics, of which the first entry counts; one that is not finite loses."""
-    value = [next(iter(f.values())) * (1 if up else -1) for f in found]
-    return max(range(len(found)), key=lambda i: value[i] if math.isfinite(value[i]) else -math.inf)
+def backward(task, train, tried, x, y, share, number):
+    """One pass for each head: the activations of one at a time."""
+    for one in tried:
+        # what a head picks at random does not depend on the other heads
+        torch.manual_seed(task.args.seed * 1_000_003 + number)
+        with train.autocast():
+            out, asked = task.output(one.head, x, y)
+        (task.loss(out, asked) * share).backward()
+
+
+def encoder_groups(trained, how, depth):
+    """Of an encoder that is trained with a head that reads after `depth` blocks: 0.003 of its rate
+    (4DS, C), or 0.8 of it for each layer that lies between (V-JEPA, Table 8)."""
+    factors = {"": 0.003}
+    if how == "vjepa":
+        factors = {"norm.": 1.0}
+        for i in range(len(trained.encoder.blocks)):
+            factors[f"blocks.{i}."] = 0.8 ** max(0, depth - i)
+        factors[""] = 0.8 ** (depth + 1)
+    groups = model.param_groups(trained.encoder, trained.wd, factors)
+    return [dict(group, peak=trained.lr * group["factor"]) for group in groups]
+
+
+def rate(step, steps, warmup):
+    """As a share of the highest."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def endless(train, rows, batch, micro, seed):
+    """Shuffled passes over these rows, without end, `micro` at a time: tokens, labels, how much of
+    its step's batch they are, are they the last of it? (A pass ends with a smaller batch.)"""
+    for turn in itertools.count():
+        order = np.random.default_rng((seed, turn)).permutation(rows)
+        done = 0
+        seen = 0
+        for x, labels, part in train.batches(order, micro, turn):
+            size = min(batch, len(order) - done // batch * batch)
+            done = min(done + micro, len(order))
+            seen += len(part)
+            yield x, labels, len(part) / size, done % batch == 0 or done == len(order)
+        if not seen:
+            raise data.DataError(f"{train.source.name}: no video can be read")
+
+
+def pooled_features(train, rows):
+    """(n,D) and classes (n,), of the first pass."""
+    x = []
+    y = []
+    for tokens, labels, part in train.batches(rows, train.args.micro_batch):
+        if len(part):
+            x.append(tokens["video"][:, 0, 0])
+            y.append(labels["class"])
+    return torch.cat(x), torch.cat(y)
 
 
 @torch.no_grad()
-def measure(row, s, answers, data, rows, size, keep=0):
-    """The metric of each of these functions (z, y) -> answer over these rows, and answers and labels of the first `keep` batches."""
-    tallies, kept, seen = [[] for _ in answers], [], 0
-    for z, labels, part in data.batches(rows, size, encode=any(isinstance(f, Asking) for f in answers)):
-        y = row["y"](labels, s)
-        for tally, f in zip(tallies, answers):
-            with data.features["video"].autocast():
-                p = row["answer"](f.eval()(z, y)[0].float()) if isinstance(f, Asking) else f(y)
-            tally.append(row["tally"](p, y).double().cpu())
-        seen += len(part)
-        if len(kept) < keep:
-            kept.append((p, y, part))
-    if not tallies[0]:
-        raise D.DataError(f"{data.source.name}: no video can be read")
-    if (unread := len(rows) - seen) and row.get("wrong") is not None:
-        tallies = [[*t, row["wrong"].expand(unread, -1)] for t in tallies]
-    return [row["final"](torch.cat(t)) for t in tallies], kept
+def evaluate(task, features, rows, answers, encode=True):
+    """Each of these functions (x, y) -> p over these rows: the rows of task.score, and the first
+    batch's p of the last function, y and rows."""
+    scored = [[] for _ in answers]
+    first = None
+    seen = []
+    for x, labels, part in features.batches(rows, task.args.micro_batch, encode=encode):
+        seen += part.tolist()
+        if not len(part):
+            continue
+        y = task.labels(labels)
+        for found, answer in zip(scored, answers):
+            p = answer(x, y)
+            found.append(task.score(p, y).double().cpu())
+        first = first or (p, y, part)
+    if not seen:
+        raise data.DataError(f"{features.source.name}: no video can be read")
+    for row in np.setdiff1d(rows, seen):
+        lost = task.unread(features.source.labels[row])
+        for found in scored if lost is not None else ():
+            found.append(lost[None])
+    return [torch.cat(found) for found in scored], first
 
 
-def space_time(args, device, opened=None):
-    """A task of DENSE: a head on frozen tokens (or --finetune), its metric on val, and that of the best constant answer."""
-    row, args = DENSE[args.task], dataclasses.replace(args, steps=args.steps or (600 if args.data else 20_000 if args.finetune else 40_000))
-    train, val, config, top, quarters = opened or open_clips(args, row["labels"], row["layers"], args.task == "classify", device)
-    want = quarters if row["layers"] > 1 else (blocks_read(args, config),)
-    train, val, rows = train.of(want), val.of(want), np.arange(len(train.source))
-    s = Setting(args, config["width"], train.grid, train.clip.frames, train.clip.size)
-    some = rows[np.linspace(0, len(rows) - 1, min(512, len(rows))).astype(int)]                         # what constants and units are taken from
-    labels = [part for _, part, _ in train.batches(some, args.micro_batch, encode=False)]
+def evaluate_heads(task, features, rows, tried):
+    """The same of heads, each with the encoder that was trained with it."""
+    if not task.args.finetune:
+        return evaluate(task, features, rows, [reader(task, features, one.head) for one in tried])
+    scored = []
+    for one in tried:
+        features.tuned = one.encoder
+        found, first = evaluate(task, features, rows, [reader(task, features, one.head)])
+        scored += found
+    return scored, first
+
+
+def reader(task, features, head):
+    """A head as a function (x, y) -> p."""
+    head.eval()
+
+    def answer(x, y):
+        with features.autocast():
+            out, _ = task.output(head, x, y)
+        return task.answer(out)
+
+    return answer
+
+
+def hold_outs(paths, group, share, seed, folds=1):
+    """Rows of a list -> [(rows to train on, rows held out)]: whole videos, or whole groups of them,
+    chosen by seed. Where fewer than 50 would be held out, `folds` parts of the list in turn."""
+    names = []
+    for path in paths:
+        match = re.search(group, path) if group else None
+        names.append(match.group() if match else path)
+    videos, video = np.unique(names, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(videos))
+    count = max(1, round(share * len(videos)))
+    parts = [order[:count]]
+    if folds > 1 and count < 50:
+        parts = np.array_split(order, min(folds, len(videos)))
+    splits = []
+    for part in parts:
+        held = np.isin(video, part)
+        if held.all():
+            raise data.DataError(f"nothing is left to train on: all {len(paths)} videos are held "
+                                 f"out (--holdout {share}, --group {group!r})")
+        splits.append((np.flatnonzero(~held), np.flatnonzero(held)))
+    return splits
+
+
+def choose(task, train):
+    """Train --head with each pair of its grid -> the best, and all that were tried. It is chosen on
+    held-out videos, for classify the likelihood there deciding between equals. A single pair needs
+    no choice and is trained on all videos."""
+    args = task.args
+    pairs = task.pairs()
+    rows = np.arange(len(train.source))
+    if len(pairs) == 1:
+        tried = fit(task, train, rows, pairs)
+        return tried[0], tried
+    rank, many = ranks()  # heads are shared among the ranks
+    paths = train.source.paths or [str(row) for row in rows]
+    folds = 1 if args.finetune else task.folds
+    splits = hold_outs(paths, args.group, args.holdout, args.seed, folds)
+    scored = [[] for _ in pairs]
+    for some, held in splits:
+        tried = []
+        found = []
+        if pairs[rank::many]:
+            tried = fit(task, train, some, pairs[rank::many])
+            found, _ = evaluate_heads(task, train, held, tried)
+        for mine, part in zip(scored, gathered(found)):
+            mine.append(part)
+    totals = [task.total(torch.cat(mine)) for mine in scored]
+    tested = [Trained(None, *pair) for pair in pairs]
+    for one, total in zip(tested, totals):
+        one.held_out = headline(total)
+    i = best_of(totals, task.up)
+    if len(splits) > 1:  # folds have chosen the rates; the head gets all videos
+        (best,) = fit(task, train, rows, pairs[i : i + 1])
+    else:
+        best = gathered([one if rank + many * k == i else None for k, one in enumerate(tried)])[i]
+        best.to(train.device)
+    best.held_out = tested[i].held_out
+    return best, tested
+
+
+def headline(total):
+    return next(iter(total.values()))
+
+
+def best_of(totals, up):
+    """Index of the best metric; one that is not finite loses."""
+    def order(i):
+        value = headline(totals[i])
+        if not math.isfinite(value):
+            return -math.inf, 0
+        return value if up else -value, totals[i].get("likelihood", 0)
+    return max(range(len(totals)), key=order)
+
+
+def lists(args, labelled=True, rooms=False):
+    """The train and the val source. rooms: of the built-in world, the splits for tasks of space."""
+    given = (args.data, bool(args.train), bool(args.val))
+    if given not in (("world", False, False), ("", True, True)):
+        raise data.DataError("give --train LIST and --val LIST, or --data world")
+    if args.data:
+        # none shares a clip with what encoders are trained on
+        splits = ("rooms", "rooms_val") if rooms else ("probe", "val")
+        train, val = [data.parse_list("world", split) for split in splits]
+        return (
+            replace(train, labels=train.labels[: args.train_clips]),
+            replace(val, labels=val.labels[: args.val_clips]),
+        )
+    train, val = [data.parse_list(spec, labelled=labelled) for spec in (args.train, args.val)]
+    return data.match_classes(train, val) if labelled else (train, val)
+
+
+def check_classes(train, val):
+    """The classes of train, in order; val may have no others."""
+    known = np.unique(train.labels)
+    for source, flag in ((train, "--train"), (val, "--val")):
+        for i in np.flatnonzero((source.labels < 0) | ~np.isin(source.labels, known)):
+            name = source.paths[i] if source.paths else f"{source.name} {i}"
+            label = source.labels[i]
+            if label < 0:
+                raise data.DataError(f"{flag}: {name}: no label")
+            told = source.classes[label] if source.classes else label
+            raise data.DataError(f"{flag}: {name}: label {told} is not in --train, which has "
+                                 f"{len(known)} classes")
+    return known
+
+
+def clip_of(args, config, tasks=("classify",)):
+    """How clips are taken: as the flags say, else as the encoder's file does. Labels of space and
+    time are those of frames, of flow those of neighbours."""
+    space = {*tasks} != {"classify"}
+    frames = args.frames or config.get("frames", 16)
+    size = args.size or config.get("size", 224)
+    stride = args.stride or config.get("stride", 4)
+    fps = args.fps or None
+    if not (space or fps or args.stride):
+        fps = config.get("fps") or None
+    if space and ("flow" in tasks or args.data):
+        stride = 1
+    return data.Clip(
+        frames,
+        stride,
+        fps,
+        size,
+        args.crop_scale,
+        args.crop_ratio,
+        short=args.short,
+        flip=args.flip and not space,
+        segments=1 if space else args.segments,
+    )
+
+
+def layers_of(task, args, config):
+    """How many blocks run before a head reads: --layer, else what the file says, else all. 4DS's
+    says 75 % for frozen classification alone. Tasks on four layers take quarters of that depth."""
+    frozen = None if args.finetune else config.get(f"layer_{task}")
+    top = args.layer or frozen or config.get("layer") or config.get("depth", 0)
+    if TASKS[task].deep:
+        return tuple(max(1, round(top * quarter / 4)) for quarter in (1, 2, 3, 4))
+    return (top,)
+
+
+def open_features(args, tasks, device):
+    """The train and the val Features of --encoder that these tasks share, stored if they fit."""
+    space = {*tasks} != {"classify"}
+    classified = "classify" in tasks
+    form = "grid" if space else Classify.form(args)
+    source, val_source = lists(args, classified, rooms=space or form == "grid")
+    if classified:
+        check_classes(source, val_source)
+    encoder, config = load(args)
+    encoder.to(device).eval().requires_grad_(False)
+    check_encoder(args, config, form)
+    clip = clip_of(args, config, tasks)
+    if form == "grid":
+        check_grid(args, clip, config)
+    layers = sorted({*itertools.chain(*(layers_of(task, args, config) for task in tasks))})
+    names = dict.fromkeys(itertools.chain(*(TASKS[task].names for task in tasks)))
+    if args.data:
+        names.pop("actions", None)  # the world's are found by how boxes move
+    clips = (
+        replace(clip, train=args.train_passes > 0),
+        replace(clip, train=False, views=1 if space else args.views),
+    )
+    both = []
+    for some, cut in zip((source, val_source), clips):
+        try:
+            both.append(Features(
+                args, encoder, config, some, cut, device, tuple(layers), [*names], form))
+        except ValueError as error:
+            raise data.DataError(
+                f"--encoder {args.encoder} cannot take these clips: {error}") from error
+    if not args.finetune:
+        store_what_fits(args, *both)
+    return both
+
+
+def check_encoder(args, config, form):
+    depth = config.get("depth", 0)
+    if args.layer > depth:
+        raise data.DataError(f"--layer {args.layer}: the encoder has {depth} blocks")
+    if not depth and form not in ("mean", "cls"):
+        raise data.DataError(f"--encoder {args.encoder}: {args.task} needs tokens, and this gives "
+                             "one vector a clip: classify with --head linear, ridge or knn")
+    if form == "cls" and not config.get("cls", False):
+        raise data.DataError("--pool cls: this encoder has no CLS token")
+
+
+def check_grid(args, clip, config):
+    if args.width % 8:
+        raise data.DataError(f"--width {args.width}: readouts have a width that 8 divides")
+    if clip.frames % 2 or clip.size % 8 or clip.size % config["patch"]:
+        raise data.DataError(
+            f"--frames {clip.frames} must be even, --size {clip.size} divisible by 8 and by the "
+            f"encoder's patch of {config['patch']}")
+
+
+def task_of(args, features):
+    """--task for these features, whose classes and units are not known yet."""
+    return TASKS[args.task](
+        args,
+        features.width,
+        features.config.get("heads"),
+        features.grid,
+        features.clip.frames,
+        features.clip.size,
+    )
+
+
+def learn_labels(task, train):
+    """Classes, units and the best constant answer from 512 train clips -> that, what it scores
+    there."""
+    args = task.args
+    rows = np.arange(len(train.source))
+    if task.names and len(rows) > 512:
+        rows = np.linspace(0, len(rows) - 1, 512).astype(int)
+    parts = train.batches(rows, args.micro_batch, encode=False)
+    labels = [some for _, some, part in parts if len(part)]
     if not labels:
-        raise D.DataError(f"{train.source.name}: no video can be read")
-    M.check_overlap(train.source, val.source, "--train")
-    if args.task == "classify":
-        s.classes = int(check_classes(train.source, val.source)[-1]) + 1
-    if args.task == "segment":
-        s.classes = args.classes or 1 + max(int(m[m < 255].max()) for m in (row["y"](part, s)["y"] for part in labels) if (m < 255).any())
-    ys = [row["y"](part, s) for part in labels]
-    if args.task == "detect":
-        s.classes = ys[0]["y"].shape[2]
-    if channels := row.get("channels"):
-        v = torch.cat([y["y"].reshape(-1, channels) for y in ys])
-        v = v[v.isfinite().all(1)]
-        if len(v) < 2:
-            raise D.DataError(f"{train.source.name}: {len(some)} clips of it have no labels for {args.task}")
-        s.mean, s.std = v.mean(0), v.std(0) + 1e-6
+        raise data.DataError(f"{train.source.name}: no video can be read")
+    task.classes = task.classes_of([task.labels(some) for some in labels], train.source)
+    ys = [task.labels(some) for some in labels]
+    if task.channels:
+        values = known_values(ys, task.channels)
+        if len(values) < 2:
+            raise data.DataError(
+                f"{train.source.name}: {len(rows)} clips of it have no labels for {args.task}")
+        task.mean = values.mean(0)
+        task.std = values.std(0) + 1e-6
+    constants = task.constants(ys)
+    totals = []
+    for constant in constants:
+        scored = [task.score(constant(y), y).double().cpu() for y in ys]
+        totals.append(task.total(torch.cat(scored)))
+    best = best_of(totals, task.up)
+    return constants[best], totals[best]
 
-    constants = row["constants"](ys, s)
-    scores = [row["final"](torch.cat([row["tally"](c(y), y).double().cpu() for y in ys])) for c in constants]
-    constant, name = constants[best_of(scores, row["up"])], next(iter(scores[0]))
-    del labels, ys
-    (base,), _ = measure(row, s, [constant], val, np.arange(len(val.source)), args.micro_batch)
-    for source, found in ((train.source, scores[0]), (val.source, base)):
-        if not math.isfinite(found[name]):
-            raise D.DataError(f"{source.name}: its clips have no labels for {args.task}")
-    usual = ((1e-3,) if args.data else (1e-4, 3e-4)) if args.finetune else (2e-3,) if args.data else (1e-4, 3e-4, 1e-3)
-    rates, fit, held = args.grid_lr or usual, rows, rows[:0]
-    if len(rates) > 1:
-        fit, held = hold_out(train.source.paths or [str(i) for i in rows], args.group, args.holdout, args.seed)
-    models = [m for some in ([[lr] for lr in rates] if args.finetune else [rates]) for m in learn(row, s, some, train, fit, config)]
-    found = []
-    for m in models if len(rates) > 1 else ():
-        if args.finetune:
-            train.tune(m.encoder)
-        found += measure(row, s, [m], train, held, args.micro_batch)[0]
-    best = models[best_of(found, row["up"]) if found else 0]
+
+def probe(args, device, opened=None):
+    """A head on frozen tokens (or --finetune), its metric on val, and that of the best answer that
+    looks at no video. opened: Features of `all` -> what is printed, what else is logged."""
     if args.finetune:
-        val.tune(best.encoder)
-    (result,), kept = measure(row, s, [best], val, np.arange(len(val.source)), args.micro_batch, keep=1)
-    picture = draw(args, s, val, *kept[0])
-    bad = {k: v for x in (train, val) for f in x.features.values() for k, v in f.bad.items()}
-    result = {"metric": name, "value": result[name], "constant": base[name], "better": "higher" if row["up"] else "lower",
-              **{k: v for k, v in result.items() if k != name}, "lr": rates[models.index(best)], "steps": args.steps, "finetune": args.finetune,
-              "params": sum(p.numel() for p in best.head.parameters()), "layer": list(want),
-              "n_train": len(train.source), "n_val": len(val.source), "bad": len(bad), "picture": picture}
-    return result, {"constants": base, "tried": [{"lr": lr, **f} for lr, f in zip(rates, found)], "bad_videos": bad}
+        check_place(args)
+    train, val = opened or open_features(args, [args.task], device)
+    layers = layers_of(args.task, args, train.config)
+    train = train.of(layers)
+    val = val.of(layers)
+    task = task_of(args, train)
+    overlap = model.check_overlap(train.source, val.source, "--train")
+    constant, on_train = learn_labels(task, train)
+    rows = np.arange(len(val.source))
+    (scored,), _ = evaluate(task, val, rows, [lambda x, y: constant(y)], encode=False)
+    base = task.total(scored)
+    metric = next(iter(base))
+    for source, found in ((train.source, on_train), (val.source, base)):
+        if not math.isfinite(found[metric]):
+            raise data.DataError(f"{source.name}: its clips have no labels for {args.task}")
+    best, tried = choose(task, train)
+    file = Path(args.out_dir) / (f"head_{args.task}.safetensors" if opened else "head.safetensors")
+    save_head(file, task, val, best)
+    (scored,), first = evaluate_heads(task, val, rows, [best])
+    total = task.total(scored)
+    bad = train.bad | val.bad
+    result = {
+        "metric": metric,
+        "value": total.pop(metric),
+        "constant": base[metric],
+        "better": "higher" if task.up else "lower",
+        **total,
+        "lr": best.lr or None,
+        "wd": best.wd,
+        "held_out": best.held_out,
+        "steps": task.plan(len(train.source))[1],
+        "finetune": args.finetune,
+        "params": model.count(best.head),
+        "layer": layers[0] if len(layers) == 1 else layers,
+        "n_train": len(train.source),
+        "n_val": len(val.source),
+        "overlap": overlap,
+        "bad": len(bad),
+        "saved": str(file),
+        "picture": draw(task, val, scored, *first),
+    }
+    details = {"constants": base, "bad_videos": bad, "tried": []}
+    for one in tried:
+        details["tried"].append({"lr": one.lr, "wd": one.wd, "held_out": one.held_out})
+    if args.task == "classify":
+        confusion = confusion_of(scored, task.classes)
+        share = confusion.diagonal() / confusion.sum(1)
+        known = [value if math.isfinite(value) else None for value in share.tolist()]
+        details |= {"confusion": confusion.tolist(), "per_class": known}
+        result |= {
+            "head": args.head,
+            "majority": base[metric],
+            "chance": 1 / len(np.unique(train.source.labels)),
+        }
+    return result, details
 
 
-# --- pictures of tasks ---
+# --- what was trained, and features, for use ------------------------------------------------------
 
 
-def heat(v, truth):
+def check_place(args):
+    """A trained encoder must not take the place of the one that was given, or of a run's."""
+    out = Path(args.out_dir)
+    target = (out / "encoder.safetensors").resolve()
+    given = Path(args.encoder).resolve()
+    if target in (given, given / target.name) or (out / "latest").exists():
+        raise data.DataError(f"--out_dir {out}: --finetune saves {target.name} there, and there is "
+                             "one: give another folder")
+
+
+def save_head(file, task, features, best):
+    """A head with all that predict needs; where the encoder was trained, encoder.safetensors beside
+    it."""
+    encoder = task.args.encoder
+    if best.encoder:
+        encoder = str(file.with_name("encoder.safetensors"))
+        model.save_encoder(encoder, best.encoder, features.config)
+    about = {
+        "task": task.args.task,
+        "args": asdict(task.args),
+        "encoder": encoder,
+        "encoder_hash": weights_hash(best.encoder or features.encoder),
+        "layers": features.want,
+        "form": features.form,
+        "clip": asdict(features.clip),
+        "names": features.source.classes,
+    }
+    for name in ("width", "heads", "grid", "frames", "size", "classes"):
+        about[name] = getattr(task, name)
+    state = best.head.state_dict()
+    if task.channels:
+        state |= {"units.mean": task.mean, "units.std": task.std}
+    temp = file.with_suffix(".tmp")
+    save_file(
+        {name: value.contiguous() for name, value in state.items()},
+        temp,
+        {"probe": json.dumps(about)},
+    )
+    model.put_in_place(temp, file)
+
+
+def open_head(path, device):
+    """-> Task, head, what save_head wrote about them."""
+    try:
+        state, metadata = model.read_safetensors(path)
+        about = json.loads(metadata["probe"])
+    except (ValueError, KeyError, OSError) as error:
+        raise data.DataError(f"--head {path}: not a head that probe.py saved ({error})") from None
+    flags = {}
+    for name, value in about["args"].items():
+        flags[name] = tuple(value) if isinstance(value, list) else value
+    task = TASKS[about["task"]](
+        Args(**flags),
+        about["width"],
+        about["heads"],
+        tuple(about["grid"]),
+        about["frames"],
+        about["size"],
+        about["classes"],
+    )
+    task.mean, task.std = (state.pop(name, None) for name in ("units.mean", "units.std"))
+    if task.channels:
+        task.mean = task.mean.to(device)
+        task.std = task.std.to(device)
+    head = task.net()
+    for name, _ in [*head.named_buffers(recurse=False)]:
+        setattr(head, name, state[name])  # of knn as many rows as there were videos
+    head.load_state_dict(state)
+    return task, head.to(device), about
+
+
+def open_out(args, *kinds):
+    """--out, before any work."""
+    out = Path(args.out)
+    if out.suffix not in kinds:
+        raise data.DataError(f"--out {args.out!r}: a file that ends in {', '.join(kinds)}")
+    if ranks()[0]:
+        return Path(args.out_dir) / out.name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def write_table(out, heading, paths, values, **more):
+    """paths (n) and values (n,...) as columns of a .csv, or as arrays of an .npz or .safetensors.
+    more: other columns (n)."""
+    values = np.asarray(values)
+    temp = out.with_name(f"{out.stem}.tmp{out.suffix}")
+    if out.suffix == ".csv":
+        flat = values.reshape(len(values), -1)
+        if flat.shape[1] > 16_384:
+            raise data.DataError(f"--out {out}: {flat.shape[1]} columns a row; give another ending")
+        with open(temp, "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["path", *more, *(heading or range(flat.shape[1]))])
+            table.writerows([*row, *numbers] for *row, numbers in zip(paths, *more.values(), flat))
+    elif out.suffix == ".npz":
+        np.savez(temp, path=np.array(paths), values=values, **more)
+    else:
+        tensors = {"values": torch.from_numpy(values)}
+        tensors |= {name: torch.tensor(column) for name, column in more.items()}
+        save_file(tensors, temp, {"path": json.dumps(paths)})
+    model.put_in_place(temp, out)
+
+
+def names_of(source):
+    return list(source.paths) or [f"{source.name}/{row}" for row in range(len(source))]
+
+
+@torch.no_grad()
+def predict(args, device):
+    """What a saved head says of --data: --out, a row a video. Videos that cannot be read are named
+    and left out. points, boxes and detect need what is asked beside the videos, as in training."""
+    out = open_out(args, ".csv", ".npz")
+    task, head, about = open_head(args.head, device)
+    where = args.encoder or about["encoder"]
+    encoder, config = load(replace(args, encoder=where, seed=task.args.seed))
+    if weights_hash(encoder) != about["encoder_hash"]:
+        raise data.DataError(f"--encoder {where}: not the weights that {args.head} was trained on")
+    source = data.parse_list(args.data)
+    if args.data == "world":
+        given = replace(task.args, data="world", train="", val="", val_clips=args.val_clips)
+        _, source = lists(given, False, rooms=about["form"] == "grid")
+    args = replace(args, seed=task.args.seed, dtype=task.args.dtype)
+    features = Features(
+        args,
+        encoder.to(device).eval(),
+        config,
+        source,
+        data.Clip(**about["clip"]),
+        device,
+        tuple(about["layers"]),
+        task.given,
+        about["form"],
+    )
+    answer = reader(task, features, head)
+    rows = []
+    answers = []
+    for x, labels, part in features.batches(np.arange(len(source)), args.micro_batch):
+        if len(part):
+            asked = task.labels(labels) if features.names else {}
+            answers += answer(x, asked).cpu()
+            rows += part.tolist()
+    names = names_of(source)
+    more = {}
+    if about["task"] == "classify":
+        called = [int(p.argmax()) for p in answers]
+        more["class"] = [about["names"][i] if about["names"] else i for i in called]
+    write_table(out, more and about["names"], [names[i] for i in rows], stack(answers), **more)
+    return {"metric": "videos", "value": len(rows), "of": about["task"], "bad": len(features.bad),
+            "out": str(out)}, {"bad_videos": features.bad}
+
+
+def parts_of(source, seconds):
+    """{number of windows of about so many seconds: rows of the videos that are so long}. A picture
+    is one window; what cannot be read goes with the others, and is named there."""
+    found = {}
+    damaged = []
+    for row, path in enumerate(source.paths):
+        try:
+            length = getattr(data.open_frames(path), "seconds", 0)
+            found.setdefault(max(1, round(length / seconds)), []).append(row)
+        except data.DAMAGE:
+            damaged.append(row)
+    largest = max(found, key=lambda windows: len(found[windows]), default=1)
+    found.setdefault(largest, []).extend(damaged)
+    return found
+
+
+@torch.no_grad()
+def export_features(args, device):
+    """--out: a vector for each video of any list (--pool), all its tokens (--tokens), or a vector
+    for each of its parts (--windows); and neighbours.png. What is done is kept in --cache_dir, so
+    that a run that was broken off goes on."""
+    out = open_out(args, ".npz", ".safetensors", ".csv")
+    source = data.parse_list(args.data)
+    encoder, config = load(args)
+    encoder.to(device).eval()
+    form = "all" if args.tokens else args.pool
+    check_encoder(args, config, form)
+    clip = replace(clip_of(args, config), train=False)
+    layers = (args.layer or config.get("layer") or config.get("depth", 0),)
+    names = names_of(source)
+    groups = {clip.segments: [*range(len(source))]}
+    if args.windows and source.paths:
+        groups = parts_of(source, args.windows)
+    paths = []
+    vectors = []
+    windows = []
+    bad = {}
+    folder = Path(args.cache_dir or Path(args.out_dir) / "features")
+    for segments, rows in groups.items():
+        some = replace(source, labels=source.labels[rows], facts=None)
+        if source.paths:
+            some.paths = data.Paths.of([names[row] for row in rows])
+        features = Features(
+            args,
+            encoder,
+            config,
+            some,
+            replace(clip, segments=segments),
+            device,
+            layers,
+            form=form,
+            apart=args.windows > 0,
+        )
+        features.store(folder)
+        for x, _, part in features.batches(np.arange(len(some)), args.micro_batch):
+            for row, z in zip(part, x["video"][:, 0].cpu() if len(part) else ()):
+                z = z[None] if args.tokens else z  # (windows, D), tokens (1, N, D)
+                vectors += z
+                windows += range(len(z))
+                paths += [names[rows[row]]] * len(z)
+        bad |= features.bad
+    write_table(out, None, paths, torch.stack(vectors), window=windows)
+    picture = None
+    if not args.tokens:
+        picture = draw_neighbours(args, source, names, paths, torch.stack(vectors))
+    return {"metric": "videos", "value": len(set(paths)), "rows": len(paths), "bad": len(bad),
+            "shape": list(vectors[0].shape), "layer": layers[0], "out": str(out),
+            "picture": picture}, {"bad_videos": bad}
+
+
+def draw_neighbours(args, source, names, paths, vectors):
+    """neighbours.png: the middle frames of eight videos of the list, each followed by those of its
+    five nearest by cosine, less the mean of all."""
+    first = [paths.index(path) for path in dict.fromkeys(paths)]  # a video's first window
+    x = F.normalize(vectors[first] - vectors[first].mean(0), dim=1)
+    queries = np.linspace(0, len(first) - 1, min(8, len(first))).astype(int)
+    nearest = (x[queries] @ x.T).topk(min(6, len(first)), 1).indices
+    rows = [names.index(paths[first[i]]) for i in nearest.flatten()]
+    clip = data.Clip(1, 1, size=112, train=False)
+    batches = data.eval_batches(source, clip, rows=rows, batch_size=16)
+    frames = torch.cat([batch["video"][:, 0] for batch in batches]).float() / 255
+    frames = F.pad(frames, (0, 0, 2, 2, 2, 2), value=1.0).unflatten(0, nearest.shape)
+    query = F.pad(frames[:, :1], (0, 0, 0, 12), value=1.0)              # apart from the others
+    lines = [torch.cat([*one, *others], 1) for one, others in zip(query, frames[:, 1:])]
+    return save(Path(args.out_dir) / "neighbours.png", torch.cat(lines))
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def heat(values, truth):
     """Numbers (...) -> colours (...,3) from blue to red over the range of the truth."""
-    low, high = np.nanquantile(truth.numpy(), (0.02, 0.98)) if truth.isfinite().any() else (0, 1)
-    v = ((v - low) / max(high - low, 1e-9)).clamp(0, 1)
-    return torch.stack([(1.5 - (4 * v - centre).abs()).clamp(0, 1) for centre in (3, 2, 1)], -1).nan_to_num()
+    low = 0
+    high = 1
+    if truth.isfinite().any():
+        low, high = np.nanquantile(truth.numpy(), (0.02, 0.98))
+    values = ((values - low) / max(high - low, 1e-9)).clamp(0, 1)
+    distance = (4 * values[..., None] - torch.tensor([3, 2, 1])).abs()
+    return (1.5 - distance).clamp(0, 1).nan_to_num()
 
 
-def wheel(v, truth):
-    """Flow (...,2) -> its direction as a hue, its length (of the longest true one) as saturation: nothing moves where it is white."""
-    top = np.nanquantile(truth.norm(dim=-1).numpy(), 0.98) if truth.isfinite().any() else 1
-    angle, far = torch.atan2(v[..., 1], v[..., 0])[..., None], (v.norm(dim=-1) / max(top, 1e-9)).clamp(max=1)[..., None]
-    return (1 - far * (0.5 - 0.5 * torch.cos(angle - torch.tensor([0, 2, 4]) * math.pi / 3))).nan_to_num()
+def wheel(values, truth):
+    """Flow (...,2) -> its direction as a hue, its length (of the longest true one) as saturation:
+    nothing moves where it is white."""
+    top = 1
+    if truth.isfinite().any():
+        top = np.nanquantile(truth.norm(dim=-1).numpy(), 0.98)
+    angle = torch.atan2(values[..., 1], values[..., 0])[..., None]
+    far = (values.norm(dim=-1) / max(top, 1e-9)).clamp(max=1)[..., None]
+    hues = torch.cos(angle - torch.tensor([0, 2, 4]) * math.pi / 3)
+    return (1 - far * (0.5 - 0.5 * hues)).nan_to_num()
 
 
 def hue(i):
     """The colour of thing i."""
-    return wheel(torch.tensor([math.cos(2.4 * i), math.sin(2.4 * i)])[None], torch.tensor([[1.0, 0]]))[0]
+    direction = torch.tensor([[math.cos(2.4 * i), math.sin(2.4 * i)]])
+    return wheel(direction, torch.tensor([[1.0, 0.0]]))[0]
 
 
-def palette(v, truth):
-    return torch.stack([hue(i) for i in range(255)] + [torch.zeros(3)])[v.long()]
+def palette(values, truth):
+    """Classes (...) -> colours (...,3); 255 is black."""
+    return torch.stack([hue(i) for i in range(255)] + [torch.zeros(3)])[values.long()]
+
+
+PAINT = {"depth": heat, "stereo": heat, "flow": wheel, "segment": palette}
 
 
 def enlarge(image, zoom):
@@ -1501,262 +2388,703 @@ def enlarge(image, zoom):
 def outline(image, box, colour):
     """Draw a box, given as shares, into (H,W,3)."""
     if box.isfinite().all():
-        (x0, y0), (x1, y1) = [(v * (len(image) - 1)).round().int().clamp(0, len(image) - 1).tolist() for v in (box[:2], box[2:])]
-        image[[y0, y1], x0 : x1 + 1] = image[y0 : y1 + 1, [x0, x1]] = colour
-
-
-MAPS = {"depth": heat, "stereo": heat, "flow": wheel, "segment": palette}
-
-
-def draw(args, s, data, p, y, rows):
-    """TASK.png: four val clips with what is true and what was answered, or truth against answer -> its path."""
-    file, n = Path(args.out_dir) / f"{args.task}.png", min(4, len(rows))
-    p, y = p.cpu(), {k: v.cpu() for k, v in y.items()}
-    if args.task == "classify":                                 # a row for each clip: probabilities, the true class in red
-        image = p.softmax(1)[..., None].repeat(1, 1, 3)
-        image[torch.arange(len(p)), y["y"], 0] = 1
-        return save(file, enlarge(image, 16))
-    if args.task == "pose":                                     # twelve panels: truth to the right, answer up
-        image = torch.ones(3, 4, 96, 96, 3)
-        for i, (a, b) in enumerate(zip(y["y"].T, p.T)):
-            low, high = a.nan_to_num().min(), a.nan_to_num().max() + 1e-9
-            at = [((v - low) / (high - low) * 90 + 2).nan_to_num(-1).clamp(-1, 93).int() for v in (a, b)]
-            panel = image[i // 4, i % 4]
-            panel[:, -1] = panel[-1] = 0.5
-            for u, v in zip(*at):
-                panel[95 - v - 2 : 95 - v, u : u + 2] = torch.tensor([0.8, 0.1, 0.1])
-        return save(file, image.transpose(1, 2).flatten(2, 3).flatten(0, 1))
-    video = next(data.read(rows[:n], n, 0, []))["video"].float() / 255                                  # (n,T,H,W,3)
-    at, zoom = np.linspace(0, s.frames - 1, 4).astype(int), max(1, 128 // s.size)
-    at[2] = s.frames // 2                                       # the frame whose boxes detect is given
-    shown = enlarge(video[:, at], zoom)
-    strips = [shown]
-    if args.task in MAPS:
-        values = [y["y"][:n], p[:n].argmax(-1) if args.task == "segment" else p[:n]]
-        values = [v if args.task == "depth" else v.flatten(1, 2) for v in values]                       # (n,T,H,W,...)
-        strips += [enlarge(MAPS[args.task](v[:, at], values[0]), zoom) for v in values]
-        if args.task == "flow":                                 # the key to the colours
-            r = torch.linspace(-1, 1, 32)
-            strips[0][0, 0, :32, :32] = wheel(torch.stack(torch.meshgrid(r, r, indexing="xy"), -1), torch.ones(1, 2) / 2**0.5)
-    else:
-        shown = strips[0] = 0.4 * shown.mean(-1, keepdim=True).expand(shown.shape)                     # grey and dark, for the marks to stand out
-        strips.append(shown.clone())
-        for i, (k, frame) in itertools.product(range(n), enumerate(at)):
-            for o in range(min(16, y["y"].shape[1])):
-                if args.task == "points":                       # both strips: squares where points are, dots where they are said to be, if visible
-                    spots = [(0, y["y"][i, o, frame], 3, y["seen"][i, o, frame]), (1, p[i, o, frame, :2], 1, p[i, o, frame, 2] > 0.5)]
-                    for strip, xy, r, seen in spots:
-                        if seen and y["asked"][i, o]:
-                            outline(strips[strip][i, k], torch.cat([xy - r / 128, xy + r / 128]), hue(o))
-                elif args.task == "boxes":
-                    outline(strips[0][i, k], y["y"][i, o, frame], hue(o))
-                    if y["first"][i, o].isfinite().all():
-                        outline(strips[1][i, k], p[i, o, frame], hue(o))
-                else:                                           # above the true class, below the one with the highest score
-                    for strip, kind in zip(strips, (y["y"][i, o].nan_to_num(), p[i, o])):
-                        outline(strip[i, k], y["boxes"][i, frame, o] / s.size, hue(int(kind.argmax())))
-    return save(file, torch.stack(strips, 1).transpose(2, 3).flatten(3, 4).flatten(0, 2))
-
-
-def components(args, data):
-    """pca.png: four val clips, and the first three principal components of their tokens as colours."""
-    data, n = data.of(data.layers[-1:]), min(4, len(data.source))
-    z, _, rows = next(data.batches(np.arange(n), n), (None, None, ()))
-    if not (n := len(rows)):
-        return None
-    video = next(data.read(rows, n, 0, []))["video"].float() / 255
-    z, (t, h, w) = z["video"].cpu().flatten(0, 2), data.grid
-    u, s, _ = torch.linalg.svd(z - z.mean(0), full_matrices=False)
-    u, zoom = (u[:, :3] - u[:, :3].amin(0)) / (u[:, :3].amax(0) - u[:, :3].amin(0)), max(1, 128 // data.clip.size)
-    colours = enlarge(u.view(n, t, h, w, 3), data.clip.size // h * zoom)
-    strips = torch.stack([enlarge(video[:, :: data.clip.frames // t], zoom), colours], 1)
-    return save(Path(args.out_dir) / "pca.png", strips.transpose(2, 3).flatten(3, 4).flatten(0, 2))
+        corners = (box * (len(image) - 1)).round().int().clamp(0, len(image) - 1)
+        x0, y0, x1, y1 = corners.tolist()
+        image[[y0, y1], x0 : x1 + 1] = colour
+        image[y0 : y1 + 1, [x0, x1]] = colour
 
 
 def save(file, image):
-    D.save_png(file, image.clamp(0, 1).mul(255).byte().numpy())
+    """A picture (H,W,3) in [0,1] -> its path."""
+    data.save_png(file, image.clamp(0, 1).mul(255).byte().numpy())
     return str(file)
 
 
-# --- intuitive physics, and the whole suite ---
+def save_strips(file, strips):
+    """[(n,k,H,W,3)]: of each of n clips a row of k frames for each strip."""
+    image = torch.stack(strips, 1)                                      # (n, strips, k, H, W, 3)
+    return save(file, image.transpose(2, 3).flatten(3, 4).flatten(0, 2))
+
+
+def draw(task, features, scored, p, y, rows):
+    """TASK.png -> its path: four val clips with what is true and, below, what was answered; of
+    classify the confusion, of pose truth against answer."""
+    name = task.args.task
+    file = Path(task.args.out_dir) / f"{name}.png"
+    if name == "classify":
+        return draw_confusion(file.with_stem("confusion"), confusion_of(scored, task.classes))
+    p = p.cpu()
+    y = {key: value.cpu() for key, value in y.items()}
+    if name == "pose":
+        return draw_scatter(file, y["y"], p)
+    n = min(4, len(rows))
+    batches = data.eval_batches(features.source, features.clip, rows=rows[:n], batch_size=n)
+    video = next(iter(batches))["video"].float() / 255                  # (n, T, H, W, 3)
+    # the third one is the frame whose boxes detect is given
+    at = [0, task.frames // 3, task.frames // 2, task.frames - 1]
+    shown = enlarge(video[:, at], max(1, 128 // task.size))
+    if name in PAINT:
+        return save_strips(file, [shown, *maps(task, p[:n], y["y"][:n], at)])
+    # grey and dark, for the marks to stand out
+    shown = 0.4 * shown.mean(-1, keepdim=True).expand(shown.shape)
+    strips = [shown.clone(), shown.clone()]
+    for clip, (k, frame) in itertools.product(range(n), enumerate(at)):
+        for thing in range(min(16, y["y"].shape[1])):
+            for strip, box, colour in MARKS[name](task, p[clip, thing], y, clip, thing, frame):
+                outline(strips[strip][clip, k], box, hue(colour))
+    return save_strips(file, strips)
+
+
+def maps(task, p, truth, at):
+    """Labels and answers of the frames `at` as colours."""
+    if task.args.task == "segment":
+        p = p.argmax(-1)
+    for values in (truth, p):
+        if task.deep:
+            values = values.flatten(1, 2)                               # (n, T, H, W, ...)
+        colours = PAINT[task.args.task](values[:, at], truth)
+        yield enlarge(colours, max(1, 128 // task.size))
+
+
+def mark_points(task, p, y, clip, thing, frame):
+    """Squares where a point is, dots where it is said to be, if visible."""
+    if y["asked"][clip, thing]:
+        if y["seen"][clip, thing, frame]:
+            yield 0, around(y["y"][clip, thing, frame], 3), thing
+        if p[frame, 2] > 0.5:
+            yield 1, around(p[frame, :2], 1), thing
+
+
+def around(place, radius):
+    return torch.cat([place - radius / 128, place + radius / 128])
+
+
+def mark_boxes(task, p, y, clip, thing, frame):
+    yield 0, y["y"][clip, thing, frame], thing
+    if y["first"][clip, thing].isfinite().all():
+        yield 1, p[frame], thing
+
+
+def mark_actions(task, p, y, clip, thing, frame):
+    """Above in the colour of the true class, below of the one with the highest score."""
+    box = y["boxes"][clip, frame, thing] / task.size
+    yield 0, box, int(y["y"][clip, thing].nan_to_num().argmax())
+    yield 1, box, int(p.argmax())
+
+
+MARKS = {"points": mark_points, "boxes": mark_boxes, "detect": mark_actions}
+
+
+def draw_confusion(file, confusion):
+    """Row: class, column: called, the last one: not read."""
+    shade = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    shade = shade[..., None].expand(-1, -1, 3)
+    return save(file, enlarge(shade, max(1, 640 // len(confusion))))
+
+
+def draw_scatter(file, truth, p):
+    """Twelve panels: truth to the right, answer up."""
+    rows = []
+    for true, answered in zip(truth.T, p.T):
+        low = true.nan_to_num().min()
+        high = true.nan_to_num().max() + 1e-9
+        panel = torch.ones(96, 96, 3)
+        panel[:, -1] = panel[-1] = 0.5
+        for pair in zip(true, answered):
+            dot = (torch.stack(pair) - low) / (high - low)
+            outline(panel, around(dot * torch.tensor([1, -1]) + torch.tensor([0, 1]), 1), hue(0))
+        rows.append(panel[None])
+    model.save_rows(file, [torch.cat(rows[i : i + 4]) for i in (0, 4, 8)])
+    return str(file)
+
+
+def draw_components(args, features):
+    """pca.png: four val clips, and the first three principal components of their tokens as
+    colours."""
+    features = features.of(features.layers[-1:])
+    rows = np.arange(min(4, len(features.source)))
+    x, _, rows = next(features.batches(rows, len(rows)))
+    if not len(rows):
+        return None
+    batches = data.eval_batches(features.source, features.clip, rows=rows, batch_size=len(rows))
+    video = next(iter(batches))["video"].float() / 255
+    clip = features.clip
+    zoom = max(1, 128 // clip.size)
+    colours = model.colours(x["video"].flatten(0, 2))
+    colours = colours.unflatten(0, (len(rows), *features.grid))
+    frames = video[:, :: clip.frames // features.grid[0]]
+    strips = [enlarge(frames, zoom), enlarge(colours, clip.size // features.grid[1] * zoom)]
+    return save_strips(Path(args.out_dir) / "pca.png", strips)
+
+
+def pyplot(task):
+    """matplotlib, asked for before any work."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise data.DataError(f"the picture of {task} needs: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+# --- intuitive physics ----------------------------------------------------------------------------
+
+
+def restore(args, device):
+    """The run --encoder (its folder, or one of its checkpoints) -> the objective of the script that
+    made it, with those weights, of a folder the newest ones."""
+    found = Path(args.encoder.removeprefix("random:"))
+    folder = found.parent if is_checkpoint(found) else found
+    if not (folder / "latest").exists() or not (folder / "config.json").exists():
+        raise data.DataError(f"--encoder {folder}: {args.task} needs the folder of a training run; "
+                             "predictors and decoders are not in encoder files")
+    if folder == found:
+        found = model.newest(folder)
+    elif broken := model.broken(found):
+        found = f"{broken}: damaged or missing"
+    if isinstance(found, str):
+        raise data.DataError(found)
+    torch.manual_seed(args.seed)
+    try:
+        objective = build(folder, args.encoder.startswith("random:"))
+    except ValueError as error:
+        raise data.DataError(f"--encoder {folder}: {error}") from error
+    if not args.encoder.startswith("random:"):
+        model.read_checkpoint({"model": objective.state_dict()}, found)
+    return objective.to(device).eval().requires_grad_(False)
+
+
+def is_checkpoint(path):
+    """A folder that torch.distributed.checkpoint wrote."""
+    return (path / ".metadata").exists()
+
+
+def build(folder, random):
+    """The objective that the flags in the folder's config.json ask for."""
+    head = read_json(folder / "config.json")
+    said = head["config"]
+    name = head["script"]
+    if not name.isidentifier() or not (Path(__file__).parent / f"{name}.py").exists():
+        raise data.DataError(f"--encoder {folder}: made by {name}.py, which does not lie beside "
+                             "probe.py")
+    script = importlib.import_module(name)
+    flags = dict(getattr(script, "LATER", {}))
+    for field in fields(script.Args):  # a flag that the run did not have yet: what runs did then
+        if field.name in said:
+            value = said[field.name]
+            flags[field.name] = tuple(value) if isinstance(value, list) else value
+    flags["out_dir"] = str(folder.resolve())  # SALT's stage, and where its teacher lies
+    if flags.get("init"):  # its shape, of whatever family
+        flags["init"] = "" if random else str(folder / "encoder.safetensors")
+    return script.build(script.Args(**flags))
 
 
 def forecaster(args, device):
-    """--encoder -> its surprise(x, C) -> (B,): how wrong it foretells windows x (B,3,F,H,W) of which C frames are seen, and its {frames, stride, size,
-    mean, std}. A run's objective says it itself; of published weights it is mean |P(E(x[:C]), later ids) - LN(target's tokens)|."""
+    """--encoder -> its surprise(x, C) -> (B,): how wrong it foretells windows x (B,3,F,H,W) of
+    which C frames are seen, and its {frames, stride, size, mean, std}. A run's objective says it
+    itself; of published weights it is mean |P(E(x[:C]), later ids) - LN(target's tokens)|."""
     name = args.encoder.removeprefix("random:")
-    if not (Path(name) / "latest").exists():                    # published weights
+    if not (Path(name) / "latest").exists():  # published weights
         try:
             if name != args.encoder:
                 raise ValueError(f"{args.encoder}: random weights need the folder of a run")
-            predictor, config = M.load_predictor(name)
-            encoder, target = (M.load_encoder(name, key=key)[0].to(device) for key in ("encoder", "target_encoder"))
-        except ValueError as e:
-            raise D.DataError(f"--encoder {e}; physics needs an encoder and its predictor: a run's folder, or a file with both") from e
+            predictor, config = model.load_predictor(name)
+            encoder = model.load_encoder(name, key="encoder")[0].to(device)
+            target = model.load_encoder(name, key="target_encoder")[0].to(device)
+        except ValueError as error:
+            raise data.DataError(f"--encoder {error}; physics needs an encoder and its predictor: "
+                                 "a run's folder, or a file with both") from error
         predictor.to(device)
 
         def targets(x):
             h = target(x).float()
             return F.layer_norm(h, h.shape[-1:])
 
-        def surprise(x, context):
-            return M.latent_surprise(encoder, predictor, targets, x, context)
-
-        return surprise, dict(frames=16, stride=4, size=config["size"], **M.IMAGENET)
-    o = restore(args, device)
-    if not hasattr(o, "surprise") or getattr(o, "motion", o) is None:
-        raise D.DataError(f"--encoder {args.encoder}: has no predictor, so it foretells nothing")
-    return o.surprise, dict(frames=o.args.frames, stride=o.args.stride, size=o.args.size, **getattr(o, "pixels", M.IMAGENET))
+        surprise = partial(model.latent_surprise, encoder, predictor, targets)
+        return surprise, dict(frames=16, stride=4, size=config["size"], **model.IMAGENET)
+    objective = restore(args, device)
+    if not hasattr(objective, "surprise") or getattr(objective, "motion", objective) is None:
+        raise data.DataError(f"--encoder {args.encoder}: has no predictor, so it foretells nothing")
+    run = objective.args
+    pixels = getattr(objective, "pixels", model.IMAGENET)
+    return objective.surprise, dict(frames=run.frames, stride=run.stride, size=run.size, **pixels)
 
 
 @torch.no_grad()
 def physics(args, device):
-    """Is the impossible version of a scene more surprising than the possible one? Nothing is trained (SALT, appendix D; Garrido et al., 2025)."""
+    """Is the impossible version of a scene more surprising than the possible one? Nothing is
+    trained (SALT, appendix D; Garrido et al., 2025)."""
     surprise, about = forecaster(args, device)
     _, val = lists(args, labelled=False, rooms=True)
-    window, frames = about["frames"], args.frames or about["frames"]
+    window = about["frames"]
+    frames = args.frames or window
     contexts = args.context or (window // 2,)
-    if not all(0 < C < window and C % 2 == 0 for C in contexts) or frames < window:
-        raise D.DataError(f"--context {contexts} --frames {frames}: of windows of {window} frames an even part is seen, the rest foretold")
-    clip = D.Clip(frames, 1 if args.data else args.stride or about["stride"], None, args.size or about["size"], train=False)
-    rows, early, shown = [], 0, None
-    for batch in dense_batches(val, clip, ("impossible", "kind", "change"), batch_size=args.micro_batch, workers=args.workers):
+    if not all(0 < seen < window and seen % 2 == 0 for seen in contexts) or frames < window:
+        raise data.DataError(f"--context {contexts} --frames {frames}: of windows of {window} "
+                             "frames an even part is seen, the rest foretold")
+    stride = 1 if args.data else args.stride or about["stride"]
+    clip = data.Clip(
+        frames,
+        stride,
+        None,
+        args.size or about["size"],
+        train=False,
+        short=args.short,
+    )
+    starts = range(0, frames - window + 1, 2)  # the paper's stride of 2
+    rows = []
+    early = 0
+    for batch in dense_batches(val, clip, ("impossible", "kind", "change"),
+                               batch_size=args.micro_batch, workers=args.workers):
+        windows = list(itertools.product(starts, contexts))
         pair = []
         for key in ("video", "impossible"):
-            x = D.prepare({"video": batch[key], "flip": batch["flip"]}, device, about["mean"], about["std"])
-            starts = range(0, frames - window + 1, 2)           # the paper's stride of 2
-            pair.append(torch.stack([surprise(x[:, :, t : t + window], C) for t in starts for C in contexts]).mean(0))
+            shown = {"video": batch[key], "flip": batch["flip"]}
+            x = data.prepare(shown, device, about["mean"], about["std"])
+            wrong = [surprise(x[:, :, t : t + window], seen) for t, seen in windows]
+            pair.append(torch.stack(wrong).mean(0).cpu())
         ok = batch["ok"]
-        rows.append(torch.stack([*(v.cpu() for v in pair), batch["kind"].float()], 1)[ok])
+        if not rows:
+            draw_pairs(Path(args.out_dir) / "physics.png", batch["video"], batch["impossible"])
+        rows.append(torch.stack([*pair, batch["kind"].float()], 1)[ok])
+        # of the world, whose clips are whole videos
         differ = (batch["video"] != batch["impossible"]).flatten(2).any(2)
-        early += int((differ & (torch.arange(frames) < batch["change"][:, None])).any(1)[ok].sum())     # of the world, whose clips are whole videos
-        if shown is None:
-            at = np.linspace(0, frames - 1, 8).astype(int)
-            a, b = (batch[k][:6, at].float() / 255 for k in ("video", "impossible"))
-            shown = enlarge(torch.stack([a, b, (a - b).abs()], 1), max(1, 96 // clip.size))             # the possible, the impossible, where they differ
-            save(Path(args.out_dir) / "physics.png", shown.transpose(2, 3).flatten(3, 4).flatten(0, 2))
+        before = torch.arange(frames) < batch["change"][:, None]
+        early += int((differ & before).any(1)[ok].sum())
     possible, impossible, kind = torch.cat(rows).double().T
-    right = (impossible > possible).double() + 0.5 * (impossible == possible)
-    by_kind = {D.IMPOSSIBLE[int(k)] if args.data else str(int(k)): right[kind == k].mean().item() for k in kind.unique()}
-    return {"metric": "relative_accuracy", "value": right.mean().item(), "constant": 0.5, "better": "higher",
-            "error": (right.std() / len(right) ** 0.5).item(), "kinds": by_kind, "surprise": [possible.mean().item(), impossible.mean().item()],
-            "context": contexts, "windows": len(starts), "n_val": len(right)} | ({"differ_early": early} if args.data else {}), {"pairs": torch.stack([possible, impossible], 1).tolist()}
+    right = (torch.sign(impossible - possible) + 1) / 2
+    names = data.IMPOSSIBLE if args.data else range(256)
+    kinds = {str(names[int(k)]): right[kind == k].mean().item() for k in kind.unique()}
+    result = {
+        "metric": "relative_accuracy",
+        "value": right.mean().item(),
+        "constant": 0.5,
+        "better": "higher",
+        "error": (right.std() / len(right) ** 0.5).item(),
+        "kinds": kinds,
+        "surprise": [possible.mean().item(), impossible.mean().item()],
+        "context": contexts,
+        "windows": len(starts),
+        "n_val": len(right),
+    }
+    if args.data:
+        result["differ_early"] = early
+    return result, {"pairs": torch.stack([possible, impossible], 1).tolist()}
+
+
+def draw_pairs(file, possible, impossible):
+    """The possible, the impossible, where they differ."""
+    at = np.linspace(0, possible.shape[1] - 1, 8).astype(int)
+    a = possible[:6, at].float() / 255
+    b = impossible[:6, at].float() / 255
+    zoom = max(1, 96 // possible.shape[2])
+    save_strips(file, [enlarge(frames, zoom) for frames in (a, b, (a - b).abs())])
+
+
+# --- the whole suite ------------------------------------------------------------------------------
+
+
+def labelled_tasks(args):
+    """The tasks that the data has labels for."""
+    tasks = [*TASKS, "physics"]
+    if args.data:
+        return tasks
+    train, _ = lists(args, labelled=False)
+    beside = Path(train.paths[0]).with_suffix(".safetensors")
+    has = set()
+    if beside.exists():
+        with safe_open(beside, "pt") as file:
+            has = {*file.keys()}
+    needs = {name: {*task.names} - {*SEEN} for name, task in TASKS.items()}
+    needs["physics"] = {"impossible"}
+    if (train.labels < 0).any():
+        needs["classify"] = {"a class"}
+    return [name for name in tasks if has >= needs[name]]
 
 
 def everything(args, device):
-    """All tasks that the data has labels for, tokens computed once: all.json and all.md, a row for each task, and radar.png."""
-    tasks = [*DENSE, "physics"]
-    if not args.data:
-        train, _ = lists(args, labelled=False)
-        beside = Path(train.paths[0]).with_suffix(".safetensors")
-        has = set(D.safe_open(beside, "pt").keys()) if beside.exists() else set()
-        needs = {t: {*row["labels"]} - {*SEEN} for t, row in DENSE.items()} | {"physics": {"impossible"}}
-        tasks = [t for t in tasks if has >= needs[t] and (t != "classify" or (train.labels >= 0).all())]
+    """All tasks that the data has labels for, tokens computed once: all.json and all.md, a row for
+    each task, and radar.png."""
+    args = replace(args, head="readout")
+    tasks = labelled_tasks(args)
     if unknown := {*args.tasks} - {*tasks}:
-        raise D.DataError(f"--tasks {min(unknown)}: not a task with labels in this data; there are {', '.join(tasks)}")
-    tasks, found, opened, picture, begin = args.tasks or tasks, {}, {}, None, time.time()
-    for seed in args.seeds or (args.seed,):
-        if args.encoder.startswith("random:"):
-            opened.clear()                                      # another seed is another encoder
-        for task in tasks:
-            a = dataclasses.replace(args, seed=seed, task=task)
-            if task == "physics":
-                try:
-                    result, _ = physics(a, device)
-                except D.DataError as e:
-                    print(f"physics is left out: {e}", file=sys.stderr)
-                    continue
-            else:
-                near = lambda t: t == "flow" and not args.data  # real flow wants neighbouring frames, and so its own tokens
-                group, same = near(task), [t for t in tasks if t in DENSE and near(t) == near(task)]
-                if group not in opened and not args.finetune:
-                    names = dict.fromkeys(n for t in same for n in DENSE[t]["labels"])
-                    layers = max(DENSE[t]["layers"] for t in same)
-                    opened[group] = open_clips(dataclasses.replace(a, task="all"), [*names], layers, "classify" in same, device)
-                    picture = picture or components(args, opened[group][1])
-                result, _ = space_time(a, device, opened.get(group))
-            found.setdefault(task, []).append(result)
-            said = f"{result['metric']} {result['value']:.4f}  constant {result['constant']:.4f}"
-            print(f"{time.time() - begin:.0f} s  seed {seed}  {task}  {said}", file=sys.stderr, flush=True)
+        raise data.DataError(f"--tasks {min(unknown)}: not a task with labels in this data; there "
+                             f"are {', '.join(tasks)}")
+    tasks = args.tasks or tasks
+    seeds = args.seeds or (args.seed,)
+    found = {}
+    opened = {}
+    pictures = {}
+    begin = time.time()
+    for seed, task in itertools.product(seeds, tasks):
+        a = replace(args, seed=seed, task=task)
+        if task == "physics":
+            try:
+                result, _ = physics(a, device)
+            except data.DataError as error:
+                print(f"physics is left out: {error}", file=sys.stderr)
+                continue
+        else:
+            result, _ = probe(a, device, shared(a, tasks, opened, pictures, device))
+        found.setdefault(task, []).append(result)
+        said = f"{result['metric']} {result['value']:.4f}  constant {result['constant']:.4f}"
+        seconds = f"{time.time() - begin:.0f} s"
+        print(f"{seconds}  seed {seed}  {task}  {said}", file=sys.stderr, flush=True)
     if not found:
-        raise D.DataError("no task could be run")
-    table, seeds = [], list(args.seeds or (args.seed,))
-    for task, results in found.items():
-        first, values, constants = results[0], [r["value"] for r in results], [r["constant"] for r in results]
-        best = float(first["better"] == "higher")               # where a constant is perfect there is nothing to measure
-        skill = [(v - c) / (best - c) for v, c in zip(values, constants) if c != best]
-        table.append({"task": task, "metric": first["metric"], "better": first["better"], "constant": float(np.mean(constants)),
-                      "value": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None, "values": values,
-                      "skill": float(np.mean(skill)) if skill else None, "params": first.get("params"), "layer": first.get("layer")})
-    lines = [f"`{args.encoder}`, seeds {' '.join(map(str, seeds))}; skill: 0 is the constant answer, 1 is perfect", "",
-             "| task | metric | constant | value | skill |", "|---|---|---|---|---|"]
-    for r in table:
-        spread = f" +- {r['std']:.4f}" if r["std"] is not None else ""
-        lines.append(f"| {r['task']} | {r['metric']} ({r['better']} is better) | {r['constant']:.4f} | {r['value']:.4f}{spread} | {'-' if r['skill'] is None else format(r['skill'], '.3f')} |")
-    M.write(Path(args.out_dir) / "all.md", "\n".join(lines) + "\n")
-    M.write(Path(args.out_dir) / "all.json", json.dumps({"encoder": args.encoder, "seeds": seeds, "table": table, "results": found}, indent=1))
+        raise data.DataError("no task could be run")
+    table = [summary(task, results) for task, results in found.items()]
+    out = Path(args.out_dir)
+    model.write(out / "all.md", markdown(args.encoder, seeds, table))
+    saved = {"encoder": args.encoder, "seeds": seeds, "table": table, "results": found}
+    model.write(out / "all.json", json.dumps(saved, indent=1))
     try:
-        radar(table, Path(args.out_dir) / "radar.png")
-    except D.DataError as e:                                    # the numbers are there without it
-        print(f"no radar.png: {e}", file=sys.stderr)
-    short = {r["task"]: {k: r[k] for k in ("metric", "value", "std", "constant")} for r in table}
-    skills = [r["skill"] for r in table if r["skill"] is not None]
-    return {"metric": "skill", "value": float(np.mean(skills)) if skills else None, "tasks": short, "seeds": seeds,
-            "table": str(Path(args.out_dir) / "all.md"), "pca": picture}, {"table": table}
+        radar(table, out / "radar.png")
+    except data.DataError as error:  # the numbers are there without it
+        print(f"no radar.png: {error}", file=sys.stderr)
+    short = {}
+    for row in table:
+        short[row["task"]] = {key: row[key] for key in ("metric", "value", "std", "constant")}
+    skills = [row["skill"] for row in table if row["skill"] is not None]
+    return {"metric": "skill", "value": float(np.mean(skills)) if skills else None,
+            "tasks": short, "seeds": seeds, "table": str(out / "all.md"),
+            **pictures}, {"table": table}
+
+
+def shared(args, tasks, opened, pictures, device):
+    """The Features that this task shares with others, opened once. Real flow wants neighbouring
+    frames, and so its own tokens."""
+    if args.finetune:
+        return None
+    alone = args.task == "flow" and not args.data
+    # random weights of another seed are another encoder
+    key = (alone, args.seed if args.encoder.startswith("random:") else 0)
+    if key not in opened:
+        opened.clear()
+        if alone:
+            same = ["flow"]
+        else:
+            same = [name for name in tasks if name in TASKS and (args.data or name != "flow")]
+        # not classify's clips, even if it is alone
+        opened[key] = open_features(replace(args, task="all"), same, device)
+        if not pictures:
+            pictures["pca"] = draw_components(args, opened[key][1])
+    return opened[key]
+
+
+def summary(task, results):
+    """The row of one task's results: mean and deviation over seeds, and skill. Where a constant is
+    perfect there is nothing to measure."""
+    values = [result["value"] for result in results]
+    constants = [result["constant"] for result in results]
+    first = results[0]
+    best = 1.0 if first["better"] == "higher" else 0.0
+    skill = []
+    for value, constant in zip(values, constants):
+        if constant != best:
+            skill.append((value - constant) / (best - constant))
+    return {
+        "task": task,
+        "metric": first["metric"],
+        "better": first["better"],
+        "constant": float(np.mean(constants)),
+        "value": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "values": values,
+        "skill": float(np.mean(skill)) if skill else None,
+        "params": first.get("params"),
+        "layer": first.get("layer"),
+    }
+
+
+def markdown(encoder, seeds, table):
+    numbers = " ".join(map(str, seeds))
+    lines = [f"`{encoder}`, seeds {numbers}; skill: 0 is the constant answer, 1 is perfect", "",
+             "| task | metric | constant | value | skill |", "|---|---|---|---|---|"]
+    for row in table:
+        spread = f" +- {row['std']:.4f}" if row["std"] is not None else ""
+        skill = "-" if row["skill"] is None else f"{row['skill']:.3f}"
+        lines.append(f"| {row['task']} | {row['metric']} ({row['better']} is better) | "
+                     f"{row['constant']:.4f} | {row['value']:.4f}{spread} | {skill} |")
+    return "\n".join(lines) + "\n"
 
 
 def radar(table, file):
     """The skill of each task on its own axis."""
     plt = pyplot("all")
     angle = np.linspace(0, 2 * np.pi, len(table), endpoint=False)
-    figure, axis = plt.subplots(figsize=(5, 5), subplot_kw={"projection": "polar"}, constrained_layout=True)
-    value = [max(0, r["skill"] or 0) for r in table]
-    axis.fill(angle, value, alpha=0.3)
-    axis.plot([*angle, angle[0]], [*value, value[0]], "o-")
-    axis.set_xticks(angle, [f"{r['task']}\n{r['metric']} {r['value']:.3g}" for r in table], fontsize=8)
+    polar = {"projection": "polar"}
+    figure, axis = plt.subplots(figsize=(5, 5), subplot_kw=polar, constrained_layout=True)
+    skill = [max(0, row["skill"] or 0) for row in table]
+    axis.fill(angle, skill, alpha=0.3)
+    axis.plot([*angle, angle[0]], [*skill, skill[0]], "o-")
+    names = [f"{row['task']}\n{row['metric']} {row['value']:.3g}" for row in table]
+    axis.set_xticks(angle, names, fontsize=8)
     axis.set_ylim(0, 1)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
-TASKS = {**{name: space_time for name in DENSE}, "classify": classify, "physics": physics, "all": everything, "plot": plot,
-         "compare": compare}
-# each: (args, device) -> what is printed, what else is logged
+# --- runs beside each other -----------------------------------------------------------------------
+
+
+def read_log(file):
+    """The lines of a .jsonl; the last one may be half written."""
+    lines = file.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def r2(pairs):
+    """Of a line through points [(x, y)]; None for fewer than three."""
+    return float(np.corrcoef(np.array(pairs).T)[0, 1] ** 2) if len(pairs) > 2 else None
+
+
+def plot(args, device):
+    """plot.png: online-probe accuracy against training loss and against FLOPs, a curve a run of
+    --runs. R^2 is that of a line through the points of the left panel: of each run (does its loss
+    choose among its checkpoints?) and of all runs together (does it choose among runs?)."""
+    plt = pyplot(args.task)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    points = []
+    each = {}
+    for run in args.runs:
+        log = Path(run) / "log.jsonl"
+        if not log.exists():
+            raise data.DataError(f"--runs {run}: no log.jsonl in this folder")
+        found = {}
+        last = {}
+        for line in read_log(log):  # of a step that was run twice, the later line counts
+            last = line if "loss" in line else last
+            if line.get("probe_acc") is not None and last:
+                found[line["step"]] = (last["loss"], last["flops"], line["probe_acc"])
+        if not found:
+            raise data.DataError(f"--runs {run}: no probe_acc in its log (train with --probe_data "
+                                 "and --probe_every)")
+        loss, flops, accuracy = zip(*(found[step] for step in sorted(found)))
+        pairs = list(zip(loss, accuracy))
+        points += pairs
+        each[run] = r2(pairs)
+        axes[0].plot(loss, accuracy, "o-", label=run)
+        axes[1].semilogx(flops, accuracy, "o-", label=run)
+    for axis, name in zip(axes, ("training loss", "training FLOPs")):
+        axis.set(xlabel=name, ylabel="online probe, top-1")
+        axis.legend(fontsize=7)
+    file = str(Path(args.out_dir) / "plot.png")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+    return {"metric": "r2", "value": r2(points), "each": each, "points": len(points),
+            "picture": file}, {}
+
+
+def accuracies(run):
+    """{column: accuracy} of a run: the last of its online probe, and of each probe whose --out_dir
+    was the run's folder."""
+    found = {}
+    for line in read_log(Path(run) / "log.jsonl"):
+        if line.get("probe_acc") is not None:
+            found["online probe"] = line["probe_acc"]
+    probes = Path(run) / "probe.jsonl"
+    for line in read_log(probes) if probes.exists() else ():
+        if line["task"] == "classify":
+            val = line["args"]["val"] or line["args"]["data"]
+            found[f"{val}, {line['head']}"] = line["value"]
+    return found
+
+
+def titles(columns):
+    """linear for lists/ssv2.csv is called `ssv2, linear`, if no other column is."""
+    short = [re.sub(r"^.*/|\.\w+(?=, \w+$)", "", column) for column in columns]
+    return [s if short.count(s) == 1 else column for s, column in zip(short, columns)]
+
+
+def compare(args, device):
+    """A Markdown table, a row a run: accuracies in per cent, each beside its difference to the
+    baseline in points (FWM-HW-LD, Table 4). Folders without log.jsonl are passed over. Given clips,
+    also halves.png."""
+    names = [run for run in args.runs if (Path(run) / "log.jsonl").exists()]
+    baseline = args.baseline or (names or [""])[0]
+    if baseline not in names:
+        raise data.DataError(f"--baseline {baseline}: not among the runs with a log.jsonl: "
+                             f"{' '.join(names) or 'none'}")
+    table = {run: accuracies(run) for run in names}
+    columns = list(dict.fromkeys(itertools.chain(*table.values())))
+    heading = "".join(f" {title} | Δ |" for title in titles(columns))
+    print(f"| run |{heading}\n|---|" + "---|---|" * len(columns))
+    base = table[baseline]
+    deltas = {}
+    for run, row in table.items():
+        deltas[run] = {c: row[c] - base[c] for c in columns if c in row and c in base}
+        cells = ""
+        for c in columns:
+            cells += f" {100 * row[c]:.2f} |" if c in row else " - |"
+            change = f" {100 * deltas[run][c]:+.2f} |" if c in deltas[run] else " - |"
+            cells += " |" if run == baseline else change
+        print(f"| {Path(run).name} |{cells}")
+    result = {"metric": "delta", "value": deltas, "baseline": baseline}
+    if args.data or args.val:
+        result |= halves(args, names, device)
+    return result, {}
+
+
+@torch.no_grad()
+def halves(args, runs, device):
+    """halves.png, a panel a run: the cosine similarity of a place's tokens d slices apart, in the
+    first half of the channels (appearance, where FWM is on) and in the second (dynamics). Tokens
+    are layer-normed, as in training, less their mean over the first 256 val clips, without which
+    all of them look alike."""
+    plt = pyplot(args.task)
+    val = data.parse_list("world", "val") if args.data else data.parse_list(args.val)
+    rows = np.arange(min(256, len(val), args.val_clips if args.data else 256))
+    found = {}
+    for run in runs:
+        encoder, config = load(replace(args, encoder=run))
+        clip = replace(clip_of(args, config), train=False)
+        layers = (args.layer or config.get("depth", 0),)
+        if clip.frames < 2 * (1 if config["images"] else config["tubelet"]):
+            raise data.DataError(f"--frames {clip.frames}: {run} makes no two slices of them")
+        try:
+            features = Features(
+                args,
+                encoder.to(device),
+                config,
+                val,
+                clip,
+                device,
+                layers,
+            )
+        except ValueError as error:
+            raise data.DataError(f"{run} cannot take these clips: {error}") from error
+        slices, high, wide = features.grid
+        batches = features.batches(rows, args.micro_batch)
+        tokens = [x["video"][:, 0].cpu() for x, _, some in batches if len(some)]
+        if not tokens:
+            raise data.DataError(f"{val.name}: none of its first videos can be read")
+        z = F.layer_norm(torch.cat(tokens), (features.width,))
+        z = (z - z.mean((0, 1))).unflatten(1, (slices, high * wide))    # (B, t, n, D)
+        found[run] = {}
+        for name, half in zip(("appearance", "dynamics"), z.chunk(2, -1)):
+            found[run][name] = similarities(half)
+    return {"halves": found, "picture": draw_halves(plt, found, Path(args.out_dir) / "halves.png")}
+
+
+def similarities(z):
+    """(B,t,n,C) -> mean cosine of tokens of one place d slices apart, d from 1 to t - 1."""
+    found = []
+    for d in range(1, z.shape[1]):
+        found.append(F.cosine_similarity(z[:, :-d], z[:, d:], dim=-1).mean().item())
+    return found
+
+
+def draw_halves(plt, found, file):
+    size = (2.6 * len(found), 2.8)
+    figure, axes = plt.subplots(
+        1,
+        len(found),
+        figsize=size,
+        sharey=True,
+        squeeze=False,
+        constrained_layout=True,
+    )
+    low = 0
+    for axis, (run, curves) in zip(axes[0], found.items()):
+        for name, values in curves.items():
+            apart = range(1, len(values) + 1)
+            axis.plot([*apart], values, "o-", label=name)
+            low = min(low, *values)
+        axis.set(title=Path(run).name, xlabel="slices apart", xticks=apart)
+    axes[0, 0].set(ylabel="cosine similarity", ylim=(low - 0.05, 1.05))
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+    return str(file)
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+# (args, device) -> what is printed, what else is logged
+COMMANDS = {
+    **{name: probe for name in TASKS},
+    "physics": physics, "all": everything, "predict": predict, "features": export_features,
+    "plot": plot, "compare": compare,
+}
+
+POSITIVE = {"segments", "views", "epochs", "micro_batch", "train_clips", "val_clips", "holdout",
+            "grid_lr"}  # flags that 0 does not switch off
+
+
+def check_flags(args):
+    """Numbers no probe can use end it here; the flags' types let `--grid_lr nan` through."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, str):
+                continue
+            if not 0 <= number < math.inf or (name in POSITIVE and not number):
+                need = "positive" if name in POSITIVE else "non-negative"
+                raise data.DataError(f"--{name} {number}: a {need} finite number is needed")
+    if args.head not in HEADS and args.task != "predict":
+        raise data.DataError(f"--head {args.head}: choose from {', '.join(HEADS)}")
+    if args.finetune and args.task == "classify" and args.head in ("ridge", "knn"):
+        raise data.DataError(f"--finetune: --head {args.head} is not trained by gradients")
+
+
+def find_device(args):
+    """--device, or of several GPUs this rank's."""
+    usual = "cpu"
+    if torch.cuda.is_available():
+        usual = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        re.compile(args.group)
+        device = torch.device(args.device or usual)
+    except (re.error, RuntimeError) as error:
+        raise data.DataError(
+            f"--group {args.group!r} or --device {args.device!r}: {error}") from None
+    if device.type == "cpu":
+        model.tune_cpu()
+    return device
 
 
 def main(args):
     begin = time.time()
     if args.workers == -1:
-        args = dataclasses.replace(args, workers=D.idle_cores())
+        args = replace(args, workers=data.idle_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
-        for f in dataclasses.fields(args):
-            for v in np.ravel(getattr(args, f.name)).tolist():
-                needed = f.name in ("segments", "views", "epochs", "micro_batch", "train_clips", "val_clips", "holdout", "grid_lr")
-                if not isinstance(v, str) and not (0 <= v < math.inf and (v or not needed)):
-                    raise D.DataError(f"--{f.name} {v}: a {'positive' if needed else 'non-negative'} finite number is needed")
+        check_flags(args)
         Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-        try:
-            re.compile(args.group)
-            device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except (re.error, RuntimeError) as e:
-            raise D.DataError(f"--group {args.group!r} or --device {args.device!r}: {e}") from None
-        if device.type == "cpu":
-            M.tune_cpu()
-        result, details = TASKS[args.task](args, device)
-    except (RuntimeError, ConnectionError) as e:
-        if not (why := D.dead_worker(e)):
+        device = find_device(args)
+        if "RANK" in os.environ and not dist.is_initialized():
+            dist.init_process_group("gloo")
+        if ranks()[0]:  # all compute the same, and one writes it
+            cache = args.cache_dir or f"{args.out_dir}/features"
+            args = replace(args, cache_dir=cache, out_dir=tempfile.mkdtemp())
+        result, details = COMMANDS[args.task](args, device)
+    except (RuntimeError, ConnectionError) as error:
+        why = data.dead_worker(error)
+        if not why:
             raise
-        M.leave(why, 1)
-    except (D.DataError, OSError) as e:
-        M.leave(e, 2)
+        model.leave(why, 1)
+    except (data.DataError, OSError) as error:
+        model.leave(error, 2)
     finally:
-        D.end_workers()
-    result = {"task": args.task, **result, "seed": args.seed, "encoder": args.encoder, "seconds": round(time.time() - begin, 1)}
-    with open(Path(args.out_dir) / "probe.jsonl", "a") as f:
-        f.write(json.dumps(result | details | {"args": dataclasses.asdict(args)}, allow_nan=False) + "\n")
+        data.end_workers()
+    rank, many = ranks()
+    if many > 1:
+        dist.destroy_process_group()
+    if rank:
+        shutil.rmtree(args.out_dir)
+        return
+    result = {
+        "task": args.task,
+        **result,
+        "seed": args.seed,
+        "encoder": args.encoder,
+        "seconds": round(time.time() - begin, 1),
+    }
+    line = json.dumps(result | details | {"args": asdict(args)}, allow_nan=False)
+    with open(Path(args.out_dir) / "probe.jsonl", "a") as file:
+        file.write(line + "\n")
     print(json.dumps(result, allow_nan=False), flush=True)
 
 
 if __name__ == "__main__":
-    M.keep_console()
+    model.keep_console()
     main(ARGS)

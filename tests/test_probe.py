@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,22 +34,33 @@ def arguments(**flags):
 class Fixed:
     """Stands for probe.Features: an array (n, views, tokens, D) of which some rows cannot be read."""
 
-    def __init__(self, x, bad=(), names=None, heads=2):
+    def __init__(self, x, labels, bad=(), names=None):
         self.x = x.float()
+        self.labels = torch.from_numpy(labels)
         self.ok = np.ones(len(x), bool)
-        self.shape = x.shape[1:]
         self.device = CPU
-        self.config = {"heads": heads}
+        self.pooled = x.shape[2] == 1
         self.ok[list(bad)] = False
         self.args = arguments(encoder="-")
-        self.source = D.Source("-", names or [f"v{i}" for i in range(len(x))], np.zeros(len(x), int))
+        self.source = D.Source("-", names or [f"v{i}" for i in range(len(x))], labels)
         self.autocast = contextlib.nullcontext
 
-    def batches(self, rows, size, turn=0):
+    def batches(self, rows, size, turn=0, encode=True):
         for i in range(0, len(rows), size):
             part = rows[i : i + size]
             part = part[self.ok[part]]
-            yield self.x[part], part
+            yield {"video": self.x[part]}, {"class": self.labels[part]}, part
+
+
+def task_of(args, width, classes, heads=2):
+    return probe.Classify(args, width, heads, (1, 1, 1), 1, 1, classes)
+
+
+def accuracy_of(task, head, features):
+    (rows,), _ = probe.evaluate(
+        task, features, np.arange(len(features.x)), [probe.reader(task, features, head)]
+    )
+    return task.total(rows), probe.confusion_of(rows, task.classes)
 
 
 def separable(n, classes, tokens=5, width=16, seed=0, noise=0.3):
@@ -74,10 +86,25 @@ def test_head_shapes_and_parameter_counts(width, classes, heads):
         assert head(torch.randn(3, 11, width)).shape == (3, classes)
         assert sum(p.numel() for p in head.parameters()) == depth * block + pool + linear
     x, y = torch.randn(20, width), torch.arange(20) % classes
-    head = probe.Standardised(x, classes)
-    assert head(x[:, None]).shape == (20, classes) and sum(p.numel() for p in head.parameters()) == linear
-    head = probe.Neighbours(x, y, classes)
+    for kind in (probe.Standardised, probe.Ridge):
+        head = kind(width, classes)
+        head.start(x, y, 0.1)
+        assert head(x[:, None]).shape == (20, classes) and sum(p.numel() for p in head.parameters()) == linear
+    head = probe.Neighbours(width, classes)
+    head.start(x, y, 0.0)
     assert head(x[:, None]).shape == (20, classes) and not list(head.parameters())
+
+
+def test_ridge_is_the_normal_equations():
+    """In float64 numpy, on standardised features and centred one-hot classes."""
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 50), torch.arange(30) % 3
+    head = probe.Ridge(50, 3)
+    head.start(x, y, 0.1)
+    z = (x.double().numpy() - x.double().numpy().mean(0)) / (x.double().std(0).numpy() + 1e-6)
+    target = np.eye(3)[y.numpy()] - 1 / 3
+    weight = np.linalg.solve(z.T @ z + 0.1 * 30 * np.eye(50), z.T @ target)
+    assert np.abs(head(x[:, None]).detach().numpy() - (z @ weight + 1 / 3)).max() < 1e-5
 
 
 def test_attentive_pooling_equals_numpy():
@@ -113,7 +140,8 @@ def test_attentive_pooling_equals_numpy():
 def test_neighbours_agree_with_the_online_probe():
     torch.manual_seed(0)
     x, xv, y = torch.randn(200, 8), torch.randn(50, 8), torch.randint(0, 6, (200,))
-    head = probe.Neighbours(x, y, 6)
+    head = probe.Neighbours(8, 6)
+    head.start(x, y, 0.0)
     votes = head(xv[:, None]).exp()
     assert torch.equal(votes.argmax(1), T.knn_probe(x, y, xv))
     assert torch.allclose(votes.sum(1), torch.ones(50).double())
@@ -124,16 +152,12 @@ def test_neighbours_agree_with_the_online_probe():
 
 def test_grid_at_once_equals_each_head_alone():
     x, labels = separable(60, 3)
-    features, grid = Fixed(x), [(1e-2, 0.01), (3e-3, 0.4), (1e-4, 0.8)]
-    args = arguments(encoder="-", epochs=3)
+    features, grid = Fixed(x, labels), [(1e-2, 0.01), (3e-3, 0.4), (1e-4, 0.8)]
+    task = task_of(arguments(encoder="-", epochs=3, batch_size=16), 16, 3)
 
     def trained(pairs):
-        heads = []
-        for _ in pairs:
-            torch.manual_seed(args.seed)
-            heads.append(probe.Attentive(16, 3, 2, 1))
-        probe.train_heads(heads, pairs, features, np.arange(60), labels, args, 16)
-        return [torch.nn.utils.parameters_to_vector(h.parameters()) for h in heads]
+        tried = probe.fit(task, features, np.arange(60), pairs)
+        return [torch.nn.utils.parameters_to_vector(one.head.parameters()) for one in tried]
 
     together = trained(grid)
     for pair, want in zip(grid, together):
@@ -148,9 +172,8 @@ def test_learning_rate_decays_without_warm_up(monkeypatch):
     )
     # four batches an epoch, the last one short
     x, labels = separable(31, 2)
-    probe.train_heads(
-        [probe.Attentive(16, 2, 2, 0)], [(0.5, 0.0)], Fixed(x), np.arange(31), labels, arguments(epochs=2), 8
-    )
+    task = task_of(arguments(epochs=2, batch_size=8), 16, 2)
+    probe.fit(task, Fixed(x, labels), np.arange(31), [(0.5, 0.0)])
     assert seen == pytest.approx([0.25 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
 
 
@@ -159,73 +182,98 @@ def test_accumulated_gradients_are_the_batchs():
     trained = []
     # 5 does not divide 32: one video at a time
     for micro in (32, 8, 5):
-        torch.manual_seed(0)
-        head = probe.Attentive(16, 3, 2, 0)
-        probe.train_heads(
-            [head], [(1e-3, 0.1)], Fixed(x), np.arange(60), labels, arguments(epochs=2, micro_batch=micro), 32
-        )
-        trained.append(torch.nn.utils.parameters_to_vector(head.parameters()))
+        task = task_of(arguments(epochs=2, batch_size=32, micro_batch=micro), 16, 3)
+        (one,) = probe.fit(task, Fixed(x, labels), np.arange(60), [(1e-3, 0.1)])
+        trained.append(torch.nn.utils.parameters_to_vector(one.head.parameters()))
     assert max((t - trained[0]).abs().max() for t in trained) < 1e-5
 
 
-@pytest.mark.parametrize("head", ["attentive", "attentive4", "linear", "knn"])
+@pytest.mark.parametrize("head", ["attentive", "attentive4", "linear", "ridge", "knn"])
 def test_separable_features_are_learned_and_shuffled_labels_are_not(head):
     x, labels = separable(240, 4)
     xv, labels_v = separable(200, 4, seed=1)
     if probe.HEADS[head]["pooled"]:
         x, xv = x.mean(2, keepdim=True), xv.mean(2, keepdim=True)
-    args = arguments(head=head, epochs=12, grid_lr=(1e-2, 1e-3) if head != "attentive4" else (3e-3,), grid_wd=(0.01,))
+    args = arguments(
+        head=head, epochs=12, grid_lr=(1e-2, 1e-3) if head != "attentive4" else (3e-3,), grid_wd=(0.01,), holdout=0.25
+    )
+    task = task_of(args, 16, 4, heads=4)
     accuracy = []
     for y in (labels, np.random.default_rng(0).permutation(labels)):
-        best, pair, tried = probe.fit(args, Fixed(x, heads=4), y, 4)
-        p, seen = probe.predict([best], Fixed(xv), np.arange(200), 4)
-        accuracy.append(probe.score(p[0], seen, labels_v)[0])
+        best, _ = probe.choose(task, Fixed(x, y))
+        accuracy.append(accuracy_of(task, best.head, Fixed(xv, labels_v))[0]["top1"])
     assert accuracy[0] > 0.95 and 0.1 < accuracy[1] < 0.4
 
 
 def test_split_keeps_a_videos_clips_and_a_group_together():
     paths = [f"person{i % 10}/v{i // 3}.mp4" for i in range(90)]
     for group, kind in (("", lambda p: p), (r"person\d+", lambda p: p.split("/")[0])):
-        fit, held = probe.hold_out(paths, group, 0.1, seed=3)
+        ((fit, held),) = probe.hold_outs(paths, group, 0.1, seed=3)
         assert len(held) == 9 and sorted([*fit, *held]) == list(range(90))
         assert not {kind(paths[i]) for i in fit} & {kind(paths[i]) for i in held}
-        assert any(not np.array_equal(held, probe.hold_out(paths, group, 0.1, seed)[1]) for seed in (4, 5))
+        assert any(not np.array_equal(held, probe.hold_outs(paths, group, 0.1, seed)[0][1]) for seed in (4, 5))
     assert len({paths[i].split("/")[0] for i in held}) == 1
     repeated = [f"v{i // 3}.mp4" for i in range(90)]
-    fit, held = probe.hold_out(repeated, "", 0.1, seed=0)
+    ((fit, held),) = probe.hold_outs(repeated, "", 0.1, seed=0)
     assert len(held) == 9 and not {repeated[i] for i in fit} & {repeated[i] for i in held}
 
 
+def test_few_videos_are_held_out_in_turn():
+    """Fewer than 50 held out: five parts, of which each video is in one; else a single one."""
+    paths = [f"v{i // 3}.mp4" for i in range(90)]
+    splits = probe.hold_outs(paths, "", 0.1, 0, folds=5)
+    assert len(splits) == 5 and sorted(np.concatenate([held for _, held in splits])) == list(range(90))
+    for fit, held in splits:
+        assert sorted([*fit, *held]) == list(range(90)) and len(held) == 18
+        assert not {paths[i] for i in fit} & {paths[i] for i in held}
+    assert len(probe.hold_outs([f"v{i}.mp4" for i in range(500)], "", 0.1, 0, folds=5)) == 1
+
+
+class Sure(torch.nn.Module):
+    """Says the same of everything; of class 0 so much, of class 1 always 0.35."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = torch.tensor(p)
+
+    def forward(self, x):
+        p = self.p[x[:, 0, 0].long()]
+        return torch.stack([p, torch.full_like(p, 0.35), 1 - p - 0.35], -1).clamp(min=1e-6).log()
+
+
 def test_the_head_of_a_grid_is_chosen_by_top1_and_between_equals_by_likelihood(monkeypatch):
-    """Of held-out clips of class 0, three rates say: all right but barely; the first one surely,
-    the second wrong; all right, and a little surer than the first rate."""
+    """Of clips of class 0 of two kinds, three rates say: all right but barely; the first kind
+    surely, the second wrong; all right, and a little surer than the first rate."""
     sure = {1e-1: [0.4, 0.4], 1e-2: [0.999, 0.3], 1e-3: [0.5, 0.5]}
-    rates = []
 
-    def train_heads(heads, grid, *rest):
-        rates[:] = [lr for lr, _ in grid]
+    def fit(task, train, rows, pairs):
+        return [probe.Trained(Sure(sure[lr]), lr, wd) for lr, wd in pairs]
 
-    def predict(heads, features, rows, classes):
-        p = torch.tensor([sure[lr] for lr in rates])[..., None]  # (heads,rows,1)
-        return torch.cat([p, 0.35 + 0 * p, 0 * p], -1).numpy(), np.ones(len(rows), bool)
-
-    monkeypatch.setattr(probe, "train_heads", train_heads)
-    monkeypatch.setattr(probe, "predict", predict)
-    x = torch.randn(20, 1, 1, 4)
-    labels = np.zeros(20, int)
+    monkeypatch.setattr(probe, "fit", fit)
+    x = (torch.arange(20) % 2).view(20, 1, 1, 1)
     for grid, chosen in (
         ((1e-1, 1e-2), 1e-1),
         ((1e-2, 1e-1), 1e-1),
         ((1e-1, 1e-3), 1e-3),
         ((1e-3, 1e-1, 1e-2), 1e-3),
     ):
-        args = arguments(head="linear", grid_lr=grid, grid_wd=(0.01,))
-        _, pair, tried = probe.fit(args, Fixed(x), labels, 3)
-        assert pair["lr"] == chosen and pair["held_out"] == 1.0
-        assert [t["lr"] for t in tried] == list(grid)
+        task = task_of(arguments(head="linear", grid_lr=grid, grid_wd=(0.01,)), 1, 3)
+        best, tried = probe.choose(task, Fixed(x, np.zeros(20, int)))
+        assert best.lr == chosen and best.held_out == 1.0
+        assert [one.lr for one in tried] == list(grid)
 
 
 # --- metrics ---
+
+
+def scored(p, seen, labels):
+    """{metric: value} and confusion of probabilities, of which some were not seen."""
+    p, labels = torch.tensor(p), torch.tensor(labels)
+    task = task_of(arguments(), 1, p.shape[1])
+    rows = [task.score(p[i : i + 1], {"y": labels[i : i + 1]}) if ok else task.unread(labels[i])[None]
+            for i, ok in enumerate(seen)]
+    rows = torch.cat([row.double() for row in rows])
+    return task.total(rows), probe.confusion_of(rows, task.classes)
 
 
 def test_score_by_hand():
@@ -237,33 +285,36 @@ def test_score_by_hand():
             [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0],
         ]
     )  # class 6, but the video could not be read
-    top1, top5, per_class, confusion = probe.score(p, np.array([True, True, True, False]), np.array([0, 1, 6, 6]))
-    assert (top1, top5) == (0.25, 0.5) and per_class == [1.0, 0.0, None, None, None, None, 0.0]
+    total, confusion = scored(p, [True, True, True, False], [0, 1, 6, 6])
+    assert (total["top1"], total["top5"]) == (0.25, 0.5)
+    assert total["likelihood"] == pytest.approx(np.log([0.5, 0.2, 0.01, 1e-9]).mean(), abs=1e-5)
     want = np.zeros((7, 8), int)
     want[0, 0] = want[1, 0] = want[6, 0] = want[6, 7] = 1
     assert np.array_equal(confusion, want)
 
 
 def test_a_constant_prediction_scores_its_class():
-    labels = np.array([0, 0, 0, 1, 2, 2])
-    top1, top5, per_class, confusion = probe.score(np.full((6, 3), 1 / 3), np.ones(6, bool), labels)
-    assert (top1, top5) == (0.5, 1.0) and per_class == [1.0, 0.0, 0.0] and confusion[:, 0].tolist() == [3, 1, 2]
+    total, confusion = scored(np.full((6, 3), 1 / 3), [True] * 6, [0, 0, 0, 1, 2, 2])
+    assert (total["top1"], total["top5"]) == (0.5, 1.0) and confusion[:, 0].tolist() == [3, 1, 2]
 
 
 def test_softmax_is_averaged_over_views_only():
     # one video, three views, one token
     x = torch.tensor([[[[4.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]]])
-    p, seen = probe.predict([lambda t: t.mean(1)], Fixed(x), np.arange(1), 2)
+    task = task_of(arguments(), 2, 2)
+    out, _ = task.ask(lambda t: t.mean(1), {"video": x}, {})
+    p = task.answer(out)
     want = (torch.tensor([4.0, 0]).softmax(0) + 2 * torch.tensor([0, 1.0]).softmax(0)) / 3
-    assert np.allclose(p[0, 0], want) and not np.allclose(p[0, 0], x.mean((0, 1, 2)).softmax(0)) and seen.all()
+    assert np.allclose(p[0], want) and not np.allclose(p[0], x.mean((0, 1, 2)).softmax(0))
 
 
 def test_an_unreadable_video_counts_as_wrong():
     x, labels = separable(40, 2)
-    head, *_ = probe.fit(arguments(head="knn"), Fixed(x.mean(2, keepdim=True)), labels, 2)
-    p, seen = probe.predict([head], Fixed(x.mean(2, keepdim=True), bad=(1, 7)), np.arange(40), 2)
-    top1, top5, _, confusion = probe.score(p[0], seen, labels)
-    assert top1 == top5 == 38 / 40 and confusion[1, 2] == 2
+    x = x.mean(2, keepdim=True)
+    task = task_of(arguments(head="knn"), 16, 2)
+    best, _ = probe.choose(task, Fixed(x, labels))
+    total, confusion = accuracy_of(task, best.head, Fixed(x, labels, bad=(1, 7)))
+    assert total["top1"] == total["top5"] == 38 / 40 and confusion[1, 2] == 2
 
 
 # --- features: a reader in memory, whose pixels tell the video, the segment, the view and the rando
@@ -305,16 +356,22 @@ def features(clip=None, args=None, encoder=None, names="abcdefgh"):
     args = args or arguments(encoder="-", micro_batch=3)
     source = D.Source("list", [f"{n}.mp4" for n in names], np.arange(len(names)))
     return probe.Features(
-        args, encoder.eval(), encoder.config | M.IMAGENET, source, args.layer,
-        clip or D.Clip(frames=4, size=16, train=False), CPU,
+        args, encoder.eval(), encoder.config | M.IMAGENET, source,
+        clip or D.Clip(frames=4, size=16, train=False), CPU, (args.layer or 2,),
+        form=probe.Classify.form(args),
     )
+
+
+def tokens(batches):
+    """[(tokens, rows)]"""
+    return [(x["video"], rows) for x, _, rows in batches]
 
 
 def test_tokens_of_temporal_clips_are_joined_and_views_kept_apart(world):
     encoder = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16).eval()
     x = features(D.Clip(frames=4, size=16, train=False, segments=2, views=3), encoder=encoder)
     assert x.shape == (3, 2 * 8, 32)
-    z, rows = next(x.batches(np.array([5, 2]), 2))
+    ((z, rows),) = tokens(x.batches(np.array([5, 2]), 2))
     for b, row in enumerate((5, 2)):
         for v in range(3):
             for s in range(2):
@@ -325,23 +382,24 @@ def test_tokens_of_temporal_clips_are_joined_and_views_kept_apart(world):
     pooled = features(
         D.Clip(frames=4, size=16, train=False, segments=2, views=3), arguments(encoder="-", head="linear"), encoder
     )
-    assert torch.allclose(next(pooled.batches(np.array([5, 2]), 2))[0], z.mean(2, keepdim=True), atol=1e-5)
+    ((found, _),) = tokens(pooled.batches(np.array([5, 2]), 2))
+    assert torch.allclose(found, z.mean(2, keepdim=True), atol=1e-5)
 
 
 def test_features_are_stored_once_and_found_by_content(world, tmp_path):
     encoder = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16)
-    fresh = [z for z, _ in features(encoder=encoder).batches(np.arange(8), 3)]
+    fresh = [z for z, _ in tokens(features(encoder=encoder).batches(np.arange(8), 3))]
 
     def reads(**change):
         x = features(**{"encoder": encoder} | change)
         encode, seen = x.encode, []
-        x.encode = lambda batch, videos: (seen.append(videos), encode(batch, videos))[1]
+        x.encode = lambda video, flip: (seen.append(len(video) // x.clip.views), encode(video, flip))[1]
         x.store(tmp_path)
         return sum(seen), x
 
     count, x = reads()
     assert count == 8 and list(x.bad) == ["d.mp4"]
-    for want, (z, rows) in zip(fresh, x.batches(np.arange(8), 3)):
+    for want, (z, rows) in zip(fresh, tokens(x.batches(np.arange(8), 3))):
         # float16; row 3 cannot be read
         assert torch.allclose(z, want, atol=2e-3) and 3 not in rows
     count, x = reads()
@@ -353,15 +411,31 @@ def test_features_are_stored_once_and_found_by_content(world, tmp_path):
     assert reads(args=arguments(encoder="-", layer=1))[0] == 8
     assert reads(args=arguments(encoder="-", head="linear"))[0] == 8
     assert reads(clip=D.Clip(frames=4, size=16, train=False, views=2))[0] == 8
-    assert reads()[0] == 0 and not [p for p in tmp_path.iterdir() if p.suffix not in (".npy", ".json")]
+    assert reads()[0] == 0 and not [p for p in tmp_path.glob("*/*") if p.suffix != ".safetensors"]
+
+
+def test_of_as_many_rows_as_fit_features_are_stored(world, tmp_path):
+    """In files of two rows; the others are made at every use, in whatever order they are asked for."""
+    encoder = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16)
+    x = features(encoder=encoder)
+    x.row_bytes = lambda: 2**27
+    x.store(tmp_path, 0.8)
+    assert x.kept == 6 and len(list(tmp_path.glob("*/*"))) == 3
+    del world[:]
+    order = np.array([7, 0, 3, 6, 5, 1])
+    want = tokens(features(encoder=encoder).batches(order, 4))
+    del world[:]
+    for (a, rows), (b, rows2) in zip(want, tokens(x.batches(order, 4)), strict=True):
+        assert torch.allclose(a, b, atol=2e-3) and np.array_equal(rows, rows2)
+    assert world == [7, 6]
 
 
 def test_a_broken_off_store_is_not_used(world, tmp_path, monkeypatch):
     x = features()
-    monkeypatch.setattr(x, "encode", lambda batch, videos: 1 / 0)
+    monkeypatch.setattr(x, "encode", lambda video, flip: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         x.store(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_random_passes_differ_and_repeat(world, tmp_path):
@@ -369,9 +443,9 @@ def test_random_passes_differ_and_repeat(world, tmp_path):
     torch.manual_seed(0)
     encoder = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16)
     x = features(clip, args, encoder)
-    direct = [next(x.batches(np.arange(8), 8, turn))[0] for turn in range(3)]
+    direct = [tokens(x.batches(np.arange(8), 8, turn))[0][0] for turn in range(3)]
     x.store(tmp_path)
-    stored = [next(x.batches(np.arange(8), 8, turn))[0] for turn in range(3)]
+    stored = [tokens(x.batches(np.arange(8), 8, turn))[0][0] for turn in range(3)]
     assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(direct, stored))
     assert torch.equal(direct[0], direct[2]) and (direct[0] - direct[1]).abs().max() > 1e-3
 
@@ -399,8 +473,8 @@ def test_poisoned_val_labels_do_not_change_the_choice(world, monkeypatch, tmp_pa
     results = []
     for labels in ([0, 1], [1, 0]):
         lists["val"].labels = np.array(labels)
-        monkeypatch.setattr(probe, "lists", lambda args: (lists["train"], lists["val"]))
-        results.append(probe.classify(args, CPU))
+        monkeypatch.setattr(probe, "lists", lambda *flags, **more: (lists["train"], lists["val"]))
+        results.append(probe.probe(args, CPU))
     (a, more_a), (b, more_b) = results
     assert more_a["tried"] == more_b["tried"]
     assert (a["lr"], a["wd"]) == (b["lr"], b["wd"])
@@ -421,6 +495,7 @@ def test_poisoned_val_labels_do_not_change_the_choice(world, monkeypatch, tmp_pa
         dict(data="world", encoder="no_such_file.safetensors"),
         dict(data="world", encoder="pixels:diff"),
         dict(data="world", head="linear", pool="cls"),
+        dict(data="world", head="no_such_head"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(flags, capsys, tmp_path):
@@ -446,9 +521,9 @@ def test_help_needs_no_torch(tmp_path):
 
 def test_a_label_that_train_does_not_have_is_an_error(tmp_path, monkeypatch):
     lists = D.Source("t", ["a", "b"], np.array([0, 2])), D.Source("v", ["c", "d"], np.array([0, 1]))
-    monkeypatch.setattr(probe, "lists", lambda args: lists)
+    monkeypatch.setattr(probe, "lists", lambda *flags, **more: lists)
     with pytest.raises(D.DataError, match="--val: d: label 1 is not in --train"):
-        probe.classify(arguments(encoder="-"), CPU)
+        probe.probe(arguments(encoder="-"), CPU)
 
 
 KEYS = {
@@ -492,6 +567,23 @@ def test_the_script_on_the_world(tmp_path, capsys):
     assert (tmp_path / "confusion.png").exists()
 
 
+@pytest.mark.parametrize("head, grid", [("attentive", (1e-2, 1e-3, 1e-4)), ("linear", (1e-2, 1e-3))])
+def test_two_ranks_equal_one(head, grid, run, tmp_path):
+    """They share files of features and heads; a choice by hold-out, and one by folds."""
+    flags = ["--encoder", "random:vit_n", "--data", "world", "--frames", 4, "--size", 32, "--train_clips", 40]
+    flags += ["--val_clips", 16, "--epochs", 1, "--workers", 0, "--head", head, "--grid_lr", *grid]
+    flags += ["--grid_wd", 0.01] if head == "attentive" else []
+    found = []
+    for ranks in (1, 2):
+        status, last, err = run("probe.py", "classify", *flags, "--out_dir", tmp_path / str(ranks), ranks=ranks)
+        assert status == 0, err
+        found.append({k: v for k, v in last.items() if k not in ("seconds", "saved", "picture")})
+        heads = [load_file(tmp_path / str(n) / "head.safetensors") for n in range(1, ranks + 1)]
+    assert found[0] == found[1]
+    assert all(torch.equal(a, b) for a, b in zip(heads[0].values(), heads[1].values()))
+    assert len((tmp_path / "2/probe.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg program to make videos")
 def test_real_files_and_a_damaged_one(tmp_path):
     """Two classes of plain colour; a val file that is no video counts as wrong and is named."""
@@ -507,7 +599,7 @@ def test_real_files_and_a_damaged_one(tmp_path):
         encoder="random:vit_n", train=str(tmp_path / "train.csv"), val=str(tmp_path / "val.csv"), head="knn",
         frames=4, stride=2, size=32, workers=0, out_dir=str(tmp_path / "out"),
     )
-    result, more = probe.classify(args, CPU)
+    result, more = probe.probe(args, CPU)
     assert (result["value"], result["bad"], result["n_val"]) == (0.8, 1, 5)
     assert more["confusion"] == [[2, 0, 1], [0, 2, 0]]
     assert list(more["bad_videos"]) == [str(tmp_path / "12.mp4")]

@@ -32,6 +32,9 @@ BUDGETS = {
     # far over the 16,000 of the plan: any container right, lists that share memory, names, datasets,
     # what is lost is told
     "data.py": 24_600,
+    # far over the 17,000 of the plan: heads, features and predictions as files, ranks, item by item
+    # in assets/probes.md
+    "probe.py": 26_000,
 }
 
 CODE = {"NAME", "OP", "NUMBER", "STRING", "FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END"}

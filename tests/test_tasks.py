@@ -2,6 +2,7 @@
 pictures, the whole suite."""
 
 import contextlib
+import csv
 import dataclasses
 import itertools
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -37,6 +38,14 @@ def arguments(task, tmp_path, **flags):
         )
         | flags,
     )
+
+
+def task_of(name, width=8, grid=(1, 4, 4), frames=2, size=32, classes=0, data="", **flags):
+    return probe.TASKS[name](probe.Args(name, data=data, **flags), width, 2, grid, frames, size, classes)
+
+
+def only(total):
+    return next(iter(total.values()))
 
 
 @pytest.fixture
@@ -64,7 +73,7 @@ def test_pose_error_by_hand_and_the_nearest_rotation():
     y = {"y": torch.stack([still, turn, still, torch.full((12,), math.nan)])}
     # three times a rotation is that rotation; the fourth clip's pose is not known
     p = torch.stack([moved, turn, still * 3, still])
-    assert torch.allclose(probe.pose_error(p, y)[:, 0], torch.tensor([0.25, 0, 0]), atol=1e-6)
+    assert torch.allclose(task_of("pose").score(p, y)[:, 0], torch.tensor([0.25, 0, 0]), atol=1e-6)
     g = torch.Generator().manual_seed(0)
     for m in torch.randn(20, 12, generator=g):
         R = probe.rigid(m[None]).view(3, 4)[:, :3].double()
@@ -77,7 +86,7 @@ def test_pose_error_by_hand_and_the_nearest_rotation():
 
 def test_relative_pose_leads_from_the_last_camera_to_the_first():
     made = D.World("val").render([0, 3, 5], ("pose",))
-    y = probe.relative_pose(made, None)["y"].view(3, 3, 4)
+    y = task_of("pose").labels(made)["y"].view(3, 3, 4)
     for pose, m in zip(made["pose"].double(), y.double()):
         want = torch.linalg.inv(pose[0]) @ pose[-1]
         assert torch.allclose(torch.cat([m, torch.tensor([[0.0, 0, 0, 1]]).double()]), want, atol=1e-5)
@@ -95,9 +104,10 @@ def test_jaccard_by_hand():
     p = torch.zeros(1, 2, 3, 3)
     p[0, 0, 1] = torch.tensor([3 / 256, 0, 1])
     p[0, 1, 2] = torch.tensor([0, 12 / 256, 1])
-    assert probe.jaccards(p, y)[0].tolist() == pytest.approx([0, 0, 1 / 4, 1 / 4, 2 / 3])
+    points = task_of("points")
+    assert points.score(p, y)[0].tolist() == pytest.approx([0, 0, 1 / 4, 1 / 4, 2 / 3])
     y["asked"][0, 1] = False  # not seen in the first frame: not asked
-    assert probe.jaccards(p, y)[0].tolist() == pytest.approx([0, 0, 1, 1, 1])
+    assert points.score(p, y)[0].tolist() == pytest.approx([0, 0, 1, 1, 1])
 
 
 def test_jaccard_equals_tap_vids_counts():
@@ -106,7 +116,7 @@ def test_jaccard_equals_tap_vids_counts():
     gt, seen = g.random((3, 7, 6, 2), dtype=np.float32), g.random((3, 7, 6)) < 0.7
     seen[:, :, 0] = True
     p = np.concatenate([gt + g.normal(0, 0.02, gt.shape), (g.random((3, 7, 6, 1)) < 0.7)], -1).astype(np.float32)
-    ours = probe.jaccards(
+    ours = task_of("points").score(
         torch.from_numpy(p),
         {"y": torch.from_numpy(gt), "seen": torch.from_numpy(seen), "asked": torch.ones(3, 7, dtype=torch.bool)},
     ).numpy()
@@ -129,26 +139,24 @@ def test_iou_by_hand():
         [torch.stack([box(0.9, 0.9, 1, 1), box(0.25, 0, 0.75, 0.5), box(0, 0, 0.4, 0.4), box(0, 0, 1, 1)])]
     )[None]
     # the first frame's box was given
-    assert probe.ious(p, y)[:, 0].tolist() == pytest.approx([1 / 3, 0])
-    small = probe.boxes(
-        {"boxes": torch.tensor([[[[0, 0, 2, 2.0], [0, 0, 10, 10]]] * 2])}, probe.Setting(None, 8, (1, 4, 4), 2, 32)
-    )
+    assert task_of("boxes").score(p, y)[:, 0].tolist() == pytest.approx([1 / 3, 0])
+    small = task_of("boxes").labels({"boxes": torch.tensor([[[[0, 0, 2, 2.0], [0, 0, 10, 10]]] * 2])})
     # 4 of 1024 pixels are below 0.5 %
     assert small["y"][0, 0].isnan().all() and small["first"][0, 1].tolist() == [0, 0, 10 / 32, 10 / 32]
 
 
 def test_depth_flow_and_stereo_by_hand():
     y = {"y": torch.tensor([[2.0, math.nan, 4.0]])}
-    sums = probe.depth_sums(torch.tensor([[1.0, 5, 5]]), y)
-    assert probe.DENSE["depth"]["final"](sums) == {"absrel": pytest.approx((0.5 + 0.25) / 2)}
-    kept = probe.DENSE["depth"]["y"]({"depth": torch.tensor([0.0005, 5, 11, math.nan])}, None)["y"]
+    depth, flow, stereo = (task_of(name) for name in ("depth", "flow", "stereo"))
+    assert depth.total(depth.score(torch.tensor([[1.0, 5, 5]]), y)) == {"absrel": pytest.approx((0.5 + 0.25) / 2)}
+    kept = depth.labels({"depth": torch.tensor([0.0005, 5, 11, math.nan])})["y"]
     assert kept.isnan().tolist() == [True, False, True, True]
     y = {"y": torch.tensor([[[0.0, 0], [math.nan, math.nan]], [[1, 1], [2, 2]]])}
-    sums = probe.flow_sums(torch.tensor([[[3.0, 4], [9, 9]], [[1, 1], [2, 3]]]), y)
-    assert probe.DENSE["flow"]["final"](sums) == {"epe": pytest.approx(6 / 3)}
+    sums = flow.score(torch.tensor([[[3.0, 4], [9, 9]], [[1, 1], [2, 3]]]), y)
+    assert flow.total(sums) == {"epe": pytest.approx(6 / 3)}
     # errors 0.5, 1, 0.75, 5: bad is strictly more
     y, p = {"y": torch.tensor([1.0, 2, 3, 4, math.nan])}, torch.tensor([1.5, 3, 3.75, 9, 0])
-    found = probe.DENSE["stereo"]["final"](probe.stereo_sums(p, y))
+    found = stereo.total(stereo.score(p, y))
     assert found == pytest.approx({"average": 7.25 / 4, "bad0.5": 3 / 4, "bad1": 1 / 4})
 
 
@@ -156,18 +164,20 @@ def test_segmentation_counts_by_hand_and_as_torchmetrics():
     y = torch.tensor([[0, 0, 1], [1, 2, 255]])
     called = torch.tensor([[0, 1, 1], [1, 2, 0]])
     one = lambda c, n=3: torch.nn.functional.one_hot(c, n).float()
-    found = probe.mean_iou(probe.confusion(one(called), {"y": y}).double())
+    segment = task_of("segment", classes=3)
+    found = segment.total(segment.score(one(called), {"y": y}).double())
     assert found == pytest.approx({"miou": (1 / 2 + 2 / 3 + 1) / 3, "macc": (1 / 2 + 1 + 1) / 3})
     torchmetrics = pytest.importorskip("torchmetrics", reason="pip install torchmetrics")
     g = torch.Generator().manual_seed(0)
     y, p = torch.randint(0, 5, (4, 16, 16), generator=g), torch.randn(4, 16, 16, 5, generator=g)
     y[torch.rand(y.shape, generator=g) < 0.2] = 255
     # the data set's confusion, not a mean over pictures
-    parts = [probe.confusion(a, {"y": b}) for a, b in zip(p, y)]
+    segment = task_of("segment", classes=5)
+    parts = [segment.score(a, {"y": b}) for a, b in zip(p, y)]
     iou = torchmetrics.JaccardIndex(task="multiclass", num_classes=5, ignore_index=255)(p.argmax(-1), y)
     accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=5, average="macro", ignore_index=255)
     want = {"miou": float(iou), "macc": float(accuracy(p.argmax(-1), y))}
-    assert probe.mean_iou(torch.cat(parts).double()) == pytest.approx(want, abs=1e-6)
+    assert segment.total(torch.cat(parts).double()) == pytest.approx(want, abs=1e-6)
 
 
 def test_average_precision_by_hand_and_as_torchmetrics():
@@ -180,7 +190,8 @@ def test_average_precision_by_hand_and_as_torchmetrics():
     g = torch.Generator().manual_seed(0)
     s, y = (torch.rand(200, 3, generator=g) * 20).round() / 20, torch.randint(0, 2, (200, 3), generator=g)
     want = torchmetrics.AveragePrecision(task="multilabel", num_labels=3)(s, y)
-    assert probe.mean_ap(torch.cat([s.double(), y.double()], 1))["map"] == pytest.approx(float(want), abs=1e-6)
+    found = task_of("detect").total(torch.cat([s.double(), y.double()], 1))["map"]
+    assert found == pytest.approx(float(want), abs=1e-6)
 
 
 def test_actions_of_boxes_by_hand():
@@ -191,26 +202,26 @@ def test_actions_of_boxes_by_hand():
     boxes[0, 1:, 1] = torch.tensor([[2.0, 2, 4, 4], [2, 2, 4, 4], [1, 1, 5, 5]])
     boxes[0, ::3, 2] = torch.tensor([[0.0, 0, 4, 4], [0, 4, 4, 8]])
     boxes[0, 2, 3] = torch.tensor([0.0, 0, 4, 4])
-    made = probe.actions({"boxes": boxes}, None)
+    made = task_of("detect", data="world").labels({"boxes": boxes})
     assert made["y"][0, :2].tolist() == [[1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]] and made["y"][0, 2:].isnan().all()
     # where a box goes is not given away
     assert made["boxes"][0, 2, 0].tolist() == [3, 0, 7, 4] and made["boxes"][:, [0, 1, 3]].isnan().all()
 
 
 def test_top1_and_top5():
-    p = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [9, 8, 7, 6, 5, 4, 3], [9, 8, 7, 6, 5, 4, 3]])
-    scores = probe.class_scores(p, {"y": torch.tensor([0, 4, 6])}).tolist()
-    assert scores == [[True, True], [False, True], [False, False]]
+    p = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3]] * 3).softmax(1)
+    rows = task_of("classify", classes=7).score(p, {"y": torch.tensor([0, 4, 6])})
+    assert (rows[:, 0] == rows[:, 1]).tolist() == [True, False, False]
+    assert rows[:, 2].tolist() == [1, 1, 0]
 
 
 def test_boxes_pool_what_they_cover():
     """A box over one patch and half of the next; tokens are their own number."""
-    s = probe.Setting(None, 1, (1, 2, 2), 2, 8)
-    seen = {}
-    m = type("m", (), {"s": s, "head": staticmethod(lambda v: seen.setdefault("v", v))})
+    detect = task_of("detect", width=1, grid=(1, 2, 2), size=8)
     z = torch.arange(4.0).view(1, 1, 4, 1)
-    probe.ask_boxes(m, {"video": z}, {"boxes": torch.tensor([[[[0, 0, 6, 4.0]], [[0, 0, 6, 4]]]])})
-    assert seen["v"].flatten().tolist() == pytest.approx([(0 * 4 + 1 * 2) / 6])
+    y = {"boxes": torch.tensor([[[[0, 0, 6, 4.0]], [[0, 0, 6, 4]]]])}
+    out, _ = detect.ask(torch.nn.Identity(), {"video": z}, y)
+    assert out.flatten().tolist() == pytest.approx([(0 * 4 + 1 * 2) / 6])
 
 
 @pytest.mark.parametrize("part", ["place", "visible", "uncertain", "all"])
@@ -247,33 +258,46 @@ def test_the_points_loss_is_its_three_parts(part):
     visible = bce(logit[..., 2][everywhere], seen.numpy()[everywhere])
     uncertain = bce(logit[..., 3][rows], (distance > 6 / 256)[rows])
     want = 100 * huber + 0.1 * visible + 0.1 * uncertain
-    assert want > 1e-3 and probe.points_loss(out, y).item() == pytest.approx(want, rel=1e-4)
+    assert want > 1e-3 and task_of("points").loss(out, y).item() == pytest.approx(want, rel=1e-4)
     unknown = ~(seen & asked[..., None])  # of these the place does not matter
     y["y"] = y["y"].masked_fill(unknown[..., None], math.nan)
-    assert probe.points_loss(out, y).item() == pytest.approx(want, rel=1e-4)
+    assert task_of("points").loss(out, y).item() == pytest.approx(want, rel=1e-4)
 
 
 # --- the recipe of readouts and of fine-tuning ---
 
 
 class Tokens:
-    """Stands for probe.Dense: four clips of random pixels, and an encoder of theirs."""
+    """Stands for probe.Features: four clips of random pixels, and an encoder of theirs."""
 
     def __init__(self):
         torch.manual_seed(0)
-        self.device, self.want = CPU, (3,)
+        self.device, self.want, self.pooled, self.tuned = CPU, (3,), False, None
         self.encoder = M.ViT(width=16, depth=4, heads=2, mlp=32, patch=8, frames=2, size=8)
         self.x = torch.randn(4, 3, 2, 8, 8)
-        self.features = {"video": self}
         self.autocast = contextlib.nullcontext
 
-    def tune(self, encoder):
-        self.encoder = encoder
+    def batches(self, rows, size, turn=0):
+        for start in range(0, 4, size):
+            part = torch.arange(start, start + size)
+            tokens = self.tuned(self.x[part]) if self.tuned else self.x[part, 0, 0]
+            yield {"video": tokens}, {"class": part}, part
 
-    def endless(self, rows, size, seed):
-        for start in itertools.count(0, size):
-            part = torch.arange(start, start + size) % 4
-            yield {"video": self.encoder(self.x[part])}, {"class": part}, part
+
+class Linear(probe.Task):
+    """The mean of what Tokens gives -> four classes."""
+
+    def net(self):
+        return torch.nn.Linear(16 if self.args.finetune else 8, 4)
+
+    def labels(self, batch):
+        return {"y": batch["class"]}
+
+    def ask(self, net, x, y):
+        return net(x["video"].mean(1)), y
+
+    def loss(self, out, y):
+        return torch.nn.functional.cross_entropy(out, y["y"])
 
 
 class Enough(Exception):
@@ -281,15 +305,9 @@ class Enough(Exception):
 
 
 def learned(monkeypatch, most=math.inf, **flags):
-    """probe.learn on Tokens, for at most so many steps -> the head (with .encoder where that is
-    trained, too), and of each step {parameter: rate} and the gradient of the head."""
+    """probe.fit on Tokens, for at most so many steps -> what was trained, and of each step
+    {parameter: rate} and the gradient of the head."""
     args = probe.Args(task="classify", encoder="-", **{"batch_size": 4, "steps": 20} | flags)
-    row = dict(
-        head=lambda s: torch.nn.Linear(16, 4),
-        call=lambda m, z, y: (m.head(z["video"][:, 0]), y),
-        y=lambda labels, s: {"y": labels["class"]},
-        loss=lambda out, y: torch.nn.functional.cross_entropy(out, y["y"]),
-    )
     rates, gradients, real = [], [], torch.optim.AdamW.step
 
     def step(optimizer):
@@ -300,12 +318,11 @@ def learned(monkeypatch, most=math.inf, **flags):
         real(optimizer)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    setting = probe.Setting(args, 16, (1, 1, 1), 2, 8)
-    models = [None]
+    tried = [None]
     with contextlib.suppress(Enough):
-        models = probe.learn(row, setting, [1e-2], Tokens(), np.arange(4), {"depth": 4})
+        tried = probe.fit(Linear(args, 16, 2, (1, 1, 1), 2, 8), Tokens(), np.arange(4), [(1e-2, 1e-4)])
     monkeypatch.undo()
-    return models[0], rates, gradients
+    return tried[0], rates, gradients
 
 
 def test_a_readout_warms_up_for_a_tenth_of_its_steps(monkeypatch):
@@ -338,7 +355,8 @@ def test_finetuning_accumulates_the_gradients_of_a_batch(monkeypatch):
     ends, firsts = [], []
     for micro in (1, 4):
         model, _, gradients = learned(monkeypatch, finetune="4ds", micro_batch=micro)
-        ends.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+        both = [*model.head.parameters(), *model.encoder.parameters()]
+        ends.append(torch.nn.utils.parameters_to_vector(both))
         firsts.append(gradients[0])
     assert torch.allclose(*firsts, atol=1e-6) and firsts[0].abs().max() > 1e-3
     assert (ends[0] - ends[1]).norm() < 1e-4 * ends[0].norm()
@@ -347,26 +365,27 @@ def test_finetuning_accumulates_the_gradients_of_a_batch(monkeypatch):
 # --- tasks ---
 
 
-@pytest.mark.parametrize("task", [*probe.DENSE])
+@pytest.mark.parametrize("task", [*probe.TASKS])
 def test_a_task_runs_and_a_perfect_answer_beats_the_constant(task, folder, tmp_path, monkeypatch):
-    row, perfect = probe.DENSE[task], []
-    tally = row["tally"]
+    kind, perfect = probe.TASKS[task], []
+    score = kind.score
 
-    def spy(p, y):
+    def spy(self, p, y):
         """What the true labels themselves score."""
         truth = y["y"]
         if task in ("segment", "classify"):
             truth = torch.nn.functional.one_hot(truth.clamp(max=p.shape[-1] - 1), p.shape[-1]).float()
         if task == "points":
             truth = torch.cat([truth, y["seen"][..., None].float()], -1)
-        perfect.append(tally(truth, y).double())
-        return tally(p, y)
+        perfect[:1] = [self]
+        perfect.append(score(self, truth, y).double())
+        return score(self, p, y)
 
-    monkeypatch.setitem(row, "tally", spy)
+    monkeypatch.setattr(kind, "score", spy)
     args = arguments(task, tmp_path, encoder=folder, head="readout")
-    result, more = probe.space_time(args, CPU)
-    best = next(iter(row["final"](torch.cat(perfect)).values()))
-    assert best == pytest.approx(1.0 if row["up"] else 0.0, abs=1e-5)
+    result, more = probe.probe(args, CPU)
+    best = only(perfect[0].total(torch.cat(perfect[1:])))
+    assert best == pytest.approx(1.0 if kind.up else 0.0, abs=1e-5)
     assert abs(best - result["constant"]) > 0.02 and math.isfinite(result["value"]) and result["n_val"] == 16
     assert Path(result["picture"]).read_bytes()[:4] == b"\x89PNG"
     json.dumps(result | more, allow_nan=False)
@@ -375,7 +394,7 @@ def test_a_task_runs_and_a_perfect_answer_beats_the_constant(task, folder, tmp_p
 def test_seeds_repeat_and_rates_are_chosen_on_train(folder, tmp_path):
     flags = dict(encoder=folder, grid_lr=(1e-9, 1e-2), steps=20)
     (a, more), (b, _), (c, _) = (
-        probe.space_time(arguments("boxes", tmp_path, **flags, seed=seed), CPU) for seed in (0, 0, 1)
+        probe.probe(arguments("boxes", tmp_path, **flags, seed=seed), CPU) for seed in (0, 0, 1)
     )
     assert a == b
     assert a["value"] != c["value"]
@@ -386,15 +405,16 @@ def test_seeds_repeat_and_rates_are_chosen_on_train(folder, tmp_path):
 def test_stored_tokens_are_those_computed_anew(folder, tmp_path):
     both = []
     for gb in (50.0, 0.0):
-        train, *_ = probe.open_clips(
-            arguments("flow", tmp_path, encoder=folder, cache_gb=gb), ("flow", "right", "disparity"), 4, False, CPU
-        )
+        args = arguments("all", tmp_path, encoder=folder, cache_gb=gb)
+        train, _ = probe.open_features(args, ["flow", "stereo"], CPU)
+        assert train.kept == (24 if gb else 0)
         both.append(list(train.batches(np.arange(24), 8)))
     for (z, y, rows), (z2, y2, rows2) in zip(*both, strict=True):
         assert np.array_equal(rows, rows2)
         assert {*z} == {"video", "right"}
         assert all(torch.allclose(z[k], z2[k], atol=5e-3) for k in z)
-        assert all(torch.equal(y[k], y2[k]) for k in y) and z["video"].shape == (8, 4, 16, 4 * 32)
+        assert all(torch.equal(y[k].nan_to_num(), y2[k].nan_to_num()) for k in y)
+        assert z["video"].shape == (8, 1, 4 * 16, 4 * 32)
         assert (z["video"] - z["right"]).abs().max() > 0.1
     view = train.of((4,))
     assert torch.equal(next(view.batches(np.arange(8), 8))[0]["video"], both[1][0][0]["video"][..., 96:])
@@ -402,9 +422,16 @@ def test_stored_tokens_are_those_computed_anew(folder, tmp_path):
 
 @pytest.mark.parametrize("how", ["", "4ds", "vjepa"])
 def test_finetuning_moves_the_encoder_and_frozen_does_not(how, folder, tmp_path, monkeypatch):
-    tuned, real = [], probe.learn
-    monkeypatch.setattr(probe, "learn", lambda *a: (tuned.append((a[3], real(*a))), tuned[-1][1])[1])
-    probe.space_time(arguments("depth", tmp_path, encoder=folder, finetune=how, grid_lr=(1e-2,)), CPU)
+    tuned, real = [], probe.fit
+    monkeypatch.setattr(probe, "fit", lambda *a: (tuned.append((a[1], real(*a))), tuned[-1][1])[1])
+    args = arguments("depth", tmp_path / "out", encoder=folder, finetune=how, grid_lr=(1e-2,))
+    (tmp_path / "out").mkdir()
+    probe.probe(args, CPU)
+    if how:  # what was trained is a file, which never takes the place of what was given
+        saved, _ = M.load_encoder(tmp_path / "out")
+        assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), tuned[0][1][0].encoder.parameters()))
+        with pytest.raises(D.DataError, match="give another folder"):
+            probe.probe(dataclasses.replace(args, out_dir=str(tmp_path)), CPU)
     (data, (model,)), (before, _) = tuned[0], M.load_encoder(folder)
     same = [torch.equal(a, b) for a, b in zip(data.encoder.parameters(), before.parameters())]
     assert all(same)  # the one that was given is never touched
@@ -417,7 +444,15 @@ def test_finetuning_moves_the_encoder_and_frozen_does_not(how, folder, tmp_path,
         first, last = (max(v for n, v in moved.items() if n.startswith(f"blocks.{i}.")) for i in (0, 3))
         assert max(moved.values()) < 3e-4 if how == "4ds" else first < 0.75 * last
     else:
-        assert not hasattr(model, "encoder")
+        assert model.encoder is None
+
+
+@pytest.mark.parametrize("head", ["attentive", "linear"])
+def test_every_head_of_classify_can_be_finetuned(head, folder, tmp_path):
+    flags = dict(encoder=folder, head=head, finetune="4ds", train_clips=12, val_clips=8)
+    (tmp_path / "out").mkdir()
+    result, _ = probe.probe(arguments("classify", tmp_path / "out", **flags), CPU)
+    assert result["finetune"] == "4ds" and 0 <= result["value"] <= 1
 
 
 def test_image_encoders_have_a_moment_a_frame(tmp_path):
@@ -427,13 +462,13 @@ def test_image_encoders_have_a_moment_a_frame(tmp_path):
         cls=True,
     )
     M.save_encoder(tmp_path / "e.safetensors", encoder, encoder.config | M.IMAGENET | {"model": None})
-    train, _, _, top, quarters = probe.open_clips(
-        arguments("flow", tmp_path, encoder=str(tmp_path / "e.safetensors")), ("flow",), 4, False, CPU
-    )
+    args = arguments("flow", tmp_path, encoder=str(tmp_path / "e.safetensors"))
+    train, _ = probe.open_features(args, ["flow"], CPU)
+    quarters = probe.layers_of("flow", args, train.config)
     z, y, _ = next(train.of(quarters).batches(np.arange(2), 2))
-    assert (top, quarters, train.layers, train.grid) == (2, (1, 1, 2, 2), (1, 2), (8, 4, 4))
-    assert z["video"].shape == (2, 8, 16, 4 * 32)
-    result, _ = probe.space_time(arguments("flow", tmp_path, encoder=str(tmp_path / "e.safetensors")), CPU)
+    assert (quarters, train.layers, train.grid) == ((1, 1, 2, 2), (1, 2), (8, 4, 4))
+    assert z["video"].shape == (2, 1, 8 * 16, 4 * 32)
+    result, _ = probe.probe(arguments("flow", tmp_path, encoder=str(tmp_path / "e.safetensors")), CPU)
     assert math.isfinite(result["value"])
 
 
@@ -442,7 +477,7 @@ def test_image_encoders_have_a_moment_a_frame(tmp_path):
     [
         dict(encoder="pixels:diff"), dict(layer=99), dict(frames=7), dict(size=36),
         dict(encoder="random:vit_n", task="physics"), dict(task="all", tasks=("taste",)),
-        dict(task="classify", finetune="4ds"), dict(task="depth", train="x"),
+        dict(task="classify", finetune="4ds", head="knn"), dict(task="depth", train="x"), dict(width=12),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(flags, folder, tmp_path, capsys):
@@ -502,12 +537,92 @@ def test_lists_that_do_not_fit_end_in_one_line(folder, tmp_path, capsys):
     assert "--classes 4" in told(args("segment", many, many, classes=2))
     assert "have no labels for boxes" in told(args("boxes", few, few))
     assert "no label 'depth'" in told(args("depth", few, few))
-    assert "weight decay" in told(args("segment", few, few, grid_wd=(0.1, 0.2)))
-    result, _ = probe.space_time(args("classify", few, bad, head="readout"), CPU)
+    result, _ = probe.probe(args("classify", few, bad, head="readout"), CPU)
     # two of four cannot be read
     assert result["value"] <= 0.5 and result["n_val"] == 4
     (tmp_path / "few/three.txt").write_text("0.mp4 0\n1.mp4 2\n")
     assert "label 2 is not in --train" in told(args("classify", few, str(tmp_path / "few/three.txt"), head="readout"))
+
+
+# --- what was trained can be used ---
+
+
+def predicted(args, folder, out, **flags):
+    """The arrays of `predict` with the head that args saved, on the world's val clips."""
+    flags = dict(encoder="", data="world", val_clips=16, workers=0, out_dir=str(folder), out=str(out)) | flags
+    result, _ = probe.predict(probe.Args("predict", head=str(folder / "head.safetensors"), **flags), CPU)
+    assert result["value"] == 16 and result["bad"] == 0
+    return np.load(out) if out.suffix == ".npz" else list(csv.reader(out.open()))
+
+
+@pytest.mark.parametrize("task", [*probe.TASKS])
+def test_a_saved_head_predicts_what_was_evaluated(task, folder, tmp_path, monkeypatch):
+    """Bit for bit, and so the metric is the same."""
+    said, real = [], probe.evaluate_heads
+
+    def evaluate_heads(task, features, rows, tried):
+        task.answer = lambda out, real=task.answer: (said.append(real(out)), said[-1])[1]
+        return real_(task, features, rows, tried)
+
+    real_ = real
+    monkeypatch.setattr(probe, "evaluate_heads", evaluate_heads)
+    args = arguments(task, tmp_path, encoder=folder, head="readout", cache_gb=0)
+    result, _ = probe.probe(args, CPU)
+    monkeypatch.undo()
+    found = predicted(args, tmp_path, tmp_path / "p.npz")
+    want = torch.cat(said).numpy()
+    assert np.array_equal(found["values"], want, equal_nan=True) and len(found["path"]) == 16
+    if task == "classify":
+        labels = D.parse_list("world", "rooms_val").labels[:16]
+        assert (found["values"].argmax(1) == labels).mean() == result["value"]
+        assert [D.MOTIONS.index(name) for name in found["class"]] == found["values"].argmax(1).tolist()
+
+
+@pytest.mark.parametrize("head", ["attentive", "linear", "ridge", "knn"])
+def test_heads_of_classify_are_saved(head, folder, tmp_path):
+    flags = dict(encoder=folder, head=head, grid_wd=(0.1,), epochs=1, cache_gb=0)
+    result, _ = probe.probe(arguments("classify", tmp_path, **flags), CPU)
+    heading, *rows = predicted(None, tmp_path, tmp_path / "p.csv")
+    assert heading == ["path", "class", *D.MOTIONS]
+    labels = D.parse_list("world", "val").labels[:16]
+    assert np.mean([row[1] == D.MOTIONS[label] for row, label in zip(rows, labels)]) == result["value"]
+    torch.manual_seed(1)
+    other = M.ViT(width=32, depth=4, heads=2, mlp=64, patch=8, frames=8, size=32)
+    M.save_encoder(tmp_path / "o.safetensors", other, other.config | M.IMAGENET | {"stride": 4, "fps": 0.0})
+    with pytest.raises(D.DataError, match="not the weights"):
+        predicted(None, tmp_path, tmp_path / "p.csv", encoder=str(tmp_path / "o.safetensors"))
+    with pytest.raises(D.DataError, match="ends in .csv, .npz"):
+        predicted(None, tmp_path, tmp_path / "p.txt")
+    with pytest.raises(D.DataError, match="not a head"):
+        probe.open_head(tmp_path / "o.safetensors", CPU)
+
+
+def test_features_of_own_videos(folder, tmp_path):
+    """A damaged file is named and left out; windows; what is done is not done again; a broken-off
+    run goes on."""
+    source = clips(tmp_path, "own", 6, lambda i: {}, junk=1)
+    args = probe.Args(
+        "features", encoder=folder, data=source, workers=0, stride=1, out_dir=str(tmp_path),
+        out=str(tmp_path / "f.npz"),
+    )
+    result, more = probe.export_features(args, CPU)
+    found = np.load(tmp_path / "f.npz")
+    assert (result["value"], result["bad"]) == (5, 1) and list(more["bad_videos"]) == [str(tmp_path / "own/5.mp4")]
+    assert [Path(path).name for path in found["path"]] == [f"{i}.mp4" for i in range(5)]
+    encoder, config = M.load_encoder(folder)
+    batch = next(iter(D.eval_batches(D.parse_list(source), D.Clip(8, 1, size=32, train=False), batch_size=5)))
+    want = encoder(D.prepare(batch)).mean(1).detach().numpy()
+    assert np.abs(found["values"] - want).max() < 1e-5
+    assert Path(result["picture"]).read_bytes()[:4] == b"\x89PNG"
+    for name, change in (("f.safetensors", {}), ("f.csv", dict(frames=4, windows=0.5)), ("t.npz", dict(tokens=True))):
+        out = str(tmp_path / name)
+        result, _ = probe.export_features(dataclasses.replace(args, out=out, **change), CPU)
+        assert result["value"] == 5
+    assert load_file(tmp_path / "f.safetensors")["values"].numpy() == pytest.approx(found["values"])
+    rows = list(csv.reader((tmp_path / "f.csv").open()))
+    assert rows[0][:3] == ["path", "window", "0"] and len(rows) == 11
+    assert [row[1] for row in rows[1:5]] == ["0", "1", "0", "1"] and rows[1][2:] != rows[3][2:]
+    assert np.load(tmp_path / "t.npz")["values"].shape == (5, 64, 32)
 
 
 # --- real video ---
@@ -531,7 +646,7 @@ def davis(video_data, tmp_path):
 def test_real_masks_through_the_segment_readout(video_data, folder, tmp_path):
     """DAVIS, split by sequence. Nothing is learned in three steps: that all works, and what the constant scores."""
     args = arguments("segment", tmp_path / "out", encoder=folder, stride=2, **davis(video_data, tmp_path))
-    result, more = probe.space_time(args, CPU)
+    result, more = probe.probe(args, CPU)
     # of the foreground, in the clips of val: the constant answer is "background"
     share = []
     clip = D.Clip(8, 2, size=32, train=False)
@@ -560,17 +675,17 @@ def test_real_flow_and_stereo_through_the_metrics(video_data, folder, tmp_path):
         b"Pf\n%d %d\n-1.0\n" % disparity.shape[::-1] + disparity[::-1].astype("<f4").tobytes()
     )
     for task, layout, names in (("flow", "kitti", ("flow",)), ("stereo", "middlebury", ("disparity",))):
-        row, file = probe.DENSE[task], str(tmp_path / f"{layout}.txt")
+        file = str(tmp_path / f"{layout}.txt")
         D.index(layout, str(tmp_path / layout), file)
-        s = probe.Setting(None, 32, (1, 4, 4), 2, 256)
+        kind = task_of(task, width=32, size=256)
         (batch,) = P.dense_batches(D.parse_list(file), D.Clip(2, 1, size=256, train=False), names, batch_size=1)
-        y = row["y"](batch, s)
-        score = lambda p: next(iter(row["final"](row["tally"](p, y).double()).values()))
+        y = kind.labels(batch)
+        score = lambda p: only(kind.total(kind.score(p, y).double()))
         length = batch[names[0]].norm(dim=-1) if task == "flow" else batch[names[0]].abs()
         assert score(y["y"].nan_to_num()) == 0
         assert score(torch.zeros_like(y["y"])) == pytest.approx(length.nanmean().item(), rel=1e-4)
         assert length.nanmean() > 1
-        result, _ = probe.space_time(
+        result, _ = probe.probe(
             arguments(task, tmp_path / "out", encoder=folder, data="", train=file, val=file), CPU
         )
         assert math.isfinite(result["value"]) and result["n_val"] == 1
@@ -581,14 +696,16 @@ def test_real_flow_and_stereo_through_the_metrics(video_data, folder, tmp_path):
 
 def test_all_makes_one_table_and_one_picture(folder, tmp_path, capsys, monkeypatch):
     passes, real = [], probe.Features.store
-    monkeypatch.setattr(probe.Features, "store", lambda self, path: (passes.append(self.key), real(self, path)))
+    monkeypatch.setattr(
+        probe.Features, "store", lambda self, *a: (passes.append((self.source.split, *self.keys)), real(self, *a))
+    )
     probe.main(
         arguments("all", tmp_path, encoder=folder, seeds=(0, 1), steps=2, tasks=("pose", "flow", "stereo", "physics"))
     )
     shown = capsys.readouterr()
     result = json.loads(shown.out.splitlines()[-1])
     # train and val: once for all tasks and seeds
-    assert sorted(passes) == ["right", "right", "video", "video"]
+    assert passes == [("rooms", "video", "right"), ("rooms_val", "video", "right")]
     assert "physics is left out" in shown.err
     assert {*result["tasks"]} == {"pose", "flow", "stereo"}
     assert result["seeds"] == [0, 1]
