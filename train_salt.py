@@ -10,7 +10,7 @@ Li et al. 2025, "Rethinking JEPA: Compute-Efficient Video SSL with Frozen Teache
     stage 3   optional: the student is the next student's teacher
 
     python train_salt.py --preset laptop --flops 8.5e12    both stages, two cores, no download: a
-                                                           linear probe near 60 %, random weights 17
+                                                           linear probe near 60 %, random weights 18
     torchrun --nproc-per-node 8 train_salt.py --teacher_model vit_l --model vit_G --data ...
                                                            a ViT-L teaches a ViT-G
     python train_salt.py --teacher vitl.pt --data ...      only a student, of any encoder at hand
