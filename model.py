@@ -1162,6 +1162,8 @@ class Run:
         """The last line on stdout, one JSON object."""
         line["seconds"] = round(time.time() - self.started, 1)
         line["out_dir"] = self.args.out_dir
+        self.say("a vector of each of your videos: python probe.py features --encoder "
+                 f"{self.args.out_dir} --data VIDEOS --out features.npz")
         if self.rank == 0:
             print(json.dumps(line), flush=True)
 
