@@ -17,6 +17,7 @@ token id = (ti*h + hi)*w + wi.
 import ast
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from array import array
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -211,36 +213,45 @@ def folder_source(name):
     found = []
     labels = []
     classes = []
+    loose = []
     for group in entries(root):
-        inside = list(media(group)) if group.is_dir() and not is_video(group) else []
-        if inside:
-            found += inside
-            labels += [len(classes)] * len(inside)
+        if is_video(group):
+            loose.append(group)
+        elif group.is_dir() and (videos := list(media(group, root))):
+            found += videos
+            labels += [len(classes)] * len(videos)
             classes.append(group.name)
     if not classes:
-        found = list(media(root))
+        found = loose
         labels = [-1] * len(found)
+    elif loose:
+        print(f"note: {len(loose)} videos beside the class folders are left out, {loose[0]} first",
+              file=sys.stderr)
     paths = Paths.of(str(path.relative_to(root)) for path in found)
     paths.root = str(root)
     return Source(name, paths, np.array(labels, np.int64), classes=tuple(classes))
 
 
 def entries(folder):
-    """What a person sees in a folder, sorted: no hidden files and no copies that systems leave."""
+    """What a person sees in a folder, sorted: no hidden files and nothing that systems leave."""
     found = sorted(folder.iterdir())
-    for path in found:
-        if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
-            raise DataError(f"{path} leads back to {path.resolve()}, which holds it")
-    return [path for path in found if path.name[0] != "." and path.name != "__MACOSX"]
+    return [path for path in found if path.name[0] != "." and path.name not in JUNK]
 
 
-def media(folder):
-    """The videos below a folder, at any depth; a folder of numbered images is one."""
+JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+
+
+def media(folder, *above):
+    """The videos below a folder, at any depth; a folder of numbered images is one. above: the
+    folders that hold it, to which no link may lead back."""
+    above = (*above, folder)
     for path in entries(folder):
         if is_video(path):
             yield path
         elif path.is_dir():
-            yield from media(path)
+            if any(path.samefile(other) for other in above):
+                raise DataError(f"{path} leads back to {path.resolve()}, which holds it")
+            yield from media(path, *above)
 
 
 def is_video(path):
@@ -305,81 +316,46 @@ def file_source(name):
 
 
 def plain_source(name, text):
-    """Rows of `path label`, a few megabytes at a time."""
-    spans = []
-    labels = []
+    """Rows of `path label`. Only after a file name can a word be a class name, as paths may hold
+    blanks."""
+    spans = array("q")
+    labels = array("q")
     texts = {}
     start = 0
-    while start < len(text):
-        end = text.find(b"\n", start + 2**22)
-        end = len(text) if end < 0 else end + 1
-        part, numbers, words = plain_rows(text[start:end])
-        for row, (path_end, word) in words.items():
-            part[row, 1] = path_end
-            texts[sum(map(len, labels)) + row] = word
-        spans.append(part + start)
-        labels.append(numbers)
-        start = end
-    spans = np.concatenate(spans or [np.zeros((0, 2), np.int64)])
-    source = Source(name, Paths("", text, spans), np.concatenate(labels or [np.zeros(0, np.int64)]))
-    return name_classes(source, texts)
+    for line in io.BytesIO(text):
+        row = line.strip()
+        path, word = (row.rsplit(None, 1) + [b"", b""])[:2]
+        label = -1
+        if path and word.isdigit():
+            label = min(int(word[:19]), 2**53)
+        elif path and re.fullmatch(rb"[+-]\d+", word):
+            # a sign makes a label that is out of range, and is said to be
+            label = int(word[:19])
+            label -= 2 if label < 0 else 0
+        elif word and is_file_name(path) and not is_file_name(word):
+            texts[len(labels)] = word.decode()
+        else:
+            path = row
+        if row:
+            first = start + line.index(row[:1])
+            spans.extend((first, first + len(path)))
+            labels.append(label)
+        start += len(line)
+    spans = np.array(spans).reshape(-1, 2)
+    return name_classes(Source(name, Paths("", text, spans), np.array(labels)), texts)
 
 
-def plain_rows(text):
-    """Whole lines -> spans (n,2) of the paths, labels (n,), -1 where the last word is no integer,
-    and {row: (end of its path, word)} of labels that are class names.
-
-    Only after a file name can a word be a class name, as paths may hold blanks.
-    """
-    bytes_ = np.frombuffer(text, np.uint8)
-    blank = bytes_ <= 32
-    ends = np.flatnonzero(bytes_ == 10)
-    if not text.endswith(b"\n"):
-        ends = np.append(ends, len(text))
-    starts = np.append(0, ends[:-1] + 1)
-    inked = np.append(np.flatnonzero(~blank), len(text))
-    first = inked[np.searchsorted(inked, starts)]
-    filled = first < ends
-    first = first[filled]
-    last = inked[np.searchsorted(inked, ends[filled]) - 1] + 1
-    blanks = np.append(-1, np.flatnonzero(blank))
-    gap = blanks[np.searchsorted(blanks, last) - 1]
-    labels, whole = integers(bytes_, gap + 1, last)
-    labelled = whole & (gap > first)
-    path_end = np.where(labelled, inked[np.searchsorted(inked, np.maximum(gap, 0)) - 1] + 1, last)
-
-    words = {}
-    for row in np.flatnonzero(~labelled & (gap > first)):
-        head = text[first[row]: gap[row]].decode().rstrip()
-        word = text[gap[row] + 1: last[row]].decode()
-        if suffix_of(head) in VIDEOS | IMAGES and suffix_of(word) not in VIDEOS | IMAGES:
-            words[row] = first[row] + len(head.encode()), word
-    return np.stack([first, path_end], 1), np.where(labelled, labels, -1), words
+def is_file_name(word):
+    return suffix_of(word.decode()) in VIDEOS | IMAGES
 
 
 def suffix_of(name):
     return os.path.splitext(name)[1].lower()
 
 
-def integers(bytes_, start, end):
-    """The integers (n,) written in bytes_[start:end], and which of these words are integers."""
-    signed = np.isin(bytes_[np.minimum(start, len(bytes_) - 1)], list(b"+-"))
-    negative = signed & (bytes_[np.minimum(start, len(bytes_) - 1)] == ord("-"))
-    start = start + signed
-    value = np.zeros(len(start), np.int64)
-    whole = end > start
-    for place in range(min(int((end - start).max(initial=0)), 19)):
-        at = start + place
-        inside = at < end
-        digit = bytes_[np.minimum(at, len(bytes_) - 1)].astype(np.int64) - ord("0")
-        whole &= ~inside | ((digit >= 0) & (digit <= 9))
-        value = np.where(inside, np.minimum(10 * value + digit, 2**53), value)
-    # a sign makes a label that is out of range, and is said to be
-    return np.where(negative, -value - 2, value), whole
-
-
 def table_source(name, text):
     """Rows of a comma-separated file with a header."""
+    csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(text.decode().splitlines(keepends=True))
     reader.fieldnames = [column.strip().lower() for column in reader.fieldnames]
     paths = []
@@ -392,7 +368,7 @@ def table_source(name, text):
         if word and not number:
             texts[len(paths)] = word
         paths.append((row["path"] or "").strip())
-        labels.append(int(word) if number else -1)
+        labels.append(min(int(word), 2**53) if number else -1)
         lines.append(reader.line_num)
     source = Source(name, Paths.of(paths), np.array(labels, np.int64))
     source.lines = lines
@@ -403,8 +379,12 @@ def name_classes(source, texts):
     """Labels by name: those of classes.txt beside the list, else in alphabetical order."""
     beside = Path(source.name).with_name("classes.txt")
     if beside.is_file():
-        source.classes = tuple(beside.read_text("utf-8").splitlines())
+        source.classes = tuple(beside.read_text("utf-8", "replace").splitlines())
     if not texts:
+        row = int(source.labels.argmax()) if len(source) and source.classes else None
+        if row is not None and source.labels[row] >= len(source.classes):
+            raise DataError(f"{where(source, row)}: label {source.labels[row]} is out of range: "
+                            f"{beside} names {len(source.classes)} classes")
         return source
     numbered = np.flatnonzero(source.labels != -1)
     if len(numbered):
@@ -605,7 +585,7 @@ class Clip:
                             "must rise and be positive")
 
 
-PRINTABLE = bytes([9, 10, 13, *range(32, 127)])
+CONTROL = {*range(32)} - {9, 10, 13}  # bytes that stand in no text, and at the head of all videos
 
 
 def import_torchcodec():
@@ -631,35 +611,39 @@ def open_video(path):
         if suffix_of(path) in IMAGES:
             source = head + file.read()
             mode = "exact"
-    if head and not head.translate(None, PRINTABLE):
+    if head and not CONTROL & {*head}:
         # playlists and scripts of FFmpeg's lead to other files, and some never end
         raise ValueError("a text file, not a video")
     return import_torchcodec().VideoDecoder(
         source, dimension_order="NHWC", seek_mode=mode, num_ffmpeg_threads=1)
 
 
-def tell(path, notes):
-    """Notes {kind: words} on stderr about a file, each kind once and not from every loader
-    process."""
-    info = torch.utils.data.get_worker_info()
-    if info and info.id > 0:
+def tell(notes):
+    """Notes {kind: text} on stderr, a kind once. A loader process leaves them to the main one, with
+    its next batch."""
+    if torch.utils.data.get_worker_info():
+        UNSAID.update(notes)
         return
     for kind in notes.keys() - TOLD:
         TOLD.add(kind)
-        print(f"note: {path} {notes[kind]}, as others may be", file=sys.stderr)
+        print(f"note: {notes[kind]}, as others may be", file=sys.stderr)
 
 
-def losses(meta):
-    """{kind: words} of what 8 bits of three colours leave out of a file with this metadata."""
+UNSAID = {}
+
+
+def losses(path, meta):
+    """{kind: text} of what 8 bits of three colours leave out of a file with this metadata."""
     pixels = meta.pixel_format or ""
     aspect = float(meta.pixel_aspect_ratio or 1)
     found = {}
     if re.search(r"\d[lb]e$", pixels) and not re.match(r"(rgb|bgr)(444|5)", pixels):
-        found["depth"] = "has over 8 bits a channel, of which the upper 8 are read"
+        found["depth"] = f"{path} has over 8 bits a channel, of which the upper 8 are read"
     if re.match(r"yuva|gbrap|ya\d|rgba|argb|bgra|abgr", pixels):
-        found["alpha"] = "is transparent in places, which is read as opaque"
+        found["alpha"] = f"{path} is transparent in places, which is read as opaque"
     if not is_sane(aspect):
-        found["aspect"] = f"announces pixels {aspect:.3g} times as wide as high, read as square"
+        found["aspect"] = (f"{path} announces pixels {aspect:.3g} times as wide as high, which are "
+                           "read as square")
     return found
 
 
@@ -699,7 +683,7 @@ class Video:
         if self.pixels > 1e6 * MAX_MEGAPIXELS:
             raise ValueError(f"frames of {meta.width}x{meta.height} are over the limit of "
                              f"{MAX_MEGAPIXELS} megapixels (data.MAX_MEGAPIXELS)")
-        tell(path, losses(meta))
+        tell(losses(path, meta))
         self.begin = float(meta.begin_stream_seconds or 0)
         end = float(meta.end_stream_seconds or 0)
         if not meta.average_fps or not end > self.begin:
@@ -708,16 +692,20 @@ class Video:
         self.tick = 1 / meta.average_fps
         self.seconds = end - self.begin
         self.frames = max(1, round(self.seconds / self.tick))
+        # else the end may be that of the sound
+        self.counted = meta.num_frames_from_header is not None
         self.slow = False  # was a frame not where a seek looked for it?
         # when each frame is shown, where that is irregular and known: else begin + number * tick
         self.times = None
-        if suffix_of(path) in (".mp4", ".m4v", ".mov", ".3gp"):
+        with open(path, "rb") as file:
+            head = file.read(12)  # names of files lie, too
+        if head[4:8].isalpha():
             self.know(mp4_times(path))
         # Does every time stamp after a seek mislead? In MPEG program streams only some packets have
         # one, and from a seek to the next of these they are guessed. B-frames in AVI have none, and
         # all frames are told one late
-        self.lies = suffix_of(path) in (".mpg", ".mpeg", ".vob")
-        if suffix_of(path) == ".avi":
+        self.lies = head[:4] == b"\0\0\1\xba"
+        if head[:4] == b"RIFF" and head[8:] == b"AVI ":
             for _, first, _ in sequence(open_video(path)):
                 self.lies = first > self.begin + self.tick / 2
                 break
@@ -801,7 +789,7 @@ class Video:
             start = moments[0] - margin
             if start > self.begin:
                 torch.ops.torchcodec_ns.seek_to_pts(decoder._decoder, start)
-            found, whole = self.last_before(moments, sequence(decoder))
+            found, whole = self.last_before(moments, sequence(decoder), start <= self.begin)
             times = [time for _, time, _ in found]
             if found and (whole or times == before or start <= self.begin):
                 break
@@ -811,7 +799,7 @@ class Video:
         frames, times, durations = zip(*found)
         return torch.stack(frames)[places], np.array(times)[places], np.array(durations)[places]
 
-    def last_before(self, moments, frames):
+    def last_before(self, moments, frames, from_start):
         """What is shown at each of these rising moments, nothing where the frames begin later; and
         whether none seems to be missing there."""
         found = []
@@ -821,6 +809,8 @@ class Video:
             _, time, _ = frame
             while len(found) < len(moments) and time > moments[len(found)]:
                 if shown is None and time > self.begin + 1e-3:
+                    if from_start:  # a recording that begins between two key frames
+                        self.lasts(time, self.begin + self.seconds)
                     return [], False
                 found.append(shown or frame)
                 whole = whole and time - found[-1][1] < 1.5 * self.tick
@@ -830,7 +820,7 @@ class Video:
         if shown is None:
             return [], False
         _, time, _ = shown
-        self.allow(moments[-1] - time - self.tick)
+        self.ends(time + self.tick, moments[-1])
         return found + [shown] * (len(moments) - len(found)), whole
 
     def count(self, ids):
@@ -848,26 +838,39 @@ class Video:
         if number < 0:
             raise ValueError("it holds no frame")
         if missing:
-            self.allow((numbers[-1] - number) * self.tick)
+            self.ends(*(self.begin + self.tick * np.array([number + 1, numbers[-1] + 1])))
             found += [frame] * missing
         return torch.stack(found)[places]
 
-    def allow(self, seconds):
-        """A file may hold some frames less than its header announces (AVI one, flv two)."""
-        if seconds > 3.5 * self.tick:
-            raise ValueError(f"it ends {seconds:.2f} s before the end that its header announces")
+    def ends(self, end, asked):
+        """It came out that it ends there. It may hold some frames less than its header announces
+        (AVI one, flv two)."""
+        if asked - end <= 3.5 * self.tick:
+            return
+        if self.counted:
+            raise ValueError(f"it ends {asked - end:.2f} s before the end that its header "
+                             "announces")
+        self.lasts(self.begin, end)
+
+    def lasts(self, begin, end):
+        """Its frames are those from `begin` to `end`: whoever asked must ask anew."""
+        self.begin = begin
+        self.seconds = end - begin
+        self.frames = max(1, round(self.seconds / self.tick))
+        raise Recount
 
 
 class Pictures:
     """One picture, a clip that stands still; or a folder of numbered ones, a video."""
     rotation = 0
     pixel_aspect = 1.0
-    pixels = 2**22
     tick = 0.0
 
     def __init__(self, path):
         self.files = numbered_images(Path(path)) if os.path.isdir(path) else (path,)
         self.frames = len(self.files)
+        meta = open_video(str(self.files[0])).metadata
+        self.pixels = meta.width * meta.height
 
     def by_number(self, ids):
         """Frames ids (n,) -> uint8 (n,H,W,3)."""
@@ -879,7 +882,7 @@ class Pictures:
         if meta.width * meta.height > 1e6 * MAX_MEGAPIXELS:
             raise ValueError(f"a picture of {meta.width}x{meta.height} is over the limit of "
                              f"{MAX_MEGAPIXELS} megapixels (data.MAX_MEGAPIXELS)")
-        tell(path, losses(meta))
+        tell(losses(path, meta))
         return decoder.get_frame_at(0).data
 
 
@@ -904,8 +907,9 @@ class Given:
 
 def open_frames(path):
     """What has `frames`, and by_number(): a Video, Pictures, or what a dataset gives."""
-    if not isinstance(path, str):
+    if not isinstance(path, (str, Path)):
         return Given(path)
+    path = str(path)
     if os.path.isdir(path) or suffix_of(path) in IMAGES:
         return Pictures(path)
     return Video(path)
@@ -926,7 +930,7 @@ def inside(file, span, *names):
             head = 16
         if size == 0:
             size = end - place
-        if size < head:
+        if size < head or place + size > end:
             return
         if name == names[0]:
             yield from inside(file, (place + head, place + size), *names[1:])
@@ -1152,8 +1156,8 @@ def cut_clips(video, clip, rngs, draws, window, boxes):
     if by_time:
         where = dict(length=video.seconds, tick=video.tick, step=1 / clip.fps)
         if clip.fps * video.tick > 1.01:
-            rate = f"has {1 / video.tick:.3g} frames a second, {clip.fps:.3g} are asked for"
-            tell(video.path, {"rate": f"{rate}: some repeat"})
+            tell({"rate": f"{video.path} has {1 / video.tick:.3g} frames a second, {clip.fps:.3g} "
+                  "are asked for: some repeat"})
     step = where.get("step", clip.stride) / where["tick"]
     span = (clip.frames - 1) * step + 1
     starts = 1 + max(0, int(where["length"] / clip.segments / where["tick"] - span))
@@ -1347,6 +1351,8 @@ class Clips(torch.utils.data.Dataset):
         for name in self.names:
             value = torch.stack([labels[i][name] for i in range(n)])
             out[name] = value.repeat_interleave(self.many, 0)
+        out["notes"] = dict(UNSAID)
+        UNSAID.clear()
         return out
 
     def read(self, numbers, group, out):
@@ -1405,10 +1411,11 @@ class Clips(torch.utils.data.Dataset):
 
     def say(self, path):
         """Note what is read now, "" for nothing, where the main process sees it if this one dies:
-        the number of the process, then the path."""
+        the number of the process, the time, the path."""
         info = torch.utils.data.get_worker_info()
         if info:
-            text = struct.pack("q", os.getpid()) + os.fsencode(path)[:4080] + b"\0"
+            head = struct.pack("qd", os.getpid(), perf_counter())
+            text = head + os.fsencode(path)[:4070] + b"\0"
             text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
             self.reading[info.id, : len(text)] = text
 
@@ -1522,11 +1529,14 @@ def stream(dataset, batches, workers, timeout):
     for batch in begin(loader):
         if isinstance(batch, DataError):
             raise batch
+        tell(batch["notes"])
         for path, why in batch["bad"]:
             if path not in TOLD:
                 TOLD.add(path)
                 print(f"bad video: {path}: {why}", file=sys.stderr)
         yield batch
+    if workers:
+        WATCHED.pop()
 
 
 def begin(loader):
@@ -1545,7 +1555,7 @@ def end_workers():
     """Kill the loader processes, as a script leaves: one that hangs would be waited for, as it
     does not hear the SIGTERM that Python sends it."""
     if os.name == "posix":
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler raises
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in active_children():
         process.kill()
 
@@ -1557,14 +1567,20 @@ def dead_worker(error):
     lost = isinstance(error, ConnectionError)
     if not lost and "DataLoader" not in str(error):
         return None
+    if os.name == "posix":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler raises once more
     text = "its connection was lost" if lost else " ".join(str(error).split())
-    pids = [int(pid) for pid in re.findall(r"\d+", text.partition("pid(s)")[2])]
-    for table in WATCHED:
-        for row in table.numpy():
-            (pid,) = struct.unpack("q", row[:8].tobytes())
-            path = os.fsdecode(row[8:].tobytes().partition(b"\0")[0])
-            if path and (pid in pids or not pids):
-                POISON.add(path)
+    dead = re.findall(r"pid(?:\(s\))? ([\d, ]+)", text)
+    pids = [int(pid) for pid in re.findall(r"\d+", "".join(dead))]
+    read = []
+    for row in chain(*(table.numpy() for table in WATCHED)):
+        pid, since = struct.unpack("qd", row[:16].tobytes())
+        path = os.fsdecode(row[16:].tobytes().partition(b"\0")[0])
+        if path and (pid in pids or not pids):
+            read.append((since, path))
+    # who hangs has read for longest
+    read = read if pids else sorted(read)[:1]
+    POISON.update(path for _, path in read)
     named = f" as it read {', '.join(sorted(POISON)[:3])}, left out from now on" if POISON else ""
     return (f"a loader process died or hangs{named} ({text}); nothing saved is lost: --resume goes "
             "on. Out of memory: fewer --workers")
@@ -2316,7 +2332,8 @@ def check(path: str, workers: int = 2, frames: int = 16, stride: int = 4, fps: f
     for file in bad:
         print(f"bad: {file['path']}: {file['reason']}")
     for file in good:
-        if file["announced"] not in (None, file["frames"]):
+        # of durations a frame more or less is rounding
+        if abs(file["announced"] - file["frames"]) > 1:
             print(f"note: {file['path']}: its header announces {file['announced']} frames, it has "
                   f"{file['frames']}")
     summary = {"rows": len(source), "files": len(files), "bad": len(bad),
@@ -2340,7 +2357,7 @@ def check(path: str, workers: int = 2, frames: int = 16, stride: int = 4, fps: f
         print(f"{name:20} {value}")
     if summary["shorter_than_a_clip"]:
         print("clips longer than their video repeat its last frame: --short says what else")
-    if summary["read_without_seeking"] or summary["lose"]:
+    if summary["read_without_seeking"]:
         print(f"faster, and without these: python data.py pack {path} packed/")
     return summary, int(bool(bad))
 
@@ -2359,13 +2376,13 @@ def inspect_video(path):
         if isinstance(video, Pictures):
             video.by_number(np.arange(video.frames))
             meta = open_video(str(video.files[0])).metadata
-            facts |= {"frames": video.frames, "fps": 0, "seconds": 0, "announced": None,
+            facts |= {"frames": video.frames, "announced": video.frames, "fps": 0, "seconds": 0,
                       "slow": False}
         else:
             meta = video.decoder.metadata
             facts |= inspect_frames(video)
         facts |= {"codec": meta.codec, "size": f"{meta.width}x{meta.height}",
-                  "pixels": meta.pixel_format, "loses": [*losses(meta)]}
+                  "pixels": meta.pixel_format, "loses": [*losses(path, meta)]}
     except DAMAGE as error:
         facts["reason"] = reason(error)
     return facts
@@ -2373,23 +2390,28 @@ def inspect_video(path):
 
 def inspect_frames(video):
     """What inspect_video says of a Video's frames."""
+    announced = video.decoder.metadata.num_frames_from_header or video.frames
     sums = []
     times = []
     for frame, time, _ in sequence(open_video(video.path)):
         sums.append(checksum(frame))
         times.append(time)
-    last = len(sums) - 1
-    if not video.lies and last > 1 and np.ptp(np.diff(times)) > video.tick / 2:
+    if not video.lies and len(sums) > 2 and np.ptp(np.diff(times)) > video.tick / 2:
         video.know(np.array(times))
-    places = np.array([0, 0.2, 0.5, 0.8, 1]) * min(last, video.frames - 1)
-    ids = np.unique(places.astype(int))
-    again = [checksum(frame) for frame in video.by_number(ids)]
-    video.allow((video.frames - 1 - last) * video.tick)
+    while True:
+        last = min(len(sums), video.frames) - 1
+        ids = np.unique((np.array([0, 0.2, 0.5, 0.8, 1]) * last).astype(int))
+        try:
+            again = [checksum(frame) for frame in video.by_number(ids)]
+            end = video.begin + np.array([len(sums), video.frames]) * video.tick
+            video.ends(*end)
+            break
+        except Recount:
+            continue
     if again != [sums[number] for number in ids]:
         raise ValueError("its frames are not where they were asked for")
-    meta = video.decoder.metadata
-    return {"frames": len(sums), "fps": round(meta.average_fps, 2), "seconds": video.seconds,
-            "announced": meta.num_frames_from_header, "slow": video.slow}
+    return {"frames": len(sums), "fps": round(1 / video.tick, 2), "seconds": video.seconds,
+            "announced": announced, "slow": video.slow}
 
 
 def in_processes(function, items, workers):
@@ -2559,6 +2581,8 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     """
     encode = encoding(short_side, fps, gop, crf, fast_decode)
     source = parse_list(path)
+    if source.split:
+        raise DataError(f"{path}: the built-in world is no file")
     folder = Path(out)
     if os.path.isdir(path) and folder.resolve().is_relative_to(Path(path).resolve()):
         raise DataError(f"{out} lies in {path}, whose next reading would find every video twice; "
@@ -2577,28 +2601,25 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
         if not video.endswith(".mp4"):
             target = target.with_name(target.name + ".mp4")
         targets[video] = target
+    target, count = Counter(targets.values()).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{path}: {count} of its videos would all be {target}")
     jobs = [(video, target, encode, fps) for video, target in targets.items()]
-    reasons = in_processes(pack_video, jobs, workers)
-    bad = {video: why for video, why in zip(targets, reasons) if why}
+    bad = dict(zip(targets, in_processes(pack_video, jobs, workers)))
+    bad = {video: why for video, why in bad.items() if why}
     for video, why in bad.items():
         print(f"bad: {video}: {why}")
         del targets[video]
 
     pairs = zip(source.paths, source.labels)
     rows = [(targets[video], label) for video, label in pairs if video in targets]
-    name = Path(source.name).name
-    # a folder may have the name of the clips' own
-    if os.path.isdir(source.name):
-        name += ".txt"
+    name = Path(os.path.abspath(source.name)).name
+    if suffix_of(name) not in (".txt", ".csv"):  # a folder, a video, a pattern
+        name = re.sub(r"[*?\[\]]", "_", name) + ".txt"
     write_list(folder / name, rows)
-    mb = {"mb_before": sum(map(megabytes, targets)),
-          "mb_after": sum(map(megabytes, targets.values()))}
-    return {"list": str(folder / name), "rows": len(rows), "bad": len(bad)} | mb, int(bool(bad))
-
-
-def megabytes(path):
-    files = numbered_images(Path(path)) if os.path.isdir(path) else [path]
-    return sum(map(os.path.getsize, files)) / 1e6
+    if source.classes:
+        write(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
+    return {"list": str(folder / name), "rows": len(rows), "bad": len(bad)}, int(bool(bad))
 
 
 def encoding(short_side, fps, gop, crf, fast_decode):
@@ -2648,6 +2669,7 @@ def pack_video(job):
     command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-err_detect", "explode",
                "-threads", "1", "-i", f"file:{path}", *encode]
     try:
+        open_frames(path)  # not what is no video, nor too large
         if os.path.isdir(path):
             pipe(numbered_images(Path(path)), *encode, rate=fps)
         else:

@@ -240,7 +240,7 @@ def test_a_folder_of_numbered_images_is_a_video(tmp_path, run):
     status, _, err = run("data.py", "pack", tmp_path / "made.txt", tmp_path / "packed", "--workers", 0)
     assert status == 2 and "no frame rate; say it: --fps" in err
     status, last, err = run("data.py", "pack", tmp_path / "made.txt", tmp_path / "packed", "--workers", 0, "--fps", 10)
-    assert status == 0 and last["rows"] == 2 and last["mb_before"] > 0, err
+    assert status == 0 and last["rows"] == 2, err
     clip = D.Clip(frames=4, fps=5, size=16, train=False)
     assert levels(D.read_clips(str(tmp_path / "packed/videos/videos/run.mp4"), clip)).tolist() == [[2, 4, 6, 8]]
 
@@ -378,6 +378,112 @@ def test_values_of_any_depth_and_range_are_scaled_and_what_is_lost_is_said(tmp_p
     facts = D.inspect_video(str(file))
     assert facts["reason"] is None and facts["size"] == "128x96"
     assert facts["loses"] == ["depth"] * (bits > 8) + ["alpha"] * alpha
+
+
+def clips_are_right(path, clip=D.Clip(frames=8, stride=4, size=16), tries=12):
+    for seed in range(tries):
+        (video,), (cut,) = D.read_cuts(str(path), clip, [np.random.default_rng(seed)])
+        assert np.array_equal(levels(video), cut.ids.astype(int) % 16), (path, seed, cut.ids)
+
+
+@pytest.mark.parametrize("name", ["xvid.avi", "mpeg2.mpg"])
+def test_a_wrong_suffix_changes_no_frame(made, tmp_path, name):
+    if not (path := made(name)):
+        pytest.skip(f"this FFmpeg cannot write {name}")
+    clips_are_right(shutil.copy(path, tmp_path / "named.mp4"))
+    assert D.inspect_video(str(tmp_path / "named.mp4"))["reason"] is None
+
+
+@pytest.mark.parametrize("kind", ["mkv", "webm", "flv", "mp4", "ts"])
+def test_sound_that_lasts_longer_is_no_damage(made, tmp_path, kind):
+    sound = ("-f", "lavfi", "-i", "sine=duration=7", "-c:a", "libopus" if kind == "webm" else "aac")
+    codec = ("-c:v", "libvpx-vp9", "-cpu-used", "8", "-deadline", "realtime") if kind == "webm" else ("-c:v", "copy")
+    path = tmp_path / f"long.{kind}"
+    if not ffmpeg("-i", made("h264.mp4"), *sound, *codec, path):
+        pytest.skip(f"this FFmpeg cannot write {kind}")
+    facts = D.inspect_video(str(path))
+    assert facts["reason"] is None and facts["frames"] == 150
+    clips_are_right(path)
+    clip = D.Clip(frames=8, stride=4, size=16, train=False, segments=4)
+    assert D.read_clips(path, clip).shape[0] == 4
+
+
+def test_a_recording_that_begins_between_two_key_frames(made, tmp_path):
+    whole = made("h264.ts").read_bytes()
+    (tmp_path / "late.ts").write_bytes(whole[188 * 40 :])
+    facts = D.inspect_video(str(tmp_path / "late.ts"))
+    assert facts["reason"] is None and 60 < facts["frames"] < 150
+    for seed in range(6):  # where numbers start is not known, how far they lie apart is
+        frames = D.read_clips(tmp_path / "late.ts", D.Clip(8, 4, size=16), [np.random.default_rng(seed)])
+        assert (np.diff(levels(frames)[0]) % 16 == 4).all(), seed
+
+
+@pytest.mark.parametrize("head", ["#EXTM3U\n#\u00e9\n", "ffconcat version 1.0\n#\u00e9\n"])
+def test_a_letter_beyond_ascii_makes_no_video_of_a_text(tmp_path, head):
+    (tmp_path / "play.mp4").write_text(head + "file x.mp4\n" * 9)
+    with pytest.raises(ValueError, match="a text file, not a video"):
+        D.read_clips(str(tmp_path / "play.mp4"), D.Clip())
+    assert D.pack_video((str(tmp_path / "play.mp4"), tmp_path / "out/play.mp4", (), 0)) == "a text file, not a video"
+
+
+def test_packed_lists_keep_the_class_names_and_no_video_is_lost(made, tmp_path, run, capsys):
+    for place in ("train/a/1", "train/b/1", "val/b/1", "same/x.avi", "same/x"):
+        path = tmp_path / f"{place}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert ffmpeg("-f", "lavfi", "-i", SOURCE, "-frames:v", 8, path)
+    (tmp_path / "same/x.mp4").rename(tmp_path / "same/x.avi")
+    for split in ("train", "val"):
+        status, _, err = run("data.py", "pack", tmp_path / split, tmp_path / f"{split}_packed", "--workers", 0)
+        assert status == 0, err
+    lists = [D.parse_list(tmp_path / f"{split}_packed/{split}.txt") for split in ("train", "val")]
+    assert D.match_classes(*lists)[1].labels.tolist() == [1]
+    status, _, err = run("data.py", "pack", tmp_path / "same", tmp_path / "p", "--workers", 0)
+    assert status == 2 and "2 of its videos would all be" in err
+    shutil.copy(tmp_path / "train/a/1.mp4", tmp_path / "train/loose.mp4")
+    capsys.readouterr()
+    assert len(D.parse_list(tmp_path / "train")) == 2
+    assert "1 videos beside the class folders are left out" in capsys.readouterr().err
+    for a, b in ("ab", "ba"):
+        (tmp_path / f"train/{a}/link").symlink_to(tmp_path / f"train/{b}")
+    with pytest.raises(D.DataError, match="leads back to"):
+        D.parse_list(tmp_path / "train")
+    status, last, err = run("data.py", "pack", tmp_path / "val/b/1.mp4", tmp_path / "one", "--workers", 0)
+    assert status == 0 and last["list"].endswith("one/1.mp4.txt") and len(D.parse_list(last["list"])) == 1, err
+
+
+def test_lists_with_what_no_parser_expects(tmp_path):
+    huge = "path,label\na.mp4,99999999999999999999999\n"
+    for text, words in ((huge, "out of range"), (f'path,label\n"{"x" * 200_000}",1\n', "no file")):
+        (tmp_path / "l.csv").write_text(text)
+        with pytest.raises(D.DataError, match=words):
+            D.parse_list(tmp_path / "l.csv")
+    (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "l.txt").write_text("a.mp4 0\nb.mp4 1\n")
+    with pytest.raises(D.DataError, match="l.txt:2: label 1 is out of range: .*classes.txt names 1 classes"):
+        D.parse_list(tmp_path / "l.txt", look=False)
+
+
+def test_notes_of_loader_processes_are_said_once(tmp_path, monkeypatch, capsys):
+    assert ffmpeg("-f", "lavfi", "-i", RAMP, "-pix_fmt", "yuv444p10le", "-c:v", "libx264", "-frames:v", 9,
+                  tmp_path / "ten.mp4")
+    (tmp_path / "list.txt").write_text("ten.mp4\n" * 8)
+    monkeypatch.setattr(D, "TOLD", set())
+    clip = D.Clip(frames=2, size=16, train=False)
+    assert len(list(D.eval_batches(D.parse_list(tmp_path / "list.txt"), clip, batch_size=2, workers=2))) == 4
+    assert capsys.readouterr().err.count("over 8 bits") == 1
+
+
+def test_only_the_file_of_the_process_that_died_is_left_out(monkeypatch):
+    rows = torch.zeros(3, 4096, dtype=torch.uint8)
+    for row, (pid, since, path) in zip(rows, [(11, 5.0, b"/a"), (12, 3.0, b"/b"), (13, 4.0, b"")]):
+        text = bytearray(D.struct.pack("qd", pid, since) + path + b"\0")
+        row[: len(text)] = torch.frombuffer(text, dtype=torch.uint8)
+    for text, found in (("DataLoader worker (pid 11) is killed by signal: Killed.", {"/a"}),
+                        ("DataLoader worker (pid(s) 12) exited unexpectedly", {"/b"}),
+                        ("DataLoader timed out after 8 seconds", {"/b"})):
+        monkeypatch.setattr(D, "WATCHED", [rows])
+        monkeypatch.setattr(D, "POISON", set())
+        assert D.dead_worker(RuntimeError(text)) and D.POISON == found
 
 
 # --- other people's data --------------------------------------------------------------------------
