@@ -2564,7 +2564,7 @@ def build(folder, random):
     """The objective that the flags in the folder's config.json ask for."""
     head = read_json(folder / "config.json")
     said = head["config"]
-    name = head["script"]
+    name = head.get("script") or script_of(said)
     if not name.isidentifier() or not (Path(__file__).parent / f"{name}.py").exists():
         raise data.DataError(f"--encoder {folder}: made by {name}.py, which does not lie beside "
                              "probe.py")
@@ -2578,6 +2578,13 @@ def build(folder, random):
     if flags.get("init"):  # its shape, of whatever family
         flags["init"] = "" if random else str(folder / "encoder.safetensors")
     return script.build(script.Args(**flags))
+
+
+def script_of(said):
+    """The script of a run whose config.json does not name it, by a flag that only that script
+    has."""
+    own = {"dec_blocks": "train_mae4d", "split": "train_salt", "prototypes": "train_tdv"}
+    return next((script for flag, script in own.items() if flag in said), "train_vjepa")
 
 
 def forecaster(args, device):

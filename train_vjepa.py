@@ -484,9 +484,12 @@ def sigreg(s, directions=64):
 def hamiltonian(s):
     """The halves of the channels, positions q and momenta p, move as Hamilton's equations say:
     dq = dH/dp, dp = -dH/dq, of a learned energy H."""
-    now = s.z[:, :-1]
-    energy = s.fwm.heads["hamiltonian"](now).sum()
-    dh_dq, dh_dp = torch.autograd.grad(energy, now, create_graph=True)[0].chunk(2, -1)
+    with torch.enable_grad():  # its derivatives are asked for even where nothing is trained
+        now = s.z[:, :-1]
+        if not now.requires_grad:
+            now = now.detach().requires_grad_()
+        energy = s.fwm.heads["hamiltonian"](now).sum()
+        dh_dq, dh_dp = torch.autograd.grad(energy, now, create_graph=True)[0].chunk(2, -1)
     return (s.z.diff(dim=1) - torch.cat([dh_dp, -dh_dq], -1)).abs().mean()
 
 

@@ -350,8 +350,8 @@ def test_mae4d(films, train):
     """Section 3.1: RGB of all patches, from a quarter of them and latents in the last blocks."""
     out = train(train_mae4d, f"--steps {STEPS} --mask random:0.75 --final_lr 1e-5 --zoom 1.25")
     torch.manual_seed(SEED)
-    encoder = ViT(**LAPTOP, pos="learned", final_norm=False, act="gelu_tanh", init_std=0.02)
-    decoder = LatentGridDecoder(width=128, frames=8, size=32, patch=(2, 8), init_std=0.02)
+    encoder = ViT(**LAPTOP, pos="learned", final_norm=False, act="gelu_tanh", init_std=0.06)
+    decoder = LatentGridDecoder(width=128, frames=8, size=32, patch=(2, 8), init_std=0.06)
     adam = Adam(encoder, decoder)
     lines = []
     both = zip(batches(films, IMAGENET, zoom=1.25), batches(films, RGB, zoom=1.25))
@@ -368,9 +368,9 @@ def test_mae4d(films, train):
             (loss / 2).backward()
             losses.append(loss.item())
 
-        lr = 4e-3 * step / WARMUP
+        lr = 2e-3 * step / WARMUP
         if step >= WARMUP:
-            lr = cosine((step - WARMUP) / (STEPS - WARMUP), 4e-3, 1e-5)
+            lr = cosine((step - WARMUP) / (STEPS - WARMUP), 2e-3, 1e-5)
         norm = adam.step(lr, 0.05)
         lines.append({"step": step + 1, "loss": sum(losses) / 2, "lr": lr, "grad_norm": norm,
                       "weight_decay": 0.05})

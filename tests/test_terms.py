@@ -450,10 +450,10 @@ def test_the_mixture_is_20_60_20_and_takes_images(tmp_path, monkeypatch):
         (dict(motion=1.0, trim="prefix"), "not by --trim prefix"),
     ],
 )
-def test_flags_that_cannot_work_are_one_line(train, capsys, flags, message):
+def test_flags_that_cannot_work_are_one_line(train, capfd, flags, message):
     with pytest.raises(SystemExit) as stop:
         train(**flags)
-    said = capsys.readouterr().err.strip()
+    said = capfd.readouterr().err.strip()
     assert stop.value.code == 2 and message in said and len(said.splitlines()) == 1
 
 
