@@ -2566,8 +2566,7 @@ def build(folder, random):
     said = head["config"]
     name = head.get("script") or script_of(said)
     if not name.isidentifier() or not (Path(__file__).parent / f"{name}.py").exists():
-        raise data.DataError(f"--encoder {folder}: made by {name}.py, which does not lie beside "
-                             "probe.py")
+        raise ValueError(f"made by {name}.py, which does not lie beside probe.py")
     script = importlib.import_module(name)
     flags = dict(getattr(script, "LATER", {}))
     for field in fields(script.Args):  # a flag that the run did not have yet: what runs did then
