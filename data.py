@@ -69,6 +69,8 @@ VIDEOS = {
 }
 # read as a video of one frame, and repeated into a still clip
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+# what systems leave in folders
+JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 # so many damaged videos in a row end the run: at 10 % damage that never happens by chance (1e-20)
 ATTEMPTS = 20
 # larger frames count as damage: one of 8192x8192 takes a decoder of six gigabytes (8K has 33)
@@ -77,6 +79,8 @@ MAX_MEGAPIXELS = 36
 PIECE_BYTES = 2**27
 # what this process has said: each bad video and each kind of note once
 TOLD = set()
+# notes of a loader process that the main one is to say
+UNSAID = {}
 # what the loader processes of this process read: (workers, 4096) bytes, see Clips.say
 WATCHED = []
 # files that killed or hung a loader process, in a run that goes on: not opened again
@@ -238,9 +242,6 @@ def entries(folder):
     return [path for path in found if path.name[0] != "." and path.name not in JUNK]
 
 
-JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}
-
-
 def media(folder, *above):
     """The videos below a folder, at any depth; a folder of numbered images is one. above: the
     folders that hold it, to which no link may lead back."""
@@ -381,10 +382,6 @@ def name_classes(source, texts):
     if beside.is_file():
         source.classes = tuple(beside.read_text("utf-8", "replace").splitlines())
     if not texts:
-        row = int(source.labels.argmax()) if len(source) and source.classes else None
-        if row is not None and source.labels[row] >= len(source.classes):
-            raise DataError(f"{where(source, row)}: label {source.labels[row]} is out of range: "
-                            f"{beside} names {len(source.classes)} classes")
         return source
     numbered = np.flatnonzero(source.labels != -1)
     if len(numbered):
@@ -507,7 +504,11 @@ def match_classes(train, val):
     named = train.classes and val.classes
     keys = []
     for source in (train, val):
-        names = source.classes if named else range(1 + int(source.labels.max(initial=-1)))
+        most = int(source.labels.max(initial=-1))
+        names = source.classes if named else range(1 + most)
+        if most >= len(names):
+            raise DataError(f"{where(source, source.labels.argmax())}: label {most} is out of "
+                            f"range: classes.txt beside it names {len(names)} classes")
         keys.append([names[label] for label in np.unique(source.labels[source.labels >= 0])])
     known = list(dict.fromkeys(keys[0] + [key for key in keys[1] if key not in set(keys[0])]))
     for side, mine, other in (("train", *keys), ("val", *keys[::-1])):
@@ -627,9 +628,6 @@ def tell(notes):
     for kind in notes.keys() - TOLD:
         TOLD.add(kind)
         print(f"note: {notes[kind]}, as others may be", file=sys.stderr)
-
-
-UNSAID = {}
 
 
 def losses(path, meta):
@@ -869,15 +867,16 @@ class Pictures:
     def __init__(self, path):
         self.files = numbered_images(Path(path)) if os.path.isdir(path) else (path,)
         self.frames = len(self.files)
-        meta = open_video(str(self.files[0])).metadata
-        self.pixels = meta.width * meta.height
+        self.first = open_video(str(self.files[0]))
+        self.pixels = self.first.metadata.width * self.first.metadata.height
 
     def by_number(self, ids):
         """Frames ids (n,) -> uint8 (n,H,W,3)."""
-        return torch.stack([self.picture(str(self.files[i])) for i in ids])
+        return torch.stack([self.picture(i) for i in ids])
 
-    def picture(self, path):
-        decoder = open_video(path)
+    def picture(self, i):
+        path = str(self.files[i])
+        decoder = open_video(path) if i else self.first
         meta = decoder.metadata
         if meta.width * meta.height > 1e6 * MAX_MEGAPIXELS:
             raise ValueError(f"a picture of {meta.width}x{meta.height} is over the limit of "
@@ -942,7 +941,7 @@ def mp4_table(file, track, name, kind):
     for start, end in inside(file, track, b"mdia", b"minf", b"stbl", name):
         file.seek(start + 8)
         runs = np.frombuffer(file.read(end - start - 8), [("count", ">u4"), ("value", kind)])
-        if runs["count"].sum() > 2**26:
+        if runs["count"].sum() > 2**22:  # more than a day has
             return None
         return np.repeat(runs["value"].astype(np.int64), runs["count"])
     return None
@@ -974,6 +973,12 @@ def track_times(file, track):
     late = mp4_table(file, track, b"ctts", ">i4")
     if late is not None:
         times = times + late
+    # what was cut off before the start is in the file, and not shown
+    for start, _ in inside(file, track, b"edts", b"elst"):
+        file.seek(start)
+        wide = file.read(8)[0] == 1
+        _, first = struct.unpack(">Qq" if wide else ">Ii", file.read(16 if wide else 8))
+        times = times[times >= first]
     for start, _ in inside(file, track, b"mdia", b"mdhd"):
         file.seek(start)
         version = file.read(4)[0]
@@ -1029,7 +1034,8 @@ def in_one_window(first, us, starts, span, step):
 
     starts: how many places a clip may begin at; span, step: its length and the way from one of its
     frames to the next. The window is anywhere, and the clips begin in one more length of a clip,
-    which they divide evenly, whole steps apart: they have frames in common, and no two begin alike.
+    which they divide evenly, whole steps apart: they have frames in common (by time, seldom the
+    same), and no two begin alike.
     Where that leaves too few places, they begin anywhere in the window.
     """
     spread = min(span, starts)
@@ -1444,6 +1450,7 @@ def make_loader(
                                     replaced; named on stderr, once
         cut   of each clip          a Cut: frame numbers, box, stored size (None: the world)
         padded                      how many clips have a frame twice
+        notes {kind: text}          of what clips lose; said on stderr, once a kind
 
     A worker that is silent for `timeout` seconds, or dies, raises RuntimeError (see dead_worker).
     """
@@ -2375,7 +2382,7 @@ def inspect_video(path):
         video = open_frames(path)
         if isinstance(video, Pictures):
             video.by_number(np.arange(video.frames))
-            meta = open_video(str(video.files[0])).metadata
+            meta = video.first.metadata
             facts |= {"frames": video.frames, "announced": video.frames, "fps": 0, "seconds": 0,
                       "slow": False}
         else:

@@ -815,9 +815,13 @@ class Features:
             for i, ok in enumerate(batch["ok"].tolist()):
                 yield {name: values[i] for name, values in columns.items()} if ok else None
 
+    @functools.cached_property
+    def videos(self):
+        return len(set(self.source.paths))
+
     def note(self, bad):
         self.bad.update(bad)
-        if self.bad and len(self.bad) == len(set(self.source.paths)):
+        if self.bad and len(self.bad) == self.videos:
             *_, reason = self.bad.values()
             raise data.DataError(
                 f"{self.source.name}: no video can be read; the last one: {reason}")

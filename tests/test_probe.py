@@ -623,3 +623,17 @@ def test_plot_draws_accuracy_against_loss_and_flops(run, tmp_path):
     ), err
     status, _, err = run("probe.py", "plot", "--runs", tmp_path / "none", "--out_dir", tmp_path / "out")
     assert status == 2 and "no log.jsonl" in err
+
+
+@pytest.mark.parametrize("script", ["train_vjepa", "train_mae4d"])
+def test_a_checkpoint_is_probed_as_what_it_exports(run, tmp_path, script):
+    flags = ("--preset", "laptop", "--steps", 2, "--batch_size", 4, "--warmup", 1, "--probe_data", "--sample_every", 0,
+             "--workers", 0, "--out_dir", tmp_path / "run")
+    assert run(f"{script}.py", *flags)[0] == 0
+    found = []
+    for encoder in (tmp_path / "run", tmp_path / "run/step_00000002"):
+        status, last, err = run("probe.py", "classify", "--encoder", encoder, "--data", "world", "--head", "linear",
+                                "--train_clips", 32, "--val_clips", 32, "--workers", 0, "--out_dir", tmp_path / "probe")
+        assert status == 0, err
+        found.append((last["value"], last["likelihood"]))
+    assert found[0] == found[1]
