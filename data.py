@@ -16,6 +16,7 @@ token id = (ti*h + hi)*w + wi.
 """
 import ast
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -160,17 +161,18 @@ def parse_list(spec, split="train", labelled=False, classes=None, look=True):
     if name == "world":
         labels = np.asarray(World(split).labels, dtype=np.int64)
         return Source("world", [], labels, weight, split, MOTIONS)
-    if os.path.isdir(name):
-        source = numbered_video(name) or folder_source(name)
-    elif Path(name).suffix.lower() in VIDEOS | IMAGES and os.path.isfile(name):
-        source = Source(name, Paths.of([os.path.abspath(name)]), np.array([-1]))
+    if is_video(Path(name)):
+        source = unlabelled(name, [name])
+    elif os.path.isdir(name):
+        source = folder_source(name)
     elif any(c in name for c in "*?[") and not os.path.exists(name):
-        source = pattern_source(name)
+        found = map(Path, sorted(glob.glob(name, recursive=True)))
+        source = unlabelled(name, [path for path in found if is_video(path)])
     else:
         source = file_source(name)
     source.weight = weight
     if not len(source):
-        raise DataError(f"{name}: the list is empty")
+        raise DataError(f"{name}: the list is empty: it names no video")
     check_rows(source, labelled, classes)
     if look:
         source.facts = file_facts(source)
@@ -199,15 +201,13 @@ def split_weight(spec):
     return name, weight
 
 
-def pattern_source(name):
-    """The files and folders that a shell pattern names, unlabelled."""
-    import glob
-
-    found = sorted(glob.glob(name, recursive=True))
-    paths = [os.path.abspath(path) for path in found if is_video(Path(path))]
-    if not paths:
-        raise DataError(f"{name}: no video has such a name")
-    return Source(name, Paths.of(paths), np.full(len(paths), -1))
+def unlabelled(name, found):
+    """These files as a source, by their paths from the folder that holds them all."""
+    folders = [os.path.dirname(os.path.abspath(path)) for path in found]
+    root = os.path.commonpath(folders or ["/"])
+    paths = Paths.of(os.path.relpath(path, root) for path in found)
+    paths.root = root
+    return Source(name, paths, np.full(len(found), -1))
 
 
 def folder_source(name):
@@ -226,9 +226,8 @@ def folder_source(name):
             labels += [len(classes)] * len(videos)
             classes.append(group.name)
     if not classes:
-        found = loose
-        labels = [-1] * len(found)
-    elif loose:
+        return unlabelled(name, loose)
+    if loose:
         print(f"note: {len(loose)} videos beside the class folders are left out, {loose[0]} first",
               file=sys.stderr)
     paths = Paths.of(str(path.relative_to(root)) for path in found)
@@ -259,13 +258,6 @@ def is_video(path):
     if path.is_dir():
         return bool(numbered_images(path))
     return path.suffix.lower() in VIDEOS | IMAGES and path.is_file()
-
-
-def numbered_video(name):
-    """The folder as the only row of a source, where it is one video of numbered images."""
-    if not numbered_images(Path(name)):
-        return None
-    return Source(name, Paths.of([os.path.abspath(name)]), np.array([-1]))
 
 
 @lru_cache(maxsize=64)
@@ -388,14 +380,13 @@ def name_classes(source, texts):
         row, word = next(iter(texts.items()))
         raise DataError(f"{where(source, row)}: label {word!r} is a name, and other rows have "
                         "numbers")
-    row, word = next(((r, w) for r, w in texts.items() if re.fullmatch(r"[+-]?[\d.,]+", w)),
-                     (None, None))
-    if row is not None:
-        raise DataError(f"{where(source, row)}: label {word!r} is neither an integer nor a name")
     if not source.classes:
         source.classes = tuple(sorted(set(texts.values())))
     number = {word: k for k, word in enumerate(source.classes)}
     for row, word in texts.items():
+        if re.fullmatch(r"[+-]?[\d.,]+", word):
+            raise DataError(f"{where(source, row)}: label {word!r} is neither an integer nor a "
+                            "name")
         if word not in number:
             raise DataError(f"{where(source, row)}: label {word!r} is not one of the "
                             f"{len(number)} of {beside}")
@@ -416,12 +407,11 @@ def where(source, row):
 
 def check_paths(source):
     """Refuse rows that name no file below the list's folder."""
-    text = source.paths.text
-    suspicious = any(mark in text for mark in (b"://", b"..", b"\0"))
-    empty = np.flatnonzero(source.paths.spans[:, 1] <= source.paths.spans[:, 0])
-    rows = range(len(source)) if suspicious else empty
+    starts, ends = source.paths.spans.T
+    marks = [mark.start() for mark in re.finditer(rb"://|\.\.|\0", source.paths.text)]
+    suspicious = np.searchsorted(starts, marks, side="right") - 1
     root = source.paths.root.rstrip("/") + "/"
-    for row in rows:
+    for row in np.union1d(np.flatnonzero(ends <= starts), suspicious.clip(0)):
         path = source.paths.written(row)
         if not path or "\0" in path:
             raise DataError(f"{where(source, row)}: no path in this row")
@@ -509,10 +499,11 @@ def match_classes(train, val):
         if most >= len(names):
             raise DataError(f"{where(source, source.labels.argmax())}: label {most} is out of "
                             f"range: classes.txt beside it names {len(names)} classes")
-        keys.append([names[label] for label in np.unique(source.labels[source.labels >= 0])])
-    known = list(dict.fromkeys(keys[0] + [key for key in keys[1] if key not in set(keys[0])]))
+        used = np.unique(source.labels[source.labels >= 0])
+        keys.append({names[label]: label for label in used})
+    known = [*(keys[0] | keys[1])]
     for side, mine, other in (("train", *keys), ("val", *keys[::-1])):
-        alone = [str(key) for key in mine if key not in set(other)]
+        alone = [str(key) for key in mine if key not in other]
         if alone:
             print(f"note: {len(alone)} of {len(known)} classes occur in {side} only: "
                   f"{', '.join(alone[:10])}", file=sys.stderr)
@@ -521,10 +512,9 @@ def match_classes(train, val):
     classes = tuple(known if named else [names.get(key, str(key)) for key in known])
     matched = []
     for source, mine in zip((train, val), keys):
-        old = np.unique(source.labels[source.labels >= 0])
-        new = np.array([number[key] for key in mine] or [0])
-        labels = new[np.searchsorted(old, source.labels) % len(new)]
-        labels = np.where(source.labels < 0, -1, labels)
+        old = [-1, *mine.values()]
+        new = np.array([-1] + [number[key] for key in mine])
+        labels = new[np.searchsorted(old, source.labels)]
         matched.append(replace(source, labels=labels, classes=classes))
     return matched
 
@@ -704,9 +694,8 @@ class Video:
         # all frames are told one late
         self.lies = head[:4] == b"\0\0\1\xba"
         if head[:4] == b"RIFF" and head[8:] == b"AVI ":
-            for _, first, _ in sequence(open_video(path)):
-                self.lies = first > self.begin + self.tick / 2
-                break
+            _, first, _ = next(sequence(open_video(path)), (None, 0, 0))
+            self.lies = first > self.begin + self.tick / 2
 
     def know(self, times):
         """times (n,) in seconds, or None."""
@@ -715,7 +704,7 @@ class Video:
             self.frames = len(times)
 
     def by_number(self, ids):
-        """Frames ids (n,) -> uint8 (n,H,W,3)."""
+        """Frames ids (n,) -> uint8 (n,H,W,3), stamps (n,): equal for one frame given twice."""
         if self.lies:
             self.slow = True
             return self.count(ids)
@@ -728,14 +717,14 @@ class Video:
             for find in (self.seek, self.walk):
                 frames, times, durations = find(self.middle(ids))
                 if self.are(ids, times, durations):
-                    return frames
+                    return frames, times
                 self.slow = True
             if self.times is not None:
                 break
         return self.count(ids)
 
     def by_time(self, seconds):
-        """What is shown at these seconds (n,) after the first frame -> uint8 (n,H,W,3)."""
+        """The same of what is shown at these seconds (n,) after the first frame."""
         if self.lies:
             return self.count(np.floor((seconds + 1e-3) / self.tick).astype(int))
         # 1 ms late: a time that falls on a frame's start must not slip into the frame before (mkv
@@ -744,9 +733,9 @@ class Video:
         frames, times, durations = self.seek(asked)
         shown = (times <= asked + 1e-6) & (asked < times + durations + 1e-3)
         if shown.all():
-            return frames
+            return frames, times
         self.slow = True
-        return self.walk(asked)[0]
+        return self.walk(asked)[:2]
 
     def middle(self, ids):
         """A moment at which each of these frames is shown."""
@@ -838,7 +827,7 @@ class Video:
         if missing:
             self.ends(*(self.begin + self.tick * np.array([number + 1, numbers[-1] + 1])))
             found += [frame] * missing
-        return torch.stack(found)[places]
+        return torch.stack(found)[places], np.minimum(ids, number)
 
     def ends(self, end, asked):
         """It came out that it ends there. It may hold some frames less than its header announces
@@ -871,8 +860,8 @@ class Pictures:
         self.pixels = self.first.metadata.width * self.first.metadata.height
 
     def by_number(self, ids):
-        """Frames ids (n,) -> uint8 (n,H,W,3)."""
-        return torch.stack([self.picture(i) for i in ids])
+        """As Video's."""
+        return torch.stack([self.picture(i) for i in ids]), ids
 
     def picture(self, i):
         path = str(self.files[i])
@@ -882,7 +871,24 @@ class Pictures:
             raise ValueError(f"a picture of {meta.width}x{meta.height} is over the limit of "
                              f"{MAX_MEGAPIXELS} megapixels (data.MAX_MEGAPIXELS)")
         tell(losses(path, meta))
-        return decoder.get_frame_at(0).data
+        return upright(decoder.get_frame_at(0).data, path)
+
+
+# quarter turns to the left that EXIF's orientations 1 to 8 ask for; 2, 4, 5 and 7 are mirrored
+# (left to right) before
+TURNS = (0, 0, 2, 2, 1, 3, 3, 1)
+
+
+def upright(frame, path):
+    """A picture (H,W,3) as its camera was held: decoders leave EXIF's tag 274 to others."""
+    with open(path, "rb") as file:
+        exif = file.read(2**16).partition(b"Exif\0\0")[2]
+    order = ">" if exif[:2] == b"MM" else "<"
+    found = exif.partition(struct.pack(order + "HHI", 274, 3, 1))[2][:2]
+    orientation = struct.unpack(order + "H", found)[0] if len(found) == 2 else 1
+    if orientation in (2, 4, 5, 7):
+        frame = frame.flip(1)
+    return torch.rot90(frame, TURNS[clamp(orientation, 1, 8) - 1])
 
 
 class Given:
@@ -900,8 +906,8 @@ class Given:
         self.frames = len(array)
 
     def by_number(self, ids):
-        """Frames ids (n,) -> uint8 (n,H,W,3)."""
-        return self.array[torch.from_numpy(ids)]
+        """As Video's."""
+        return self.array[torch.from_numpy(ids)], ids
 
 
 def open_frames(path):
@@ -1014,7 +1020,13 @@ def frame_positions(length, clip, u=0.5, segment=0, tick=1, step=None):
     room = length / clip.segments - span
     start = segment * length / clip.segments
     # + 1: every whole start is equally likely
-    start += (room + whole) * u if room >= 0 else room / 2
+    if room < 0:
+        start += room / 2
+    elif whole:
+        start += (room + 1) * u
+    else:
+        # whole ticks, so that clips of one window have frames in common
+        start += int((room / tick + 1) * u) * tick
     start = min(max(start, 0), max(length - span, 0))
     at = (int(start) if whole else start) + np.arange(clip.frames) * step
     if clip.short == "loop":
@@ -1034,8 +1046,7 @@ def in_one_window(first, us, starts, span, step):
 
     starts: how many places a clip may begin at; span, step: its length and the way from one of its
     frames to the next. The window is anywhere, and the clips begin in one more length of a clip,
-    which they divide evenly, whole steps apart: they have frames in common (by time, seldom the
-    same), and no two begin alike.
+    which they divide evenly, whole steps apart: they have frames in common, and no two begin alike.
     Where that leaves too few places, they begin anywhere in the window.
     """
     spread = min(span, starts)
@@ -1168,7 +1179,7 @@ def cut_clips(video, clip, rngs, draws, window, boxes):
     span = (clip.frames - 1) * step + 1
     starts = 1 + max(0, int(where["length"] / clip.segments / where["tick"] - span))
     videos = []
-    cuts = []
+    cuts = [[] for _ in rngs]
     for segment, us in enumerate(draws):
         if len(us) > 1:
             us = in_one_window(window, us, starts, span, step)
@@ -1178,34 +1189,30 @@ def cut_clips(video, clip, rngs, draws, window, boxes):
         places = places.reshape(at.shape)
         shape = (len(rngs), clip.views, clip.frames, clip.size, clip.size, 3)
         out = torch.empty(shape, dtype=torch.uint8)
-        for start, frames in pieces(video, numbers, by_time):
+        stamps = []
+        for start, frames, shown in pieces(video, numbers, by_time):
+            stamps += [*shown]
             if not boxes:
                 boxes += stored_boxes(video, frames.shape[1:3], clip, rngs)
             for row, place, views in zip(out, places, boxes):
                 cut_out(row, place - start, frames, views)
         videos.append(out)
-        for ids, views in zip(at, boxes):
-            shown = np.round(ids / video.tick) if by_time else ids
-            repeats = video.frames > 1 and len(np.unique(shown)) < clip.frames
-            shape = (video.frames, *frames.shape[1:3])
-            cuts.append([Cut(ids, box, shape, repeats) for box in views])
-    # as videos: rngs outermost, then segments, then views
-    order = []
-    for row in range(len(rngs)):
-        for views in cuts[row :: len(rngs)]:
-            order += views
-    return torch.stack(videos, 1).flatten(0, 2), order
-
-
+        shape = (video.frames, *frames.shape[1:3])
+        for mine, ids, place, views in zip(cuts, at, places, boxes):
+            shown = {stamps[i] for i in place}
+            repeats = video.frames > 1 and len(shown) < clip.frames
+            mine += [Cut(ids, box, shape, repeats) for box in views]
+    # rngs outermost, then segments, then views
+    return torch.stack(videos, 1).flatten(0, 2), sum(cuts, [])
 
 
 def pieces(video, numbers, by_time):
-    """(how many came before, uint8 (n,H,W,3)) of the frames that are asked for, a few of large ones
-    at a time."""
+    """(how many came before, uint8 (n,H,W,3), stamps) of the frames that are asked for, a few of
+    large ones at a time."""
     count = max(1, PIECE_BYTES // (3 * max(1, video.pixels)))
     find = video.by_time if by_time else video.by_number
     for start in range(0, len(numbers), count):
-        yield start, find(numbers[start : start + count])
+        yield start, *find(numbers[start : start + count])
 
 
 def stored_boxes(video, shape, clip, rngs):
@@ -2409,7 +2416,7 @@ def inspect_frames(video):
         last = min(len(sums), video.frames) - 1
         ids = np.unique((np.array([0, 0.2, 0.5, 0.8, 1]) * last).astype(int))
         try:
-            again = [checksum(frame) for frame in video.by_number(ids)]
+            again = [checksum(frame) for frame in video.by_number(ids)[0]]
             end = video.begin + np.array([len(sums), video.frames]) * video.tick
             video.ends(*end)
             break
@@ -2432,10 +2439,7 @@ def in_processes(function, items, workers):
 
 
 LABELLED = ("kinetics", "ssv2", "ucf", "folders", "frames")
-DENSE = (
-    "scannet", "re10k", "perception", "movi", "waymo", "davis", "ade20k", "cityscapes", "sintel",
-    "chairs", "kitti", "sceneflow", "middlebury", "intphys", "ava",
-)
+DENSE = (*LAYOUTS, "perception", "intphys", "ava")
 
 
 def index(
@@ -2504,9 +2508,8 @@ def index(
 
 def read_folders(root, files, note, labels):
     source = folder_source(root)
-    if not source.classes:
-        return [], None
-    return [(path, source.classes[k]) for path, k in zip(source.paths, source.labels)], None
+    pairs = zip(source.paths, source.labels)
+    return [(path, source.classes[k]) for path, k in pairs if source.classes], None
 
 
 def read_frames(root, files, note, labels):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -249,7 +250,7 @@ def test_names_of_files_and_lists_in_odd_shapes(tmp_path):
     touch(tmp_path, "a.mp4", "b c.mp4", "v/1.mp4", "v/2.mp4")
     assert [*D.parse_list(tmp_path / "a.mp4").paths] == [str(tmp_path / "a.mp4")]
     assert len(D.parse_list(f"{tmp_path}/v/*.mp4")) == 2
-    with pytest.raises(D.DataError, match="no video has such a name"):
+    with pytest.raises(D.DataError, match="it names no video"):
         D.parse_list(f"{tmp_path}/w/*.mp4")
     with pytest.raises(D.DataError, match="the built-in world is called world"):
         D.parse_list("wrld")
@@ -310,8 +311,13 @@ def test_the_same_data_elsewhere_are_the_same_data(tmp_path):
     os.utime(tmp_path / "b" / "1.mp4", (1, 1))
     a, b = (D.fingerprint([D.parse_list(tmp_path / name / "list.txt")]) for name in "ab")
     assert a["data_hash"] == b["data_hash"] and a["data_times"] != b["data_times"]
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
     (tmp_path / "b" / "2.mp4").write_bytes(b"xy")
     assert D.fingerprint([D.parse_list(tmp_path / "b" / "list.txt")])["data_hash"] != a["data_hash"]
+    # a pattern, one video and a flat folder are the same elsewhere, too
+    for name in ("*.mp4", "1.mp4", ""):
+        a, b = (D.fingerprint([D.parse_list(f"{tmp_path}/{folder}/{name}")]) for folder in "ac")
+        assert a["data_hash"] == b["data_hash"], name
 
 
 # --- what is lost is said -------------------------------------------------------------------------
@@ -339,6 +345,35 @@ def test_clips_whose_frames_repeat_are_counted(call, made, tmp_path, capsys):
         assert batch["padded"] == repeats
     summary, status = D.check(str(tmp_path / "list.txt"), workers=0, frames=16, stride=4)
     assert status == 0 and summary["shorter_than_a_clip"] == 1 and summary["read_without_seeking"] == 0
+
+
+def test_a_frame_that_is_shown_through_a_gap_is_counted_as_repeated(tmp_path):
+    file = tmp_path / "gap.mkv"
+    assert ffmpeg("-f", "lavfi", "-i", SOURCE, "-vf", "select='not(between(n,40,110))'", "-vsync", "vfr", *X264, file)
+    repeats = []
+    for seed in range(8):
+        clip = D.Clip(frames=8, fps=10, size=16, scale=(1.0, 1.0), flip=False)
+        video, (cut,) = D.read_cuts(str(file), clip, [np.random.default_rng(seed)])
+        within = int(((cut.ids > 39.5 / 30) & (cut.ids < 110.5 / 30)).sum())
+        assert cut.repeats == (within > 1 or within == 1 and bool((np.abs(cut.ids - 39.2 / 30) < 0.02).any()))
+        repeats.append(cut.repeats)
+    assert set(repeats) == {True, False}
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_a_photograph_is_turned_as_its_camera_was_held(tmp_path, order):
+    """EXIF's eight orientations, by their definition: where the picture's first row and first column lie."""
+    assert ffmpeg("-f", "lavfi", "-i", RAMP, "-frames:v", "1", "-q:v", "1", tmp_path / "a.jpg")
+    raw = (tmp_path / "a.jpg").read_bytes()
+    plain = D.open_frames(str(tmp_path / "a.jpg")).by_number(np.array([0]))[0][0].numpy()
+    upright = [plain, plain[:, ::-1], plain[::-1, ::-1], plain[::-1], plain.swapaxes(0, 1), np.rot90(plain, -1),
+               np.rot90(plain, 2).swapaxes(0, 1), np.rot90(plain)]
+    for orientation, want in enumerate(upright, 1):
+        entries = struct.pack(order + "IHHHIHHI", 8, 1, 274, 3, 1, orientation, 0, 0)
+        exif = b"Exif\0\0" + {"<": b"II*\0", ">": b"MM\0*"}[order] + entries
+        file = tmp_path / f"{orientation}.jpg"
+        file.write_bytes(raw[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + raw[2:])
+        assert (D.open_frames(str(file)).by_number(np.array([0]))[0][0].numpy() == want).all(), orientation
 
 
 RAMP = "gradients=s=128x96:c0=black:c1=white:x0=0:y0=0:x1=127:y1=95:d=1:r=10"
@@ -370,7 +405,7 @@ def test_values_of_any_depth_and_range_are_scaled_and_what_is_lost_is_said(tmp_p
     raw = np.frombuffer(subprocess.run(deep, capture_output=True, check=True).stdout, np.uint16)
     colours = raw.reshape(3, 96, 128)[[2, 0, 1]].transpose(1, 2, 0) / 257
     monkeypatch.setattr(D, "TOLD", set())
-    frame = D.open_frames(str(file)).by_number(np.array([0]))[0].numpy()
+    frame = D.open_frames(str(file)).by_number(np.array([0]))[0][0].numpy()
     # 8 bits a channel, and where chroma is halved its rounding
     assert np.abs(frame - colours).max() < 3
     said = capsys.readouterr().err
