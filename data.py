@@ -230,9 +230,8 @@ def folder_source(name):
     if loose:
         print(f"note: {len(loose)} videos beside the class folders are left out, {loose[0]} first",
               file=sys.stderr)
-    paths = Paths.of(str(path.relative_to(root)) for path in found)
-    paths.root = str(root)
-    return Source(name, paths, np.array(labels, np.int64), classes=tuple(classes))
+    labels = np.array(labels, np.int64)
+    return replace(unlabelled(name, found), labels=labels, classes=tuple(classes))
 
 
 def entries(folder):
@@ -2086,6 +2085,9 @@ LAYOUTS = {
         ("flow_visible", r"training/flow_noc/\2_\3.png", kitti_valid),
         ("disparity", r"training/disp_occ_0/\2_\3.png", scaled_png, 256),
         ("right", r"training/image_3/\2_\3.png", png),
+        # of 2012
+        ("disparity", r"training/disp_occ/\2_\3.png", scaled_png, 256),
+        ("right", r"training/colored_1/\2_\3.png", png),
     ),
     "sceneflow": (
         r"(frames_\w+/(.*))/left/(\d+)\.png",

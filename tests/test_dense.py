@@ -478,15 +478,18 @@ def test_sintel_and_chairs(tmp_path):
     same(batch["flow"][0], flow[:1, 2:30, 2:30])
 
 
-def test_kitti(tmp_path):
+@pytest.mark.parametrize(
+    "left, right, disp", [("image_2", "image_3", "disp_occ_0"), ("colored_0", "colored_1", "disp_occ")])
+def test_kitti(tmp_path, left, right, disp):
+    """Of 2015 and of 2012."""
     root, raw = tmp_path / "kitti", RNG.integers(2**15 - 500, 2**15 + 500, (SIDE, SIDE, 3)).astype(np.uint16)
     raw[..., 2] = RNG.random((SIDE, SIDE)) < 0.7
     seen = raw.copy()
     seen[:16, :, 2] = 0
     disparity = RNG.integers(0, 3000, (SIDE, SIDE), dtype=np.uint16)
     for i in (10, 11):
-        picture(root / f"training/image_2/000000_{i}.png"), picture(root / f"training/image_3/000000_{i}.png")
-    for folder, image in (("flow_occ", raw), ("flow_noc", seen), ("disp_occ_0", disparity)):
+        picture(root / f"training/{left}/000000_{i}.png"), picture(root / f"training/{right}/000000_{i}.png")
+    for folder, image in (("flow_occ", raw), ("flow_noc", seen), (disp, disparity)):
         write_png(root / f"training/{folder}/000000_10.png", image)
     batch = converted("kitti", root, ("flow", "flow_visible", "disparity", "right"))
     expected = np.where(raw[..., 2:] > 0, (raw[..., :2].astype(float) - 2**15) / 64, np.nan)
