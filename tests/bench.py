@@ -12,6 +12,8 @@
                                    [--steps 2000]
     python tests/bench.py terms    every row of FWM-HW-LD at laptop size: motion task, speed, memory
                                    [--steps 2000 --seeds 0 1 2 --rows ld hw --data LIST]
+    python tests/bench.py compare  every method under one budget of FLOPs, beside its own random weights
+                                   [--flops 8.5e12 --seeds 0 1 2 --rows V-JEPA SALT --data LIST --out DIR --plan]
 
 The last line on stdout is one JSON object.
 """
@@ -499,34 +501,52 @@ def train_row(args, row, seed, out):
 
 
 class MotionProbes:
-    """Linear probes on eight motions of the world and on each of --tasks; clips are read once for all runs."""
+    """Linear probes on eight motions of the world and on each of --tasks; clips are read once for all runs. An
+    encoder gets the pixels, and is read at the block, that its file names."""
 
-    def __init__(self, tasks):
+    def __init__(self, tasks, stride=5):
         self.lists = {"motion": ("world", "world")}
         for task in tasks:
             name, _, pair = task.partition("=")
             self.lists[name] = pair.split(",")
-        clip = D.Clip(frames=8, size=32, stride=5, train=False)
+        clip = D.Clip(frames=8, size=32, stride=stride, train=False)
         self.clips = {}
         for name, pair in self.lists.items():
             sources = [D.parse_list(path, split=s, labelled=True) for path, s in zip(pair, ("probe", "val"))]
             self.clips[name] = [list(D.eval_batches(source, clip, batch_size=64)) for source in sources]
 
-    @torch.no_grad()
     def __call__(self, run, **seed):
-        encoder, _ = M.load_encoder(run, **seed)
-        return {name: self.accuracy(encoder, *halves) for name, halves in self.clips.items()}
+        return {name: self.accuracy(*self.read(run, name, **seed)) for name in self.clips}
 
-    def accuracy(self, encoder, train, val):
-        x, y, ok = self.features(encoder, train)
-        x_val, y_val, ok_val = self.features(encoder, val)
+    def on_train(self, run, **seed):
+        """The same within each train list: the probe learns from one half and answers for the other."""
+        found = {}
+        for name in self.clips:
+            (x, y, ok), _ = self.read(run, name, **seed)
+            half = torch.arange(len(x)) % 2 == 0
+            found[name] = self.accuracy((x[half], y[half], ok[half]), (x[~half], y[~half], ok[~half]))
+        return found
+
+    def accuracy(self, train, val):
+        x, y, ok = train
+        x_val, y_val, ok_val = val
         right = M.linear_probe(x[ok], y[ok], x_val) == y_val
         return (right & ok_val).double().mean().item()
 
-    def features(self, encoder, batches):
-        """(n,D), labels (n,) and which could be read (n,)."""
-        rows = [(encoder(D.prepare(batch)).mean(1), batch["label"], batch["ok"]) for batch in batches]
-        return [torch.cat(column) for column in zip(*rows)]
+    @torch.no_grad()
+    def read(self, run, task, **seed):
+        """For train and val: (n,D), labels (n,) and which could be read (n,)."""
+        encoder, config = M.load_encoder(run, **seed)
+        pixels = {name: config[name] for name in ("mean", "std")}
+        layer = config.get("layer_classify")
+        halves = []
+        for batches in self.clips[task]:
+            rows = []
+            for batch in batches:
+                z = encoder(D.prepare(batch, **pixels), blocks=layer)
+                rows.append((z.mean(1), batch["label"], batch["ok"]))
+            halves.append([torch.cat(column) for column in zip(*rows)])
+        return halves
 
 
 def terms(args):
@@ -582,6 +602,163 @@ def print_rows(found, speed, tasks):
         else:
             cells += ["-"] * 3
         print("| " + " | ".join(cells) + " |")
+
+
+# --- every method under one budget ----------------------------------------------------------------
+
+FRAMES = ("--size", "32", "--frames", "8")  # of every method's clips
+COMPARED = {  # script, preset, flags
+    "V-JEPA": ("train_vjepa", "laptop", ()),
+    "LD": ("train_vjepa", "laptop", ("--distance", "--terms", "ld:1.0")),
+    "FWM-HW-LD": ("train_vjepa", "laptop_fwm", ()),
+    "SALT": ("train_salt", "laptop", ()),
+    "4DS": ("train_mae4d", "laptop", ()),
+    "TDV": ("train_tdv", "laptop", ()),
+    "DINO": ("train_tdv", "laptop_video_dino", ("--fps", "0")),
+    "iBOT": ("train_tdv", "laptop_video_ibot", ("--fps", "0")),
+}
+
+
+def compared_run(args, name, lr, flops, seed, *more):
+    """Train one method -> its folder; what is there is not done again, what was begun goes on."""
+    script, preset, flags = COMPARED[name]
+    out = Path(args.out, f"{name}_{flops:g}_{lr:g}_{seed}").resolve()
+    if (out / "compare.json").exists() and not more:
+        return out
+    command = [sys.executable, f"{script}.py", "--preset", preset, *flags, *FRAMES, "--stride", str(args.stride)]
+    command += ["--data", *(args.data or ["world"]), "--probe_data", "--sample_every", "0", "--resume"]
+    command += ["--lr", str(lr), "--flops", str(flops), "--seed", str(seed), "--out_dir", str(out), *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{out.name}: {done.stderr[-2000:]}")
+    return out
+
+
+def logged(out):
+    """The lines of a run's log that have a loss."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def judged(probes, out, seed):
+    """The figures of a run, from its folder or measured."""
+    file = out / "compare.json"
+    if file.exists() and set(probes.lists) <= set(json.loads(file.read_text())["val"]):
+        return json.loads(file.read_text())
+    last = logged(out)[-1]
+    found = {key: last.get(key) for key in ("step", "flops", "rankme", "feature_std")}
+    found |= {"val": probes(out), "on_train": probes.on_train(out)}
+    found["random"] = probes(f"random:{out}", seed=seed)
+    if (out / "stage1" / "encoder.safetensors").exists():
+        found["teacher"] = probes(out / "stage1")
+    M.write(file, json.dumps(found))
+    return found
+
+
+def rates(name):
+    """The two peak learning rates that every method may choose from: its preset's, and twice as much."""
+    script, preset, _ = COMPARED[name]
+    module = {"train_vjepa": V, "train_salt": S, "train_mae4d": E, "train_tdv": T}[script]
+    lr = module.PRESETS[preset]["lr"]
+    return lr, 2 * lr
+
+
+def compare(args):
+    """Trains each of --rows for each of --flops and --seeds, and prints a Markdown table and writes a picture. The
+    learning rate is the better of two on the first seed, by halves of the train lists. --plan: only how long that
+    will take, by a few steps of each."""
+    methods = args.rows or list(COMPARED)
+    if unknown := set(methods) - set(COMPARED):
+        sys.exit(f"--rows {min(unknown)}: choose from {', '.join(COMPARED)}")
+    if args.plan:
+        return plan(args, methods)
+    if not args.out:
+        sys.exit("compare needs --out DIR, in which the runs are kept")
+    probes = MotionProbes(args.tasks, args.stride)
+    first, *others = args.seeds
+    found = {}
+    for flops in args.flops:
+        for name in methods:
+            tried = {}
+            for lr in rates(name):
+                tried[lr] = judged(probes, compared_run(args, name, lr, flops, first), first)
+            best = max(tried, key=lambda lr: statistics.mean(tried[lr]["on_train"].values()))
+            runs = [tried[best]]
+            for seed in others:
+                runs.append(judged(probes, compared_run(args, name, best, flops, seed), seed))
+            found[f"{name} {flops:g}"] = {"method": name, "budget": flops, "lr": best, "runs": runs}
+            print(f"{name} {flops:g} {best:g}: {[run['val'] for run in runs]}", file=sys.stderr, flush=True)
+    print_comparison(found, probes.lists)
+    draw_comparison(found, probes.lists, Path(args.out, "compare.png"))
+    return {"seeds": args.seeds, "rows": found}
+
+
+def spread(values):
+    """Mean and standard deviation of accuracies, in per cent."""
+    values = [100 * value for value in values]
+    deviation = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def print_comparison(found, tasks):
+    titles = ["method", "FLOPs", "steps", "lr"]
+    for task in tasks:
+        titles += [f"{task}, %", "random"]
+    print("| " + " | ".join([*titles, "RankMe"]) + " |\n|" + "---|" * (len(titles) + 1))
+    for row in found.values():
+        runs = row["runs"]
+        steps = statistics.median(run["step"] for run in runs)
+        cells = [row["method"], f"{row['budget']:.3g}", f"{steps:.0f}", f"{row['lr']:g}"]
+        for task in tasks:
+            cells += [spread(run[key][task] for run in runs) for key in ("val", "random")]
+        cells.append(f"{statistics.median(run['rankme'] for run in runs):.0f}")
+        print("| " + " | ".join(cells) + " |")
+        if "teacher" in runs[0]:
+            teachers = [spread(run["teacher"][task] for run in runs) for task in tasks]
+            print("| its teacher | | | | " + " | | ".join(teachers) + " | | |")
+
+
+def draw_comparison(found, tasks, file):
+    """Accuracy over FLOPs, a panel a task; thin: each method's random weights."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
+    for axis, task in zip(axes[0], tasks):
+        for i, name in enumerate(dict.fromkeys(row["method"] for row in found.values())):
+            rows = [row for row in found.values() if row["method"] == name]
+            budgets = [row["budget"] for row in rows]
+            for key, style in (("val", "o-"), ("random", ":")):
+                values = [[100 * run[key][task] for run in row["runs"]] for row in rows]
+                means = [statistics.mean(v) for v in values]
+                errors = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+                axis.errorbar(budgets, means, errors, fmt=style, color=f"C{i}", label=name if key == "val" else None)
+        axis.set(title=task, xlabel="training FLOPs", ylabel="top-1, %", xscale="log")
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def plan(args, methods):
+    """Minutes on this machine, by the speed of twelve steps of each."""
+    rows = []
+    with tempfile.TemporaryDirectory() as root:
+        args.out = root
+        for name in methods:
+            flops = max(args.flops)
+            out = compared_run(args, name, rates(name)[0], flops, 0, "--stop_at", "12", "--log_every", "4")
+            # SALT's twelve steps are of its teacher, the first share of --split
+            stage = out / "stage1" if (out / "stage1").exists() else out
+            config = json.loads((stage / "config.json").read_text())["config"]
+            steps = round(config["steps"] / config.get("split", [1])[0])
+            seconds = steps * config["batch_size"] / logged(stage)[-1]["clips_per_s"]
+            rows.append({"method": name, "steps": steps, "minutes": round(seconds / 60, 1)})
+            print(rows[-1], file=sys.stderr, flush=True)
+    runs = len(args.seeds) + 1
+    total = sum(row["minutes"] for row in rows) * runs * sum(args.flops) / max(args.flops)
+    return {"flops": args.flops, "runs_of_each": runs, "rows": rows, "minutes": round(total)}
 
 
 # --- endurance ------------------------------------------------------------------------------------
@@ -659,7 +836,8 @@ def soak(args):
     return {"steps": args.steps, "kills": kills, "tensors": len(want), "equal": equal, "held": held}
 
 
-COMMANDS = {"step": step, "gpu": gpu, "reader": reader, "world": world, "terms": terms, "soak": soak}
+COMMANDS = {"step": step, "gpu": gpu, "reader": reader, "world": world, "terms": terms, "compare": compare,
+            "soak": soak}
 
 
 def parse_args():
@@ -679,7 +857,10 @@ def parse_args():
     parser.add_argument("--rows", nargs="+", default=[])
     parser.add_argument("--data", nargs="+", default=[])
     parser.add_argument("--tasks", nargs="+", default=[], help="terms: NAME=TRAIN_LIST,VAL_LIST")
-    parser.add_argument("--out", default="", help="terms: a folder in which the runs are kept")
+    parser.add_argument("--out", default="", help="terms, compare: a folder in which the runs are kept")
+    parser.add_argument("--flops", type=float, nargs="+", default=[8.5e12], help="compare: of each run")
+    parser.add_argument("--stride", type=int, default=4, help="compare: of the clips")
+    parser.add_argument("--plan", action="store_true", help="compare: only say how long it will take")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint", action="store_true")
