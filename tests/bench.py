@@ -617,11 +617,25 @@ COMPARED = {  # script, preset, flags
     "DINO": ("train_tdv", "laptop_video_dino", ("--fps", "0")),
     "iBOT": ("train_tdv", "laptop_video_ibot", ("--fps", "0")),
 }
+# V-JEPA's Table 13, in all frames; on a grid of 4 x 4 they hide 85, 70 and 50 %
+ALL_TIME = ("2x0.617", "1x0.735", "1x0.51")
+VARIANTS = {  # --rows: what else the claims of the papers need, see assets/claims.md
+    "V-JEPA, one mask": ("train_vjepa", "laptop", ("--masks", "4x0.3x0.5")),
+    "V-JEPA, 85 %": ("train_vjepa", "laptop", ("--masks", ALL_TIME[0], ALL_TIME[0])),
+    "V-JEPA, 70 %": ("train_vjepa", "laptop", ("--masks", ALL_TIME[1], ALL_TIME[1])),
+    "V-JEPA, 50 %": ("train_vjepa", "laptop", ("--masks", ALL_TIME[2], ALL_TIME[2])),
+    "V-JEPA, random masks": ("train_vjepa", "laptop", ("--masks", "random:0.9")),
+    "SALT, random teacher masks": ("train_salt", "laptop", ("--teacher_masks", "random:0.9")),
+    "SALT, tube teacher masks": ("train_salt", "laptop", ("--teacher_masks", "tube:0.9")),
+    "SALT, causal teacher masks": ("train_salt", "laptop", ("--teacher_masks", "causal:0.5")),
+    "SALT, teacher of half the steps": ("train_salt", "laptop", ("--split", "0.5", "0.5")),
+    "TDV, no motion": ("train_tdv", "laptop", ("--no-motion",)),
+}
 
 
 def compared_run(args, name, lr, flops, seed, *more):
     """Train one method -> its folder; what is there is not done again, what was begun goes on."""
-    script, preset, flags = COMPARED[name]
+    script, preset, flags = (COMPARED | VARIANTS)[name]
     out = Path(args.out, f"{name}_{flops:g}_{lr:g}_{seed}").resolve()
     if (out / "compare.json").exists() and not more:
         return out
@@ -657,7 +671,7 @@ def judged(probes, out, seed):
 
 def rates(name):
     """The two peak learning rates that every method may choose from: its preset's, and twice as much."""
-    script, preset, _ = COMPARED[name]
+    script, preset, _ = (COMPARED | VARIANTS)[name]
     module = {"train_vjepa": V, "train_salt": S, "train_mae4d": E, "train_tdv": T}[script]
     lr = module.PRESETS[preset]["lr"]
     return lr, 2 * lr
@@ -668,8 +682,8 @@ def compare(args):
     learning rate is the better of two on the first seed, by halves of the train lists. --plan: only how long that
     will take, by a few steps of each."""
     methods = args.rows or list(COMPARED)
-    if unknown := set(methods) - set(COMPARED):
-        sys.exit(f"--rows {min(unknown)}: choose from {', '.join(COMPARED)}")
+    if unknown := set(methods) - {*COMPARED, *VARIANTS}:
+        sys.exit(f"--rows {min(unknown)}: choose from {', '.join(COMPARED | VARIANTS)}")
     if args.plan:
         return plan(args, methods)
     if not args.out:
