@@ -36,7 +36,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import cycle, repeat
 from pathlib import Path
 
@@ -77,8 +77,22 @@ ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh")}
 
 def cached(build):
     """One table for each (width, grid, device). One that is first built during inference must
-    still be usable in training."""
-    return lru_cache(maxsize=32)(torch.inference_mode(False)(build))
+    still be usable in training. Under torch.export and FakeTensorMode tensors are stand-ins of that
+    call, so none is kept."""
+    build = torch.inference_mode(False)(build)
+    kept = lru_cache(maxsize=32)(build)
+
+    def table(*key, **named):
+        real = type(torch.empty(0)) is torch.Tensor
+        return (kept if real else build)(*key, **named)
+
+    return wraps(build)(table)
+
+
+def settle(y, like):
+    """y, computed in float32, in the precision of `like`: a net may be all bfloat16 or half. Under
+    autocast y stays float32."""
+    return y if torch.is_autocast_enabled(like.device.type) else y.to(like.dtype)
 
 
 def axis_angles(channels, grid):
@@ -106,6 +120,17 @@ def sinusoid_table(width, grid, device="cpu"):
     return torch.stack([angles.sin(), angles.cos()], 3).flatten(1).float().to(device)
 
 
+def resize_table(table, old, new):
+    """A table (N,D) of the grid `old` for the grid `new`: bicubic over space, linear over time."""
+    table = table.T.unflatten(1, old)                                   # (D, t, h, w)
+    if new[1:] != old[1:]:
+        table = F.interpolate(table, new[1:], mode="bicubic")
+    if new[0] != old[0]:
+        flat = table.flatten(2)[:, None]                                # (D, 1, t, h*w)
+        table = F.interpolate(flat, (new[0], flat.shape[3]), mode="bilinear")
+    return table.flatten(1).T
+
+
 @cached
 def rope_table(head_dim, grid, quirk=False, device="cpu"):
     """(2, N, head_dim): cos and signed sin, so that rotated q = q*cos + swap(q)*sin, where swap
@@ -131,7 +156,7 @@ def rope_at(ids, head_dim, grid, quirk, like):
     tables = tables[:, None] if ids is None else tables[:, ids]         # (2, B, n, head_dim)
     cos, sin = tables[:, :, :, None, None]
     # eager complex products are 2 to 5 times faster on a CPU; compilers cannot fuse them
-    if like.device.type == "cpu" and not quirk:
+    if like.device.type == "cpu" and not quirk and not torch.compiler.is_compiling():
         return [torch.complex(cos[..., ::2], sin[..., 1::2])]
     return [cos.to(like.dtype), sin.to(like.dtype)]
 
@@ -200,11 +225,12 @@ class CrossAttention(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In float32 on any device, also where weights (FSDP) or inputs (autocast) are bf16."""
+    """In float32 on any device, also where weights (FSDP) or inputs are bf16."""
 
     def forward(self, x):
         weight = self.weight.float()
-        return F.layer_norm(x.float(), self.normalized_shape, weight, self.bias.float(), self.eps)
+        y = F.layer_norm(x.float(), self.normalized_shape, weight, self.bias.float(), self.eps)
+        return settle(y, x)
 
 
 class Mlp(nn.Module):
@@ -309,7 +335,8 @@ class PatchEmbed(nn.Module):
             x = x[batch, ids // (h * w), ids // w % h, ids % w]         # (B, K, C, a, p, p)
         if self.highpass:
             x = self.highpass * (x - x.mean(3, keepdim=True))
-        return F.linear(x.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+        weight = self.proj.weight.flatten(1)
+        return F.linear(x.flatten(2).to(weight.dtype), weight, self.proj.bias)
 
 
 def check_divides(name, value, by, divisor):
@@ -370,15 +397,15 @@ class ViT(nn.Module):
         self.images = images
         self.checkpoint = checkpoint
         self.grid = (frames // tubelet, size // patch, size // patch)
-        # the first axis of the grid that has positions: an image encoder's frames share theirs
-        self.axis = 1 if images else 0
+        # an image encoder's frames share their positions
+        self.table_grid = (1, *self.grid[1:]) if images else self.grid
 
         self.patch_embed = PatchEmbed(width, patch, tubelet, highpass)
         self.blocks = nn.ModuleList([Block(width, heads, mlp, act, eps) for _ in range(depth)])
         self.norm = LayerNorm(width, eps=eps) if final_norm else nn.Identity()
         init_weights(self, self.blocks, init_std)
         self.cls_token = learned(1, 1, width) if cls else None
-        n = math.prod(self.grid[self.axis :])
+        n = math.prod(self.table_grid)
         self.pos_embed = learned(1, n, width) if pos == "learned" else None
 
     def forward(self, x, keep=None, blocks=None, fill=None):
@@ -420,6 +447,8 @@ class ViT(nn.Module):
     def embed(self, x, keeps=None, fill=None):
         """What the first block sees: tokens with their positions (B,n,D), what `rope_at` gives or
         None, and the length of each group."""
+        if x.ndim != 5 or x.shape[1] != 3:
+            raise ValueError(f"clips are (B,3,T,H,W), not {tuple(x.shape)}")
         B, _, T, H, W = x.shape
         a = self.tubelet
         p = self.patch
@@ -437,7 +466,7 @@ class ViT(nn.Module):
         if self.pos != "rope":
             table = self.positions(grid, x.device)
             # under autocast the residual stream is float32 from here on, as in V-JEPA 1's
-            x = x + (table if ids is None else table[ids]).float()
+            x = x + settle((table if ids is None else table[ids]).float(), x)
         if self.cls_token is not None:
             cls = self.cls_token.to(x.dtype).expand(B, 1, -1)
             x = interleave(repeat(cls), x.split(lengths, 1))
@@ -451,18 +480,16 @@ class ViT(nn.Module):
         return x, rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x), lengths
 
     def positions(self, grid, device):
-        """The table (N,D) that is added to the tokens of a grid. ValueError: not one for it."""
+        """The table (N,D) that is added to the tokens of a grid; of learned ones and VideoMAE's,
+        which are for one grid, resized."""
         if self.pos == "sincos":
             return sincos_table(self.width, grid, device)
-        if grid[self.axis :] != self.grid[self.axis :]:
-            if self.images and self.pos == "learned":
-                table = self.pos_embed.unflatten(1, self.grid[1:]).permute(0, 3, 1, 2).float()
-                return F.interpolate(table, grid[1:], mode="bicubic").flatten(2)[0].T
-            raise ValueError(
-                f"{self.pos} positions are for the grid {self.grid}, the clip has {grid}")
         if self.pos == "learned":
-            return self.pos_embed[0]
-        return sinusoid_table(self.width, grid, device)
+            table = self.pos_embed[0]
+        else:
+            table = sinusoid_table(self.width, self.table_grid, device)
+        same = grid == self.table_grid
+        return table if same else resize_table(table.float(), self.table_grid, grid)
 
     def flops(self, *lengths):
         """Forward FLOPs of one clip whose groups (image encoder: frames) have these token
@@ -614,7 +641,7 @@ class Predictor(nn.Module):
         ids = interleave(keep, pred)                                    # (B, n)
         rope = None
         if self.pos == "sincos":
-            x = x + sincos_table(self.width, self.grid, x.device)[ids]
+            x = x + settle(sincos_table(self.width, self.grid, x.device)[ids], x)
         else:
             rope = rope_at(ids, self.width // self.heads, self.grid, self.rope_quirk, x)
         lengths = [k + m for k, m in zip(K, M)]

@@ -107,10 +107,48 @@ def test_fixed_positions_are_no_parameters():
         model = tiny(pos=pos)
         assert sum("pos_embed" in k for k in model.state_dict()) == count and not list(model.buffers())
     assert tiny(pos="learned").pos_embed.shape == (1, 64, 64)
-    for pos in ("learned", "sinusoid1d"):
-        with pytest.raises(ValueError, match=f"{pos} positions are for the grid"):
-            tiny(pos=pos)(clip(frames=4))
     assert tiny(pos="sincos")(clip(frames=4)).shape == (2, 32, 64)  # another grid: recomputed
+
+
+def test_tables_of_one_grid_are_resized_for_others():
+    """Learned positions and VideoMAE's: bicubic over space and linear over time of each channel, by F.interpolate one
+    at a time; their own grid is untouched, and every kind takes clips that are longer, shorter and not square."""
+    encoder = tiny(pos="learned")
+    table = encoder.pos_embed[0].detach()
+    assert encoder.positions((4, 4, 4), "cpu").data_ptr() == table.data_ptr()
+    grid = table.T.view(64, 4, 4, 4)
+    wide = F.interpolate(grid, (4, 6), mode="bicubic").permute(1, 2, 3, 0).reshape(-1, 64)
+    assert gap(encoder.positions((4, 4, 6), "cpu"), wide) < 1e-6
+    long = F.interpolate(grid.permute(0, 2, 3, 1).flatten(1, 2), 7, mode="linear")  # (64, 16, 7)
+    assert gap(encoder.positions((7, 4, 4), "cpu"), long.permute(2, 1, 0).reshape(-1, 64)) < 1e-6
+    for pos in ("rope", "sincos", "sinusoid1d", "learned"):
+        assert tiny(pos=pos)(torch.randn(1, 3, 6, 16, 40)).shape == (1, 3 * 2 * 5, 64)
+
+
+@pytest.mark.parametrize("pos", ["rope", "sincos", "sinusoid1d", "learned"])
+def test_encoders_in_half_precision(pos):
+    """.bfloat16() and .half() give features near those in float32, from clips of either precision; predictors too."""
+    encoder, predictor, x = tiny(pos=pos, cls=True), tiny_predictor(pos="sincos" if pos == "sincos" else "rope"), clip()
+    (keep,) = some_ids([20])
+    want = encoder(x, keep)
+    for dtype in (torch.bfloat16, torch.float16):
+        low, guess = copy.deepcopy(encoder).to(dtype), copy.deepcopy(predictor).to(dtype)
+        for z in (low(x, keep), low(x.to(dtype), keep)):
+            assert z.dtype == dtype and F.cosine_similarity(z.float(), want, dim=-1).min() > 0.99
+        assert guess(z[:, 1:], keep, keep).dtype == dtype
+
+
+@pytest.mark.parametrize("pos", ["rope", "sincos", "sinusoid1d", "learned"])
+def test_export_leaves_the_process_healthy(pos):
+    """torch.export gives the features, and fake tensors leave none behind: later encoders of these sizes work."""
+    # a size that no other test has: tables are kept
+    shape, x = dict(pos=pos, size=40), clip(size=40)
+    program = torch.export.export(tiny(**shape).eval(), (x,))
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        tiny(**shape)(torch.empty(2, 3, 8, 40, 40))
+    with torch.no_grad():
+        z = tiny(**shape)(x)
+    assert type(z) is torch.Tensor and gap(program.module()(x), z) < 1e-5
 
 
 def test_attention_kernels_agree(monkeypatch):
@@ -191,6 +229,9 @@ def test_shapes_that_do_not_fit_are_refused():
     """One line each for a clip that does not divide into patches and for impossible sizes."""
     with pytest.raises(ValueError, match="7 frames, 32x32 px"):
         tiny()(clip(frames=7))
+    for x in (clip()[:, :2], clip()[0]):
+        with pytest.raises(ValueError, match=r"^clips are \(B,3,T,H,W\), not "):
+            tiny()(x)
     with pytest.raises(ValueError, match="width 64 is not divisible by heads 3"):
         tiny(heads=3)
     with pytest.raises(ValueError, match="pos must be"):
