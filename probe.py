@@ -2601,7 +2601,7 @@ def forecaster(args, device):
                 raise ValueError(f"{args.encoder}: random weights need the folder of a run")
             predictor, config = model.load_predictor(name)
             encoder = model.load_encoder(name, key="encoder")[0].to(device)
-            target = model.load_encoder(name, key="target_encoder")[0].to(device)
+            target = model.load_encoder(name)[0].to(device)
         except ValueError as error:
             raise data.DataError(f"--encoder {error}; physics needs an encoder and its predictor: "
                                  "a run's folder, or a file with both") from error
