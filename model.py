@@ -554,6 +554,10 @@ class ViT(nn.Module):
         same = grid == self.table_grid
         return table if same else resize_table(table.float(), self.table_grid, grid)
 
+    def save_hf(self, folder, predictor=None, about={}):
+        """A folder that transformers loads: see save_hf below."""
+        save_hf(folder, self, predictor, about)
+
     def flops(self, *lengths):
         """Forward FLOPs of one clip whose groups (image encoder: frames) have these token
         counts."""
@@ -2027,13 +2031,17 @@ def load_start(path, shape):
 
 
 def load_predictor(path, **override):
-    """(Predictor in eval mode, config dict) from a file of Meta's V-JEPA 1, 2 or 2.1, or HF's
-    VJEPA2Model.
+    """(Predictor in eval mode, config dict) from a file of Meta's V-JEPA 1, 2 or 2.1, HF's
+    VJEPA2Model, or the folder of a run.
 
     override: frames= and size= of the clip, or entries of Predictor's config. ValueError as of
     load_encoder, and where the file holds no predictor.
     """
     label, _, state, config = read_weights(path, "", override)
+    if not state and (Path(path) / "latest").exists():
+        state = run_part(path, "predictor")
+        said = read_config(path, (Path(path) / "config.json").read_text())["config"]
+        config["predictor_heads"] = said.get("pred_heads") or config["heads"]
     if not state:
         raise refuse(label, "holds no predictor")
     for name in ("frames", "size"):
@@ -2412,7 +2420,7 @@ HF_DINOV2 = {
     "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
     "pos_embed": "embeddings.position_embeddings",
     "cls_token": "embeddings.cls_token",
-    "register_tokens": "embeddings.register_tokens",
+    "mask_token": "embeddings.mask_token",
     "norm.": "layernorm.",
 }
 HF_VIT = HF_DINOV2 | {
@@ -2506,6 +2514,190 @@ def from_hf(path):
     return label, state, predictor, config
 
 
+def run_part(folder, part):
+    """The state of one module of the objective, from a run's newest whole checkpoint; {} if it has
+    none of this name."""
+    found = newest(folder)
+    there = CheckpointReader(found).read_metadata().state_dict_metadata
+    prefix = f"model.{part}."
+    state = {}
+    for name, value in there.items():
+        if name.startswith(prefix):
+            state[name.removeprefix("model.")] = torch.empty(value.size)
+    read_checkpoint({"model": state}, found)
+    return {name.removeprefix(f"{part}."): value for name, value in state.items()}
+
+
+def hf_kind(config):
+    """The row of HF that holds an encoder of this config. ValueError: what none of them has."""
+    plain = dict(images=False, cls=False, stills=False, highpass=0.0, rope_quirk=False,
+                 rope_scaled=0, final_norm=True)
+    least = None
+    for kind, (name, _, _, said) in HF.items():
+        wanted = plain | said
+        if kind == "videomae":
+            wanted.pop("final_norm")
+        differ = []
+        for entry, value in wanted.items():
+            if config[entry] != value:
+                differ.append(f"{entry} {value} where this has {config[entry]}")
+        if not differ:
+            return kind
+        if least is None or len(differ) < len(least):
+            least = [f"{name} has {differ[0]}", *differ[1:]]
+    raise ValueError(f"no model of transformers fits: {', '.join(least)}")
+
+
+def hf_state(kind, encoder, predictor):
+    """Their names and tensors: q, k and v apart, CLS's position 0, layer scales of 1."""
+    ours = {}
+    for name, value in (encoder.state_dict() | predictor).items():
+        if name.startswith(("level_norms.", "mask_tokens.")):
+            continue
+        parts = [(name, value)]
+        if ".qkv." in name:
+            parts = zip([name.replace("qkv", part) for part in ("query", "key", "value")],
+                        value.chunk(3))
+        for part, tensor in parts:
+            # a key's bias adds the same to a token's scores for all others: softmax ignores it
+            if kind != "videomae" or not part.endswith(".key.bias"):
+                ours[part] = tensor
+    tokens = [value for name, value in predictor.items() if name.startswith("mask_tokens.")]
+    if tokens:
+        ours["mask_tokens"] = torch.stack(tokens)
+    if encoder.images:
+        ours["patch_embed.proj.weight"] = ours["patch_embed.proj.weight"][:, :, 0]
+    if kind == "dinov2":
+        ours["pos_embed"] = F.pad(ours["pos_embed"], (0, 0, 1, 0))
+        ours["mask_token"] = torch.zeros(1, encoder.width)
+        for i in range(len(encoder.blocks)):
+            for scale in (1, 2):
+                ours[f"blocks.{i}.ls{scale}.gamma"] = torch.ones(encoder.width)
+    state = {}
+    for name, value in ours.items():
+        for here, there in HF[kind][1].items():
+            name = re.sub(rf"(^|(?<=\.)){re.escape(here)}", there, name)
+        state[name] = value.detach().cpu().float().contiguous()
+    return state
+
+
+def ratio(mlp, width):
+    """A whole number where it is one: Dinov2Config takes no other."""
+    return mlp / width if mlp % width else mlp // width
+
+
+def save_hf(folder, encoder, predictor=None, about={}):
+    """Write an encoder (ViT) as a folder that transformers loads: config.json, model.safetensors,
+    and README.md, a card with what `about` says of it. predictor: V-JEPA's. ValueError names what
+    transformers has no model for."""
+    config = encoder.config
+    kind = hf_kind(config)
+    model_class, _, entries, _ = HF[kind]
+    hf = {"model_type": kind, "architectures": [model_class], "dtype": "float32",
+          "intermediate_size": config["mlp"], "mlp_ratio": ratio(config["mlp"], config["width"]),
+          "use_mean_pooling": not config["final_norm"], "layerscale_value": 1.0}
+    hf |= {theirs: config[ours] for ours, theirs in entries.items()}
+    if config["act"] == "gelu_tanh":
+        hf["hidden_act"] = "gelu_pytorch_tanh"
+    state = {}
+    if kind == "vjepa2":
+        hf["pred_num_hidden_layers"] = 0
+        if predictor is not None:
+            state = predictor.state_dict()
+            hf |= {"pred_hidden_size": predictor.width, "pred_num_attention_heads": predictor.heads,
+                   "pred_num_hidden_layers": len(predictor.predictor_blocks),
+                   "pred_mlp_ratio": ratio(predictor.mlp, predictor.width),
+                   "pred_num_mask_tokens": len(predictor.mask_tokens)}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temp = folder / "model.tmp"
+    save_file(hf_state(kind, encoder, state), temp, metadata={"format": "pt"})
+    put_in_place(temp, folder / "model.safetensors")
+    write(folder / "config.json", json.dumps(hf, indent=1))
+    write(folder / "README.md", card(model_class, config | about))
+
+
+def card(model_class, about):
+    """A model card: how to load it, and a table of what is known."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in about.items())
+    return f"""---
+library_name: transformers
+tags: [video, self-supervised]
+---
+# {about.get("model") or "encoder"}
+
+`transformers.{model_class}.from_pretrained(FOLDER)`; pixels in [0,1], minus `mean`, over `std`.
+The `last_hidden_state` of a clip is what the encoder gave where it was trained.
+
+| | |
+|---|---|
+{rows}
+"""
+
+
+def save_meta(path, encoder, predictor=None):
+    """Write V-JEPA 1's, 2's or 2.1's layout, by the encoder's positions and levels: a .pt that
+    their code and load_encoder read. ValueError: an encoder of another kind."""
+    config = encoder.config
+    if config["images"] or config["pos"] not in ("rope", "sincos") or config["highpass"]:
+        raise ValueError(f"Meta's V-JEPA has no {config['pos']} positions, single frames or "
+                         "highpass")
+    if config["pos"] == "rope" and config["levels"] == 1 and not config["rope_quirk"]:
+        raise ValueError("V-JEPA 2 has tiled rope frequencies: --rope_quirk in training")
+    file = {}
+    for part, module in (("target_encoder", encoder), ("predictor", predictor)):
+        state = {} if module is None else module.state_dict()
+        if module is not None and config["pos"] == "sincos":
+            name = "pos_embed" if module is encoder else "predictor_pos_embed"
+            state[name] = sincos_table(module.width, encoder.grid)[None]
+        file[part] = {}
+        for name, value in state.items():
+            if config["levels"] > 1:
+                name = re.sub(r"^norm\.", "norms_block.3.", name)
+                name = re.sub(r"^level_norms\.", "norms_block.", name)
+            file[part][f"module.backbone.{name}"] = value.detach().cpu().clone()
+    file["encoder"] = file["target_encoder"]
+    temp = Path(f"{path}.tmp")
+    torch.save(file, temp)
+    put_in_place(temp, Path(path))
+
+
+def export_main():
+    """python model.py export RUN --to hf|meta: a run, or any weight file, for other programs."""
+    parser = argparse.ArgumentParser(prog="model.py", description=export_main.__doc__)
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("run", help="the folder of a run, or a weight file")
+    parser.add_argument("--to", choices=["hf", "meta"], required=True)
+    parser.add_argument("--out", default="", help="a folder, or a .pt; beside the run")
+    args = parser.parse_args()
+    out = Path(args.out or Path(args.run) / {"hf": "hf", "meta": "vjepa.pt"}[args.to])
+    try:
+        encoder, config = load_encoder(args.run)
+        predictor = None
+        if config["pos"] in ("rope", "sincos") and not config["images"]:
+            try:
+                predictor = load_predictor(args.run)[0]
+            except ValueError as error:
+                say(f"note: without a predictor: {error}")
+        if args.to == "meta":
+            save_meta(out, encoder, predictor)
+        else:
+            encoder.save_hf(out, predictor, config | run_numbers(args.run))
+    except (OSError, ValueError, UserError) as error:
+        leave(error, 2)
+    print(json.dumps({"out": str(out), "params": count(encoder)}))
+
+
+def run_numbers(folder):
+    """The last of each number in a run's log; {} of a weight file."""
+    log = Path(folder) / "log.jsonl"
+    numbers = {}
+    for line in log.read_text().splitlines() if log.exists() else ():
+        numbers |= {name: value for name, value in json.loads(line).items()
+                    if isinstance(value, (int, float))}
+    return numbers
+
+
 def conv_kernel(kernel):
     return kernel.permute(4, 3, 0, 1, 2)
 
@@ -2582,3 +2774,7 @@ def from_4ds(path, file):
         layer=readout_layer(config["depth"]), layer_classify=readout_layer(config["depth"], 0.75),
     )
     return label, state, {}, config
+
+
+if __name__ == "__main__":
+    export_main()

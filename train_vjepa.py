@@ -58,6 +58,7 @@ class Args:
     patch: int = 16                     # pixels
     tubelet: int = 2                    # frames
     pos: Literal["sincos", "rope"] = "sincos"       # positions: sincos or rope
+    rope_quirk: bool = False            # tiled frequencies, as V-JEPA 2's files and transformers
     pred_depth: int = 12                # blocks of the predictor
     pred_width: int = 384
     pred_heads: int = 0                 # 0: as many as the encoder
@@ -146,6 +147,8 @@ PRESETS = {
     "laptop_video": LAPTOP_VIDEO,
     "vjepa2": VJEPA2,
     "vjepa2_cooldown": COOLDOWN,
+    # for python model.py export: as HF's VJEPA2Model and V-JEPA 2's own code rotate
+    "vjepa2_hf": VJEPA2 | dict(rope_quirk=True, out_dir="out/vjepa2_hf"),
 }
 
 # FWM-HW-LD's rows: what each adds to its baseline. The baselines are V-JEPA by the recipe of Table
@@ -268,6 +271,8 @@ class VJEPA(nn.Module):
         self.args = args
         shape = SIZES[args.model] | dict(
             patch=args.patch, tubelet=args.tubelet, pos=args.pos, highpass=args.highpass)
+        if args.rope_quirk:
+            shape["rope_quirk"] = True
         start = None
         if args.init:
             start, shape, _ = load_start(args.init, shape)
