@@ -318,6 +318,14 @@ def unpatch(x, grid, a, p):
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
+def touch(x, *unused):
+    """x, with gradients of 0 for what this kind of clip does not use: DDP waits for every
+    parameter."""
+    if not torch.is_grad_enabled():
+        return x
+    return x + 0 * sum(p.sum() for p in unused).to(x.dtype)
+
+
 def learned(*shape, std=0.02):
     return nn.Parameter(std * torch.randn(*shape))
 
@@ -506,10 +514,8 @@ class ViT(nn.Module):
             raise ValueError(f"clips are (B,3,T,H,W), not {tuple(x.shape)}")
         B, _, T, H, W = x.shape
         embed = self.patch_embed
-        kind = self.video_mod_embed
         if T == 1 and self.patch_embed_img is not None:
             embed = self.patch_embed_img
-            kind = self.img_mod_embed
         a, p, _ = embed.proj.kernel_size
         if T % a or H % p or W % p:
             raise ValueError(f"clip of {T} frames, {H}x{W} px does not divide into tubelets of {a} "
@@ -519,8 +525,13 @@ class ViT(nn.Module):
         lengths = [math.prod(grid)] if keeps is None else [k.shape[1] for k in keeps]
 
         x = embed(x, ids)                                               # (B, n, D)
-        if kind is not None:
-            x = x + kind.to(x.dtype)
+        if self.patch_embed_img is not None:
+            kind = self.video_mod_embed
+            unused = [self.img_mod_embed, *self.patch_embed_img.parameters()]
+            if T == 1:
+                kind = self.img_mod_embed
+                unused = [self.video_mod_embed, *self.patch_embed.parameters()]
+            x = touch(x + kind.to(x.dtype), *unused)
         if fill is not None:
             hidden, values = fill
             x = torch.where(hidden[..., None], values.to(x.dtype), x)
@@ -707,13 +718,14 @@ class Predictor(nn.Module):
     def forward(self, z, keep, pred, grid=None, context=False):
         """z list of (B,K_i,in_width), keep list of (B,K_i), pred list of (B,M_i) -> list of
         (B,M_i,out_width). Group i uses mask token i, modulo. grid: of these clips, if not the one
-        it was made for. context: also a list of (B,K_i,out_width), of the context's tokens.
+        it was made for. context: also a list of (B,K_i,out_width), of the context's tokens, or []
+        where no layer gives them.
 
         Tensors instead of lists are one group, and give one tensor. Order within a group is free:
         attention only sees positions.
         """
         if torch.is_tensor(z):
-            return self([z], [keep], [pred], grid)[0]
+            return self([z], [keep], [pred])[0]
         grid = grid or self.grid
         K = [ids.shape[1] for ids in keep]
         M = [ids.shape[1] for ids in pred]
@@ -723,8 +735,9 @@ class Predictor(nn.Module):
         x = interleave(x.split(K, 1), tokens)                           # (B, n, Dp)
         ids = interleave(keep, pred)                                    # (B, n)
         if self.img_mod_embed is not None:
-            kind = self.img_mod_embed if grid[0] == 1 else self.video_mod_embed
-            x = x + kind.to(x.dtype)
+            kinds = (self.img_mod_embed, self.video_mod_embed)
+            kind, other = kinds if grid[0] == 1 else kinds[::-1]
+            x = touch(x + kind.to(x.dtype), other)
         rope = None
         if self.pos == "sincos":
             x = x + settle(sincos_table(self.width, grid, x.device)[ids], x)
@@ -738,6 +751,8 @@ class Predictor(nn.Module):
         zhat = self.predictor_proj(self.predictor_norm(hidden)).split(M, 1)
         if not context:
             return list(zhat)
+        if self.predictor_proj_context is None:
+            return list(zhat), []
         seen = torch.cat([group[:, :k] for group, k in zip(groups, K)], 1)
         seen = self.predictor_proj_context(self.predictor_norm(seen)).split(K, 1)
         return list(zhat), list(seen)
@@ -856,6 +871,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
 POSITIVE = {  # flags that 0 does not switch off
     "steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "prototypes",
     "log_every", "save_every", "keep", "timeout", "ce_rows", "temp", "tau", "temporal_keep",
+    "levels",
 }
 SHARES = {"ema", "final_ema", "max_bad_fraction", "betas", "temporal_keep", "motion_uniform"}
 FREE = {  # flags that a resumed run may change
@@ -1260,7 +1276,8 @@ class Run:
     def loader(self, sources, clip, first):
         """This rank's micro-batches, from step `first` on."""
         args = self.args
-        return iter(data.make_loader(
+        make = data.mixed_loader if getattr(args, "stills", False) else data.make_loader
+        return iter(make(
             sources, clip, seed=args.seed, batch_size=args.batch_size, micro_batch=self.micro,
             rank=self.rank, ranks=self.ranks, workers=self.workers, timeout=args.timeout,
             start_step=first, steps=self.last))
@@ -1741,7 +1758,7 @@ def latent_surprise(encoder, predictor, targets, x, context):
     targets: x -> h (B,N,D)."""
     keep, pred = split_time(encoder, x, context)
     h = gather(targets(x), pred)
-    zhat = predictor(encoder(x, keep), keep, pred).float()
+    zhat = predictor(encoder(x, keep, levels=True), keep, pred).float()
     return (zhat - h).abs().mean((1, 2))
 
 

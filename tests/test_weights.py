@@ -9,11 +9,11 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import model as M
 from test_model import TINY, clip, gap, loud, patterned, tiny
+from test_vjepa21 import encode
 
 D = 192
 PIXELS = dict(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])
@@ -133,58 +133,6 @@ def vjepa21_file(path, distilled=False):
     return encoder, predictor
 
 
-def formula21(state, x, heads, side):
-    """V-JEPA 2.1's four levels in float64 numpy, one token and one head at a time where that is plainest: x
-    (3,T,H,W), patches of 8."""
-    w = {k: v.double().numpy() for k, v in state.items()}
-    still = x.shape[1] == 1
-    embed, a = ("patch_embed_img", 1) if still else ("patch_embed", 2)
-    kind = w["img_mod_embed" if still else "video_mod_embed"][0, 0]
-    _, T, H, W = x.shape
-    tokens, places = [], []
-    for t in range(T // a):
-        for i in range(H // 8):
-            for j in range(W // 8):
-                cube = x[:, t * a : t * a + a, i * 8 : i * 8 + 8, j * 8 : j * 8 + 8]
-                tokens.append((w[f"{embed}.proj.weight"] * cube).sum((1, 2, 3, 4)) + w[f"{embed}.proj.bias"] + kind)
-                places.append([t, i * (side - 1) / (H // 8 - 1), j * (side - 1) / (W // 8 - 1)])
-    z, places = np.array(tokens), np.array(places)
-    d = z.shape[1] // heads
-    a = 2 * (d // 6)
-
-    def norm(z, name):
-        unit = (z - z.mean(1, keepdims=True)) / np.sqrt(z.var(1, keepdims=True) + 1e-6)
-        return unit * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def turn(q):
-        q = q.copy()
-        for axis in range(3):
-            for pair in range(a // 2):
-                angle = places[:, axis] * 10000 ** (-2 * pair / a)
-                c = axis * a + 2 * pair
-                even, odd = q[:, c].copy(), q[:, c + 1].copy()
-                q[:, c] = even * np.cos(angle) - odd * np.sin(angle)
-                q[:, c + 1] = odd * np.cos(angle) + even * np.sin(angle)
-        return q
-
-    levels = []
-    for i in range(12):
-        at = f"blocks.{i}"
-        qkv = norm(z, f"{at}.norm1") @ w[f"{at}.attn.qkv.weight"].T + w[f"{at}.attn.qkv.bias"]
-        out = []
-        for head in range(heads):
-            q, k, v = (qkv[:, (part * heads + head) * d :][:, :d] for part in range(3))
-            score = turn(q) @ turn(k).T / np.sqrt(d)
-            score = np.exp(score - score.max(1, keepdims=True))
-            out.append(score / score.sum(1, keepdims=True) @ v)
-        z = z + np.concatenate(out, 1) @ w[f"{at}.attn.proj.weight"].T + w[f"{at}.attn.proj.bias"]
-        y = torch.from_numpy(norm(z, f"{at}.norm2") @ w[f"{at}.mlp.fc1.weight"].T + w[f"{at}.mlp.fc1.bias"])
-        z = z + F.gelu(y).numpy() @ w[f"{at}.mlp.fc2.weight"].T + w[f"{at}.mlp.fc2.bias"]
-        if i in (2, 5, 8, 11):
-            levels.append(norm(z, "norm" if i == 11 else f"level_norms.{i // 3}"))
-    return levels
-
-
 def test_vjepa21_features_equal_the_formula(tmp_path):
     """A file in V-JEPA 2.1's layout: four levels of a clip that is not square, and of one image, are those of a
     float64 numpy forward; the plain output is the last level; predictor and distilled files load."""
@@ -196,7 +144,8 @@ def test_vjepa21_features_equal_the_formula(tmp_path):
         with torch.no_grad():
             z = loaded(x, levels=True)
             last = loaded(x)
-        want = torch.from_numpy(np.concatenate(formula21(encoder.state_dict(), x[0].double().numpy(), 3, 16), 1))[None]
+        levels = encode(encoder.state_dict(), x[0].double().numpy(), 3, 16, [3, 6, 9, 12])
+        want = torch.from_numpy(np.concatenate(levels, 1))[None]
         print(f"max difference of V-JEPA 2.1 to numpy: {gap(z, want):.1e} of features up to {z.abs().max():.1f}")
         assert z.shape[2] == 4 * D and gap(z, want) < 5e-5 and torch.equal(z[..., -D:], last)
     guess, said = M.load_predictor(tmp_path / "vjepa21.pt", frames=8, size=48)
