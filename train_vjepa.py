@@ -326,8 +326,7 @@ class VJEPA(nn.Module):
 
     @torch.no_grad()
     def targets(self, x):
-        """h (B,N,D), a constant: E must tell more of the clip, not make h easy (appendix D). Of
-        several levels each by itself, then joined."""
+        """h (B,N,D), a constant: E must tell more of the clip, not make h easy (appendix D)."""
         h = self.target(x, levels=True).float().unflatten(2, (self.args.levels, -1))
         return F.layer_norm(h, h.shape[-1:]).flatten(2)
 
@@ -354,14 +353,13 @@ class VJEPA(nn.Module):
             metrics["loss_context"] = dense.detach()
         return loss, metrics | {"tokens": some_rows(h)}
 
-    def masks(self, step, batch_size, rows=None, grid=None):
+    def masks(self, step, batch_size, rows=None, grid=None, temporal_keep=1.0):
         """keep, pred of one step: an entry a mask, ids (b,K) and (b,M), of these rows (a slice) of
-        the batch; a function of the seed and the step. --temporal_keep: the context lies in this
-        first share of the slices, and all that is not context is predicted."""
+        the batch; a function of the seed and the step."""
         a = self.args
         return data.sample_masks(
             a.masks, a.seed, step, batch_size, grid or self.encoder.grid, a.aspect, a.trim,
-            a.bucket, rows, a.temporal_keep)
+            a.bucket, rows, temporal_keep)
 
     def place(self, keep, pred, x, step, row):
         """The masks of the clips x, whose first is `row` of the batch, as they were drawn, or of
@@ -685,6 +683,11 @@ class FWM(VJEPA):
     def dynamics(self, z):
         """What the heads of ld and ac see: with static or orth on, the second half."""
         return z.chunk(2, -1)[1] if self.factorised else z
+
+    def masks(self, step, batch_size, rows=None, grid=None):
+        """V-JEPA's, or Future-Predictive: the context lies in the first share of the slices, and
+        all that is not context is predicted."""
+        return super().masks(step, batch_size, rows, grid, self.args.temporal_keep)
 
     def place(self, keep, pred, x, step, row):
         """Motion-guided: blocks lie where the clips move."""
