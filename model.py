@@ -35,6 +35,7 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, wraps
 from itertools import cycle, repeat
@@ -1970,12 +1971,25 @@ SHAPE = tuple(name for name in VIT_KEYS if name not in ("frames", "size", "init_
 PARTS = ("ema_encoder", "target_encoder", "teacher", "model", "module", "state_dict")
 
 
-def refuse(path, what):
-    """A ValueError of one line of at most 200 characters, however long the path."""
-    path = str(path)
-    path = path if len(path) <= 110 else "..." + path[-107:]
-    text = " ".join(f"{path}: {what}".split())
-    return ValueError(text if len(text) <= 200 else text[:197] + "...")
+class Refused(ValueError):
+    """What a weight file lacks: one line of at most 200 characters, however long its path."""
+
+    def __init__(self, path, what):
+        path = str(path)
+        path = path if len(path) <= 110 else "..." + path[-107:]
+        text = " ".join(f"{path}: {what}".split())
+        super().__init__(text if len(text) <= 200 else text[:197] + "...")
+
+
+@contextmanager
+def naming(path, family=""):
+    """Errors in this block name the file, and its family where that is known by then."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (OSError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise Refused(f"{path} ({family})" if family else path, error) from error
 
 
 def save_encoder(path, encoder, config):
@@ -2011,25 +2025,19 @@ def load_encoder(path, *, seed=0, key="", **override):
     """
     name = str(path).removeprefix("random:")
     random = name != str(path)
-    label = name
+    family = ""
     if random and name in SIZES:
         config = SIZES[name] | dict(model=name, **IMAGENET)
     else:
-        label, state, _, config = read_weights(name, key, override)
+        family, state, _, config = read_weights(name, key, override)
         config.pop("predictor_heads", None)
-    config = apply_override(config, override, label)
-    lacking = [entry for entry in ("mlp", "mean", "std") if entry not in config]
-    if lacking:
-        raise refuse(label, f"its config lacks {', '.join(lacking)}")
-    device = "cpu" if random else "meta"
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            torch.manual_seed(seed)
+    with naming(name, family), torch.random.fork_rng(devices=[]):
+        config = apply_override(config, override, "mlp", "mean", "std")
+        torch.manual_seed(seed)
+        with torch.device("cpu" if random else "meta"):
             encoder = ViT(**{name: config[name] for name in VIT_KEYS if name in config})
-    except ValueError as error:
-        raise refuse(label, error) from None
-    if not random:
-        fill(encoder, state, label)
+        if not random:
+            fill(encoder, state)
     return encoder.eval(), encoder.config | config
 
 
@@ -2054,56 +2062,47 @@ def load_predictor(path, **override):
     override: frames= and size= of the clip, or entries of Predictor's config. ValueError as of
     load_encoder, and where the file holds no predictor.
     """
-    label, _, state, config = read_weights(path, "", override)
-    if not state and (Path(path) / "latest").exists():
-        state = run_part(path, "predictor")
-        said = read_config(path, (Path(path) / "config.json").read_text())["config"]
-        config["predictor_heads"] = said.get("pred_heads") or config["heads"]
-    if not state:
-        raise refuse(label, "holds no predictor")
-    for name in ("frames", "size"):
-        if name in override:
-            config[name] = override.pop(name)
-    config = apply_override(predictor_shapes_config(state, label, config), override, label)
-    try:
+    family, _, state, config = read_weights(path, "", override)
+    with naming(path, family):
+        if not state and (Path(path) / "latest").exists():
+            state = run_part(path, "predictor")
+            said = read_config(Path(path) / "config.json")["config"]
+            config["predictor_heads"] = said.get("pred_heads") or config["heads"]
+        if not state:
+            raise ValueError("holds no predictor")
+        for name in ("frames", "size"):
+            if name in override:
+                config[name] = override.pop(name)
+        config = apply_override(predictor_shapes_config(state, config), override)
         with torch.device("meta"):
             predictor = Predictor(**config)
-    except ValueError as error:
-        raise refuse(label, error) from None
-    fill(predictor, state, label)
+        fill(predictor, state)
     return predictor.eval(), config
 
 
-def apply_override(config, override, label):
+def apply_override(config, override, *needed):
     known = {*config, *VIT_KEYS, *NOTES, "model"}
     unknown = [name for name in override if name not in known]
     if unknown:
-        raise refuse(label, f"unknown config entries {unknown}; known are {sorted(known)}")
+        raise ValueError(f"unknown config entries {unknown}; known are {sorted(known)}")
     config = {**config, **override}
-    lacking = [name for name in ("width", "depth", "heads") if config.get(name) is None]
-    if lacking == ["heads"]:
-        raise refuse(label, f"no known size has width {config['width']} and depth "
-                            f"{config['depth']}, so heads are unknown: pass heads=")
+    lacking = [name for name in ("width", "depth", "heads", *needed) if name not in config]
     if lacking:
-        raise refuse(label, f"its config lacks {', '.join(lacking)}")
-    return checked(config, label)
-
-
-def checked(config, label):
-    try:
-        check_config(config)
-    except ValueError as error:
-        raise refuse(label, error) from None
+        raise ValueError(f"its config lacks {', '.join(lacking)}")
+    if config["heads"] is None:
+        raise ValueError(f"no known size has width {config['width']} and depth {config['depth']}, "
+                         "so heads are unknown: pass heads=")
+    check_config(config)
     return config
 
 
-def check_finite(state, path):
+def check_finite(state, what):
     bad = [name for name, value in state.items() if not value.isfinite().all()]
     if bad:
-        raise UserError(f"{path}: not finite {', '.join(bad[:3])}")
+        raise UserError(f"{what}: not finite {', '.join(bad[:3])}")
 
 
-def fill(module, state, label):
+def fill(module, state):
     """Load state into module (on the meta device) strictly, as float32 copies."""
     wanted = module.state_dict()
     misshaped = []
@@ -2121,65 +2120,65 @@ def fill(module, state, label):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             complaints.append(f"{fault} {names[0]}{more}")
+    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    if bad and not complaints:
+        complaints = [f"not finite {bad[0]}"]
     if complaints:
-        raise refuse(label, "; ".join(complaints))
-    check_finite(state, label)
+        raise ValueError("; ".join(complaints))
     state = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
     module.load_state_dict(state, assign=True)
 
 
 def read_weights(name, key, override):
-    """Any weight file, FILE or FILE#PART -> (label, encoder state, predictor state, config). label:
-    the file and its family, for errors."""
-    if not name:
+    """Any weight file, FILE or FILE#PART -> (family, encoder state, predictor state, config)."""
+    if not str(name):
         raise ValueError("no weight file is given")
-    try:
-        return find_family(name, key, override)
-    except (OSError, IndexError, RuntimeError, TypeError) as error:
-        raise refuse(name, f"not understood: {error}") from error
-
-
-def find_family(name, key, override):
-    path = Path(name)
-    if not path.exists() and "#" in str(name):
-        name, _, key = str(name).rpartition("#")
+    with naming(name):
         path = Path(name)
-    # the folder of a run
-    if (path / "encoder.safetensors").exists():
-        path = path / "encoder.safetensors"
-    if not path.exists():
-        raise refuse(path, f"no such weight file, and no size of {', '.join(SIZES)} behind "
-                           "'random:'")
-    if path.is_dir():
-        return from_hf(path)
-    if path.suffix == ".safetensors":
-        state, metadata = read_safetensors(path)
-        if "config" not in metadata:
+        if not path.exists() and "#" in str(name):
+            name, _, key = str(name).rpartition("#")
+            path = Path(name)
+        # the folder of a run
+        if (path / "encoder.safetensors").exists():
+            path = path / "encoder.safetensors"
+        if not path.exists():
+            raise ValueError(
+                f"no such weight file, and no size of {', '.join(SIZES)} behind 'random:'")
+        if path.is_dir():
             return from_hf(path)
-        return path, state, {}, read_config(path, metadata["config"])
-    if path.suffix not in (".pt", ".pth", ".tar", ".npz"):
-        raise refuse(path, "not a weight file (.safetensors, .pt, .pth, .pth.tar, .npz) or a "
-                           "directory of one")
-    file = read_foreign(path)
-    if path.suffix == ".npz":
-        return from_4ds(path, file)
-    part = key or next((part for part in PARTS if isinstance(file.get(part), dict)), "")
-    plain = not key and any(torch.is_tensor(value) for value in file.values())
-    if not part and not plain or key and not isinstance(file.get(key), dict):
-        raise refuse(path, f"no {key or 'target_encoder'!r} in the file, which holds "
-                           f"{sorted(map(str, file))}: name a part as FILE#PART")
-    return from_torch(path, file[part] if part else file, file.get("predictor"), override)
+        if path.suffix == ".safetensors":
+            state, metadata = read_safetensors(path)
+            if "config" not in metadata:
+                return from_hf(path)
+            return "", state, {}, parse_config(metadata["config"])
+        if path.suffix not in (".pt", ".pth", ".tar", ".npz"):
+            raise ValueError("not a weight file (.safetensors, .pt, .pth, .pth.tar, .npz) or a "
+                             "directory of one")
+        file = read_foreign(path)
+        if path.suffix == ".npz":
+            with naming(name, "4DS"):
+                return from_4ds(file)
+        part = key or next((part for part in PARTS if isinstance(file.get(part), dict)), None)
+        inner = file if part is None else file.get(part)
+        if not isinstance(inner, dict) or not any(map(torch.is_tensor, inner.values())):
+            raise ValueError(f"no weights in {part or 'target_encoder'!r}; the file holds "
+                             f"{sorted(map(str, file))}: name a part as FILE#PART")
+        return from_torch(path, inner, file.get("predictor"), override)
 
 
-def read_config(path, text):
-    """JSON -> dict, of checked entries."""
+def parse_config(text):
     try:
         config = json.loads(text)
-        if not isinstance(config, dict):
-            raise ValueError(f"a {type(config).__name__}")
     except ValueError as error:
-        raise refuse(path, f"its config is no JSON object: {error}") from None
+        raise ValueError(f"its config is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"its config is a {type(config).__name__}")
     return config
+
+
+def read_config(path):
+    with naming(path):
+        return parse_config(path.read_text())
 
 
 def read_foreign(path):
@@ -2194,9 +2193,9 @@ def read_foreign(path):
             file = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         first_line = str(e).partition("\n")[0]
-        raise refuse(path, f"not a readable weight file ({type(e).__name__}: {first_line})") from e
+        raise ValueError(f"not a readable weight file ({type(e).__name__}: {first_line})") from e
     if not isinstance(file, dict):
-        raise refuse(path, f"not a readable weight file (it holds a {type(file).__name__})")
+        raise ValueError(f"not a readable weight file (it holds a {type(file).__name__})")
     return file
 
 
@@ -2204,29 +2203,25 @@ def read_safetensors(path):
     """(state, metadata), after checking the sha256 beside the file if there is one."""
     side = Path(f"{path}.sha256")
     if side.exists() and side.read_text().split()[:1] != [sha256(path)]:
-        raise refuse(path, f"differs from its sha256 in {side.name}: the file is damaged")
+        raise Refused(path, f"differs from its sha256 in {side.name}: the file is damaged")
     try:
         with safe_open(path, "pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except SafetensorError as e:
-        raise refuse(path, f"not a readable safetensors file ({e})") from e
+        raise Refused(path, f"not a readable safetensors file ({e})") from e
 
 
 def size_name(width, depth):
     """The size of these, or None."""
-    for name, size in SIZES.items():
-        if (size["width"], size["depth"]) == (width, depth):
-            return name
-    return None
+    return next((name for name, row in ROWS.items() if row[:2] == (width, depth)), None)
 
 
-def shapes_config(state, label):
+def shapes_config(state):
     """What the shapes of an encoder state in our names tell of its config. Heads come from the
     size table, None where no size fits."""
-    names = ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
-    embed, fc1 = pick(state, label, *names)
+    embed, fc1 = pick(state, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     if embed.ndim != 5:
-        raise refuse(label, f"wrong shape {names[0]} {tuple(embed.shape)}")
+        raise ValueError(f"wrong shape patch_embed.proj.weight {tuple(embed.shape)}")
     width, _, tubelet, patch, _ = embed.shape
     depth = depth_of(state, "blocks")
     model = size_name(width, depth)
@@ -2237,10 +2232,10 @@ def shapes_config(state, label):
     )
 
 
-def pick(state, label, *names):
+def pick(state, *names):
     lacking = [name for name in names if name not in state]
     if lacking:
-        raise refuse(label, f"missing {', '.join(lacking)}")
+        raise ValueError(f"missing {', '.join(lacking)}")
     return [state[name] for name in names]
 
 
@@ -2261,18 +2256,18 @@ NAMES = {
 }
 
 
-def rename(state, label, patterns, drop=OUTSIDE):
-    """The tensors of a state without those that `drop` matches, under our names: every one of
+def rename(state, patterns):
+    """The tensors of a state that belong to encoder or predictor, under our names: every one of
     `patterns` is replaced in turn."""
     out = {}
     for theirs, value in state.items():
         ours = str(theirs)
         for pattern, new in patterns.items():
             ours = re.sub(pattern, new, ours)
-        if not torch.is_tensor(value) or re.match(drop, ours):
+        if not torch.is_tensor(value) or re.match(OUTSIDE, ours):
             continue
         if ours in out:
-            raise refuse(label, f"holds {ours} twice, the second time as {theirs}")
+            raise ValueError(f"holds {ours} twice, the second time as {theirs}")
         out[ours] = value
     return out
 
@@ -2308,17 +2303,16 @@ def fold(state):
         state["patch_embed.proj.weight"] = embed[:, :, None]
 
 
-def fold_cls(state, label):
+def fold_cls(state):
     """In place: CLS's row of an image encoder's positions into CLS -> the side of their grid."""
-    table = pick(state, label, "pos_embed")[0]
-    cls = state.get("cls_token")
-    own = 0 if cls is None else 1
+    table = pick(state, "pos_embed")[0]
+    own = 1 if "cls_token" in state else 0
     n = table.shape[1] if table.ndim == 3 else 0
     side = math.isqrt(max(0, n - own))
     if not side or n != own + side**2:
-        raise refuse(label, f"wrong shape pos_embed {tuple(table.shape)}: not that of a square")
+        raise ValueError(f"wrong shape pos_embed {tuple(table.shape)}: not that of a square")
     if own:
-        state["cls_token"] = cls + table[:, :1]
+        state["cls_token"] = state["cls_token"] + table[:, :1]
         state["pos_embed"] = table[:, 1:]
     return side
 
@@ -2329,15 +2323,14 @@ def depth_of(state, name):
     return 1 + max(int(match[1]) for match in found if match)
 
 
-def predictor_shapes_config(state, label, config):
-    embed = "predictor_embed.0" if "predictor_embed.0.weight" in state else "predictor_embed"
+def predictor_shapes_config(state, config):
+    hidden = len(state.get("predictor_embed.0.weight", ()))
     embed, proj, fc1, norm = pick(
-        state, label, f"{embed}.weight", "predictor_proj.weight",
+        state, f"predictor_embed.{'0.' if hidden else ''}weight", "predictor_proj.weight",
         "predictor_blocks.0.mlp.fc1.weight", "predictor_norm.weight")
     side = config["size"] // config["patch"]
     return dict(
-        in_width=embed.shape[-1], out_width=len(proj), width=len(norm),
-        hidden=len(embed) if "predictor_embed.0.weight" in state else 0,
+        in_width=embed.shape[-1], out_width=len(proj), width=len(norm), hidden=hidden,
         context="predictor_proj_context.weight" in state, stills="img_mod_embed" in state,
         depth=depth_of(state, "predictor_blocks"), mlp=len(fc1), heads=config["predictor_heads"],
         grid=[config["frames"] // config["tubelet"], side, side],
@@ -2350,31 +2343,37 @@ def predictor_shapes_config(state, label, config):
 
 def from_torch(path, part, predictor, override):
     """A .pt or .pth: V-JEPA, VideoMAE, I-JEPA, MAE, DINO and timm's image encoders."""
-    state = rename(part, path, NAMES)
-    predictor = rename(predictor, path, NAMES) if isinstance(predictor, dict) else {}
-    embed = pick(state, path, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")[0]
+    state = rename(part, NAMES)
+    predictor = rename(predictor, NAMES) if isinstance(predictor, dict) else {}
+    embed = pick(state, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")[0]
     videomae = "blocks.0.attn.query.bias" in state
     fold(state)
     if embed.ndim == 4:
-        family = "MAE, DINO or timm's ViT" if "cls_token" in state else "I-JEPA"
-        label = f"{path} ({family})"
-        config = shapes_config(state, label)
-        size = fold_cls(state, label) * config["patch"]
-        config.update(
-            pos="learned", images=True, cls="cls_token" in state, frames=16, size=size)
-        return label, state, {}, config
-
-    if videomae:
-        label = f"{path} (VideoMAE)"
+        cls = "cls_token" in state
+        family = "MAE, DINO or timm's ViT" if cls else "I-JEPA"
+        with naming(path, family):
+            config = shapes_config(state)
+            size = fold_cls(state) * config["patch"]
+        config.update(pos="learned", images=True, cls=cls, frames=16, size=size)
+    elif videomae:
+        family = "VideoMAE"
         # bare after fine-tuning, without norm where an fc_norm follows
         final_norm = not any("fc_norm." in str(name) for name in part)
-        config = shapes_config(state, label)
+        config = shapes_config(state)
         config.update(pos="sinusoid1d", final_norm=final_norm, frames=16, size=224)
-        return label, state, {}, config
-    return from_meta_vjepa(path, state, predictor, override)
+    else:
+        levels = "level_norms.0.weight" in state
+        pos = "sincos" if "predictor_pos_embed" in predictor else "rope"
+        pos = override.get("pos", pos)
+        family = "V-JEPA 2.1" if levels else {"rope": "V-JEPA 2"}.get(pos, "V-JEPA 1")
+        with naming(path, family):
+            config = vjepa_config(state, predictor, levels, pos, override)
+        if family == "V-JEPA 2" and not predictor and "pos" not in override:
+            say(f"note: {path} is read as V-JEPA 2's, with tiled rope frequencies (rope_quirk)")
+    return family, state, predictor, config
 
 
-def from_meta_vjepa(path, state, predictor, override):
+def vjepa_config(state, predictor, levels, pos, override):
     """Meta's V-JEPA 1 (sincos tables stored beside the weights), 2 (rope with its quirk) and 2.1
     (rope, a norm for each of four levels).
 
@@ -2383,48 +2382,35 @@ def from_meta_vjepa(path, state, predictor, override):
     """
     table = state.pop("pos_embed", None)
     predictor_table = predictor.pop("predictor_pos_embed", None)
-    pos = override.get("pos", "rope" if predictor_table is None else "sincos")
-    levels = "level_norms.0.weight" in state
-    version = "2.1" if levels else {"rope": 2, "sincos": 1}.get(pos)
-    if not predictor and version == 2 and "pos" not in override:
-        say(f"note: {path} is read as V-JEPA 2's, with tiled rope frequencies (rope_quirk)")
-    label = f"{path} (V-JEPA {version})"
-    config = shapes_config(state, label)
-    if levels:
-        heads = {"vit_g": 22, "vit_G": 26}.get(config["model"], config["heads"])
-        config.update(
-            pos="rope", rope_scaled=16, levels=4, stills="img_mod_embed" in state, heads=heads,
-            predictor_heads=12, frames=64, size=384)
-        return label, state, predictor, config
-
-    if table is not None and not predictor and "pos" not in override:
-        raise refuse(label, "has a pos_embed but no predictor to tell V-JEPA 1 from 2: pass "
-                            "pos='sincos' or pos='rope'")
+    config = shapes_config(state)
+    if table is not None and not predictor and not levels and "pos" not in override:
+        raise ValueError("has a pos_embed but no predictor to tell V-JEPA 1 from 2: pass "
+                         "pos='sincos' or pos='rope'")
     if pos == "rope":
-        heads = 22 if config["model"] == "vit_g" else config["heads"]
-        # the clip of its hub; rope takes any other
-        config.update(
-            pos="rope", rope_quirk=True, heads=heads, predictor_heads=12, frames=64, size=256)
-        return label, state, predictor, config
+        heads = {"vit_g": 22, "vit_G": 26 if levels else 16}.get(config["model"], config["heads"])
+        # the clips of their hubs; rope takes any other
+        config.update(pos=pos, heads=heads, predictor_heads=12, frames=64, size=256)
+        if not levels:
+            return config | dict(rope_quirk=True)
+        return config | dict(
+            rope_scaled=16, levels=4, stills="img_mod_embed" in state, size=384)
 
     if table is None:
-        raise refuse(label, "missing pos_embed")
+        raise ValueError("missing pos_embed")
     frames = override.get("frames", 16)
     slices = frames // config["tubelet"]
     side = math.isqrt(table.shape[1] // slices)
-    check_sincos(label, "pos_embed", table, (slices, side, side))
+    check_sincos("pos_embed", table, (slices, side, side))
     if predictor_table is not None:
-        check_sincos(label, "predictor_pos_embed", predictor_table, (slices, side, side))
+        check_sincos("predictor_pos_embed", predictor_table, (slices, side, side))
     size = side * config["patch"]
-    config.update(pos="sincos", predictor_heads=config["heads"], frames=frames, size=size)
-    return label, state, predictor, config
+    return config | dict(pos=pos, predictor_heads=config["heads"], frames=frames, size=size)
 
 
-def check_sincos(label, name, table, grid):
+def check_sincos(name, table, grid):
     ours = sincos_table(table.shape[-1], grid)[None]
     if table.shape != ours.shape or (table - ours).abs().max() > 1e-4:
-        raise refuse(label, f"{name} {tuple(table.shape)} is not the sincos table of the grid "
-                            f"{grid}")
+        raise ValueError(f"{name} {tuple(table.shape)} is not the sincos table of the grid {grid}")
 
 
 # our names -> those of transformers, each where a name's part begins, replaced in this order
@@ -2490,45 +2476,54 @@ def from_hf(path):
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not (folder / "config.json").exists():
         lacks = "config.json" if files else ".safetensors"
-        raise refuse(path, f"neither our format nor HF's: no {lacks} in {folder.name}")
-    hf = read_config(folder / "config.json", (folder / "config.json").read_text())
-    kind = hf.get("model_type")
-    if str(kind) not in HF:
-        raise refuse(path, f"config.json says model_type {kind!r}, not one of {', '.join(HF)}")
-    label = f"{path} (HF's {kind})"
-    _, names, entries, config = HF[kind]
-    values = pick(hf, folder / "config.json", *entries.values())
-    config = config | dict(zip(entries, values)) | IMAGENET
-    config["act"] = HF_ACTS.get(str(config["act"]), config["act"])
-    checked(config, label)
-    ratio = hf.get("mlp_ratio", 4)
-    config["mlp"] = hf.get("intermediate_size", 0) or round(config["width"] * ratio)
-    config["model"] = size_name(config["width"], config["depth"])
-
+        raise ValueError(f"neither our format nor HF's: no {lacks} in {folder.name}")
+    hf = read_config(folder / "config.json")
+    kind = str(hf.get("model_type"))
+    if kind not in HF:
+        raise ValueError(f"config.json says model_type {kind!r}, not one of {', '.join(HF)}")
+    family = f"HF's {kind}"
+    with naming(folder / "config.json", family):
+        config = hf_config(kind, hf)
     state = {}
     for file in files:
         state |= read_safetensors(file)[0]
     patterns = {r"^(vjepa2|videomae|dinov2|vit|ijepa)\.": ""}
-    for ours, theirs in names.items():
+    for ours, theirs in HF[kind][1].items():
         patterns[rf"(^|(?<=\.)){re.escape(theirs)}"] = ours
-    state = rename(state, label, patterns)
+    state = rename(state, patterns)
     fold(state)
     predictor = {}
     if kind == "vjepa2":
-        config["predictor_heads"] = hf.get("pred_num_attention_heads")
         for i, token in enumerate(state.pop("mask_tokens", [])):
             predictor[f"mask_tokens.{i}"] = token
         for name in [name for name in state if name.startswith("predictor_")]:
             predictor[name] = state.pop(name)
     elif kind == "videomae":
-        config["final_norm"] = not pick(hf, folder / "config.json", "use_mean_pooling")[0]
         if not hf.get("qv_bias", hf.get("qkv_bias", True)):
             for name in [name for name in state if name.endswith("attn.qkv.weight")]:
                 state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
     else:
+        with naming(path, family):
+            fold_cls(state)
+    return family, state, predictor, config
+
+
+def hf_config(kind, hf):
+    """Our config of transformers'."""
+    _, _, entries, config = HF[kind]
+    config = config | dict(zip(entries, pick(hf, *entries.values()))) | IMAGENET
+    config["act"] = HF_ACTS.get(str(config["act"]), config["act"])
+    check_config(config)
+    ratio = hf.get("mlp_ratio", 4)
+    config["mlp"] = hf.get("intermediate_size", 0) or round(config["width"] * ratio)
+    config["model"] = size_name(config["width"], config["depth"])
+    if kind == "vjepa2":
+        config["predictor_heads"] = hf.get("pred_num_attention_heads")
+    elif kind == "videomae":
+        config["final_norm"] = not pick(hf, "use_mean_pooling")[0]
+    else:
         config["frames"] = 16
-        fold_cls(state, label)
-    return label, state, predictor, config
+    return config
 
 
 def run_part(folder, part):
@@ -2546,23 +2541,16 @@ def run_part(folder, part):
 
 
 def hf_kind(config):
-    """The row of HF that holds an encoder of this config. ValueError: what none of them has."""
-    plain = dict(images=False, cls=False, stills=False, highpass=0.0, rope_quirk=False,
-                 rope_scaled=0, final_norm=True)
-    least = None
-    for kind, (name, _, _, said) in HF.items():
-        wanted = plain | said
-        if kind == "videomae":
-            wanted.pop("final_norm")
-        differ = []
-        for entry, value in wanted.items():
-            if config[entry] != value:
-                differ.append(f"{entry} {value} where this has {config[entry]}")
-        if not differ:
-            return kind
-        if least is None or len(differ) < len(least):
-            least = [f"{name} has {differ[0]}", *differ[1:]]
-    raise ValueError(f"no model of transformers fits: {', '.join(least)}")
+    """The row of HF that has an encoder of this config. ValueError: none has."""
+    images = "dinov2" if config["cls"] else "ijepa"
+    kind = {"rope": "vjepa2", "sinusoid1d": "videomae", "learned": images}.get(config["pos"])
+    if kind is None:
+        raise ValueError(f"transformers has no model with {config['pos']} positions")
+    wanted = dict(images=False, cls=False, stills=False, highpass=0.0, rope_scaled=0)
+    for entry, value in (wanted | HF[kind][3]).items():
+        if config[entry] != value:
+            raise ValueError(f"{HF[kind][0]} has {entry} {value}, not {config[entry]}")
+    return kind
 
 
 def hf_state(kind, encoder, predictor):
@@ -2699,20 +2687,13 @@ def export_main():
         if args.to == "meta":
             save_meta(out, encoder, predictor)
         else:
-            encoder.save_hf(out, predictor, config | run_numbers(args.run))
+            log = Path(args.run) / "log.jsonl"
+            for line in log.read_text().splitlines()[1:] if log.exists() else ():
+                config |= json.loads(line)
+            encoder.save_hf(out, predictor, config)
     except (OSError, ValueError, UserError) as error:
         leave(error, 2)
     print(json.dumps({"out": str(out), "params": count(encoder)}))
-
-
-def run_numbers(folder):
-    """The last of each number in a run's log; {} of a weight file."""
-    log = Path(folder) / "log.jsonl"
-    numbers = {}
-    for line in log.read_text().splitlines() if log.exists() else ():
-        numbers |= {name: value for name, value in json.loads(line).items()
-                    if isinstance(value, (int, float))}
-    return numbers
 
 
 def conv_kernel(kernel):
@@ -2764,14 +2745,13 @@ def readout_layer(depth, share=0.95):
     return max(1, min(int(share * depth), depth - 1))
 
 
-def from_4ds(path, file):
+def from_4ds(file):
     """4DS: flat flax keys. What precedes the encoder's three parts differs between files; what lies
     outside them is a readout or a decoder."""
-    label = f"{path} (4DS)"
     inside = re.compile(r"(.*/)?(patch_embedding|posenc|processor)/")
     file = {name: value for name, value in file.items() if inside.match(name)}
-    state = rename(file, label, FOURDS_NAMES)
-    pick(state, label, "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.query.weight",
+    state = rename(file, FOURDS_NAMES)
+    pick(state, "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.query.weight",
          "blocks.0.mlp.fc1.weight")
     size = {}
     for pattern, (axes, convert) in FOURDS_AXES.items():
@@ -2781,16 +2761,16 @@ def from_4ds(path, file):
             want = tuple(size.setdefault(axis, n) for axis, n in zip(axes, shape))
             if shape != want or len(want) != len(axes):
                 known = tuple(size.get(axis, axis) for axis in axes)
-                raise refuse(label, f"wrong shape {name} {shape} instead of {known}")
+                raise ValueError(f"wrong shape {name} {shape} instead of {known}")
             state[name] = convert(state[name]).contiguous()
     fuse_qkv(state)
-    config = shapes_config(state, label)
+    config = shapes_config(state)
     config.update(
         pos="learned", heads=size["H"], final_norm=False, act="gelu_tanh", mean=[0.0] * 3,
         std=[1.0] * 3, frames=size["t"] * size["a"], size=size["s"] * size["p"],
         layer=readout_layer(config["depth"]), layer_classify=readout_layer(config["depth"], 0.75),
     )
-    return label, state, {}, config
+    return "4DS", state, {}, config
 
 
 if __name__ == "__main__":

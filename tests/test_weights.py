@@ -61,7 +61,7 @@ def test_parts_prefixes_and_extras(video, tmp_path):
     assert M.load_encoder(f"random:{tmp_path}/distilled.pt#encoder")[1]["width"] == D
     (tmp_path / "a#b.pt").write_bytes((tmp_path / "plain.pt").read_bytes())
     M.load_encoder(tmp_path / "a#b.pt")
-    with pytest.raises(ValueError, match=r"no 'foo' in the file, which holds \['ema_encoder', 'encoder'"):
+    with pytest.raises(ValueError, match=r"no weights in 'foo'; the file holds \['ema_encoder', 'encoder'"):
         M.load_encoder(f"{tmp_path}/distilled.pt#foo")
 
 
@@ -180,16 +180,17 @@ def test_malformed_files_are_one_line(video, tmp_path):
     at most 200 characters; a huge depth is refused before it is built."""
     image = image_state(video, True)
     files = {
-        "no_part.pt": ({"encoder": video, "opt": {}}, r"no 'target_encoder' in the file, which holds \['encoder'"),
+        "no_part.pt": ({"encoder": video, "opt": {}}, r"no weights in 'target_encoder'; the file holds \['encoder'"),
         "no_table.pt": ({**video, "patch_embed.proj.weight": torch.zeros(D, 3, 8, 8)}, r"I-JEPA\): missing pos_embed"),
         "table.pt": ({**image, "pos_embed": torch.zeros(1, 16, D)}, r"timm's ViT\): wrong shape pos_embed \(1, 16, "),
         "table_1d.pt": ({**image, "pos_embed": torch.zeros(3)}, r"wrong shape pos_embed \(3,\)"),
         "scalar.pt": ({**video, "patch_embed.proj.weight": torch.zeros(())}, r"\(V-JEPA 2\): wrong shape patch_embed"),
         "extra.pt": ({**video, "zzz": torch.zeros(1), "zzzz": torch.zeros(1)}, r"unexpected zzz \(and 1 more\)"),
         "deep.pt": ({**video, "blocks.999999999.x": torch.zeros(1)}, r"depth 1000000000"),
-        "scale.pt": ({**image, "blocks.0.ls1.gamma": torch.zeros(())}, r"not understood"),
+        "scale.pt": ({**image, "blocks.0.ls1.gamma": torch.zeros(())}, "dimension 0"),
         "bias.pt": ({**video, "blocks.0.attn.query.bias": torch.zeros(3), "blocks.0.attn.value.bias": torch.zeros(())},
-                    r"not understood"),
+                    "cannot be concatenated"),
+        "empty.pt": ({"model": {}}, "no weights in 'model'"),
         "nan.pt": ({**video, "norm.weight": torch.full((D,), torch.nan)}, r"not finite norm.weight"),
         "list.pt": ([1, 2], "it holds a list"),
         "twice.pt": ({**video, "module.norm.weight": torch.ones(D)}, "holds norm.weight twice"),
@@ -284,9 +285,10 @@ def test_transformers_loads_what_we_save(kind, tmp_path):
 def test_what_transformers_has_no_model_for(tmp_path):
     """One line that names what is in the way, before anything is written."""
     for entries, message in (
-        (dict(pos="rope"), "VJEPA2Model has rope_quirk True where this has False"),
-        (dict(pos="rope", rope_quirk=True, highpass=4.0), "VJEPA2Model has highpass 0.0 where this has 4.0"),
-        (dict(pos="learned"), "no model of transformers fits"),
+        (dict(pos="rope"), "VJEPA2Model has rope_quirk True, not False"),
+        (dict(pos="rope", rope_quirk=True, highpass=4.0), "VJEPA2Model has highpass 0.0, not 4.0"),
+        (dict(pos="learned"), "IJepaModel has images True, not False"),
+        (dict(pos="sincos"), "transformers has no model with sincos positions"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny(**entries).save_hf(tmp_path / "out")
@@ -342,4 +344,4 @@ def test_export_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["model.py", "export", str(run), "--to", "hf", "--out", str(tmp_path / "no")])
     with pytest.raises(SystemExit) as e:
         M.export_main()
-    assert e.value.code == 2 and capsys.readouterr().err.startswith("error: no model of transformers fits: VJEPA2Model")
+    assert e.value.code == 2 and capsys.readouterr().err == "error: VJEPA2Model has rope_quirk True, not False\n"
