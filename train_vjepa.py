@@ -660,13 +660,14 @@ class FWM(VJEPA):
 
         grid = (self.grid[0], -1)  # t, h*w
         h = h[..., -self.encoder.width :]  # of the last level
-        still = self.grid[0] == 1
-        # an image has no time to compare, but DDP waits for every head
-        idle = 0 * (loss + sum(p.sum() for p in self.heads.parameters()))
         z = None
-        if self.full_pass and not still:  # one more pass, shared by all terms
+        if self.full_pass:  # one more pass, shared by all terms
             z = self.encoder(x).float()
             z = F.layer_norm(z, z.shape[-1:]).unflatten(1, grid)
+        # an image has no time to compare, but other ranks wait for its blocks and heads
+        still = self.grid[0] == 1
+        idle = 0 * sum(p.sum() for p in self.heads.parameters())
+        idle = idle + 0 * (loss if z is None else z.sum())
         errors = [error.mean(-1) for error in errors]  # [(B,M)]
         s = Step(z, h.unflatten(1, grid), x, errors, self)
         for name, weight in self.weights.items():

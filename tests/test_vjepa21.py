@@ -265,7 +265,23 @@ def test_micro_batches_are_of_one_kind(mixture):
         sources[:1], clip, seed=0, batch_size=8, micro_batch=2, steps=1)} == {4}
 
 
-def test_a_mixture_trains(mixture, tmp_path, capsys):
+def test_ranks_with_another_kind_each(run, mixture, tmp_path):
+    """FSDP2 on two ranks, of which one has videos and the other images at a time, with terms that only videos have:
+    no rank waits for the other, and the losses are those of one process."""
+    flags = ["--preset", "laptop", "--data", "world:0.5", f"{mixture}/stills.txt:0.5", "--stills", "--levels", 4,
+             "--context_loss", 0.5, "--terms", "ld:1.0", "--steps", 2, "--batch_size", 4, "--micro_batch", 2,
+             "--probe_data", "--log_every", 1, "--sample_every", 0, "--workers", 0]
+    got = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        status, last, err = run("train_vjepa.py", *flags, "--fsdp", "--out_dir", out, ranks=ranks)
+        assert status == 0 and last["steps"] == 2, err[-2000:]
+        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines()[1:])
+        got.append([line["loss"] for line in lines])
+    assert np.abs(np.array(got[0]) - got[1]).max() < 1e-5, got
+
+
+def test_a_mixture_trains(mixture, tmp_path):
     """Videos and images, levels, context loss and a term of FWM, in one process: finite losses, a picture, and an
     encoder that gives an image 16 tokens."""
     args = V.parse_args([

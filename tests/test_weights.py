@@ -215,7 +215,7 @@ def test_malformed_files_are_one_line(video, tmp_path):
         refused.append((tmp_path / f"{name}.safetensors", "config"))
     for i, (entries, message) in enumerate([
         (dict(num_attention_heads=0), r"\(HF's vjepa2\): heads must be"), (dict(num_hidden_layers="1"), "depth must"),
-        (dict(crop_size=[32, 32]), "size must be"), (dict(hidden_act=[1]), "act must"), (dict(mlp_ratio="x"), "not"),
+        (dict(crop_size=[32, 32]), "size must be"), (dict(hidden_act=[1]), "act must"), (dict(mlp_ratio="x"), "str"),
         (dict(model_type=[1]), "model_type"), ({}, r"\(HF's vjepa2\): missing patch_embed.proj.weight \(and"),
     ]):
         hf_folder(tmp_path / f"hf{i}", **entries)
