@@ -437,6 +437,8 @@ class ViT(nn.Module):
         check_divides("width", width, "heads", heads)
         check_divides("frames", frames, "tubelet", tubelet)
         check_divides("size", size, "patch", patch)
+        if levels > depth:
+            raise ValueError(f"there are {depth} blocks, and levels {levels}")
         if images and tubelet > 1:
             raise ValueError(f"an image encoder has tubelets of 1 frame, not {tubelet}")
         self.width = width

@@ -234,6 +234,8 @@ def test_shapes_that_do_not_fit_are_refused():
             tiny()(x)
     with pytest.raises(ValueError, match="width 64 is not divisible by heads 3"):
         tiny(heads=3)
+    with pytest.raises(ValueError, match="2 blocks, and levels 3"):
+        tiny(levels=3)
     with pytest.raises(ValueError, match="pos must be"):
         tiny(pos="alibi")
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import data
 import model as M
+import probe
 from test_model import TINY, clip, gap, loud, patterned, tiny
 from test_vjepa21 import encode
 
@@ -114,11 +116,11 @@ def test_image_encoders_equal_transformers(kind, tmp_path):
     assert max(differences) < 1e-5
 
 
-def vjepa21_file(path, distilled=False):
+def vjepa21_file(path, distilled=False, patch=8):
     """V-JEPA 2.1's layout of random weights: a norm a level, two patch embeddings, modality vectors; a predictor with
     two input and two output layers, or of distilled files one input layer and a wider output."""
     torch.manual_seed(0)
-    shape = dict(patch=8, frames=8, size=48, levels=4, stills=True, rope_scaled=16)
+    shape = dict(patch=patch, frames=8, size=6 * patch, levels=4, stills=True, rope_scaled=16)
     encoder = loud(M.ViT(**M.SIZES["vit_t"], **shape))
     given = dict(in_width=D, out_width=320, context=True) if distilled else dict(
         in_width=4 * D, out_width=4 * D, hidden=D, context=True)
@@ -155,9 +157,14 @@ def test_vjepa21_features_equal_the_formula(tmp_path):
         z = encoder(clip(2, 8, 48), keep, levels=True)
         ours, theirs = guess([z], [keep], [pred], context=True), predictor([z], [keep], [pred], context=True)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(ours, theirs)) and ours[1][0].shape == (2, 9, 4 * D)
+    vjepa21_file(tmp_path / "coarse.pt", patch=64)
+    surprise, about = probe.forecaster(probe.Args("physics", encoder=str(tmp_path / "coarse.pt")), "cpu")
+    assert about["size"] == 384 and surprise(clip(2, 4, 384), 2).shape == (2,)
     encoder, _ = vjepa21_file(tmp_path / "distilled.pt", distilled=True)
     assert gap(M.load_encoder(tmp_path / "distilled.pt")[0](clip(1, 4, 48)), encoder(clip(1, 4, 48))) == 0
     assert M.load_predictor(tmp_path / "distilled.pt")[1]["out_width"] == 320
+    with pytest.raises(data.DataError, match="its predictor answers for another encoder, its teacher"):
+        probe.forecaster(probe.Args("physics", encoder=str(tmp_path / "distilled.pt")), "cpu")
 
 
 def our_file(path, video, **entries):
