@@ -1441,7 +1441,7 @@ def reason(error):
 
 def make_loader(
     sources, clip, *, seed, batch_size, micro_batch, steps, start_step=0, rank=0, ranks=1,
-    workers=0, timeout=600,
+    workers=0, timeout=600, own=int,
 ):
     """The micro-batches of `rank` for the steps start_step to steps - 1: batch_size / ranks /
     micro_batch of them a step, in order.
@@ -1459,6 +1459,7 @@ def make_loader(
         notes {kind: text}          of what clips lose; said on stderr, once a kind
 
     A worker that is silent for `timeout` seconds, or dies, raises RuntimeError (see dead_worker).
+    own: a micro-batch's number, as turns() gives it -> its number in this loader; None: not in it.
     """
     if batch_size < 1 or micro_batch < 1 or batch_size % (ranks * micro_batch):
         raise DataError(f"batch_size {batch_size} must be a positive multiple of ranks {ranks} x "
@@ -1469,15 +1470,54 @@ def make_loader(
     if not clip.train or clip.segments * clip.views > 1:
         raise DataError("training takes random clips: train=True, segments=1, views=1")
     dataset = Clips(sources, clip, seed, Plan(sources, seed))
-    each = batch_size // ranks
 
     def batches():
-        for step in range(start_step, steps):
-            first = step * batch_size + rank * each
-            for start in range(first, first + each, micro_batch):
-                yield range(start, start + micro_batch)
+        for turn in turns(batch_size, micro_batch, steps, start_step, rank, ranks):
+            number = own(turn)
+            if number is not None:
+                yield range(number * micro_batch, (number + 1) * micro_batch)
 
     return stream(dataset, batches(), workers, timeout)
+
+
+def turns(batch_size, micro_batch, steps, start_step=0, rank=0, ranks=1, **_):
+    """The numbers of the micro-batches of a rank, counted through all steps and ranks."""
+    each = batch_size // ranks // micro_batch
+    for step in range(start_step, steps):
+        first = (step * ranks + rank) * each
+        yield from range(first, first + each)
+
+
+def mixed_loader(sources, clip, **flags):
+    """make_loader's micro-batches, each of videos alone or of images alone, which are single frames
+    (b,1,H,W,3). Their share of the micro-batches, evenly spread, is that of the samples. Each kind
+    has `workers` processes."""
+    weights = [1.0 if source.weight is None else source.weight for source in sources]
+    if all(source.weight is None for source in sources):
+        weights = [len(source) for source in sources]
+    kinds = ([], [])
+    share = 0.0
+    for source, weight in zip(sources, weights):
+        still = len(source.paths) and all(suffix_of(path) in IMAGES for path in source.paths)
+        kinds[bool(still)].append(source)
+        share += weight / sum(weights) if still else 0.0
+
+    def images(turn):
+        """Micro-batches of images before this one."""
+        return math.floor(turn * share)
+
+    def kind(turn):
+        return images(turn + 1) - images(turn)  # 1: of images
+
+    def of_videos(turn):
+        return None if kind(turn) else turn - images(turn)
+
+    def of_images(turn):
+        return images(turn) if kind(turn) else None
+
+    forms = zip(kinds, (clip, replace(clip, frames=1)), (of_videos, of_images))
+    loaders = [part and make_loader(part, form, own=own, **flags) for part, form, own in forms]
+    return (next(loaders[kind(turn)]) for turn in turns(**flags))
 
 
 def eval_batches(

@@ -35,8 +35,9 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import cycle, repeat
 from pathlib import Path
 
@@ -77,15 +78,32 @@ ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh")}
 
 def cached(build):
     """One table for each (width, grid, device). One that is first built during inference must
-    still be usable in training."""
-    return lru_cache(maxsize=32)(torch.inference_mode(False)(build))
+    still be usable in training. Under torch.export and FakeTensorMode tensors are stand-ins of that
+    call, so none is kept."""
+    build = torch.inference_mode(False)(build)
+    kept = lru_cache(maxsize=32)(build)
+
+    def table(*key, **named):
+        real = type(torch.empty(0)) is torch.Tensor
+        return (kept if real else build)(*key, **named)
+
+    return wraps(build)(table)
 
 
-def axis_angles(channels, grid):
+def settle(y, like):
+    """y, computed in float32, in the precision of `like`: a net may be all bfloat16 or half. Under
+    autocast y stays float32."""
+    return y if torch.is_autocast_enabled(like.device.type) else y.to(like.dtype)
+
+
+def axis_angles(channels, grid, scaled=0):
     """(N, axes, channels/2) float64: a token's place on each axis of the grid times the frequencies
-    10000^(-2j/channels)."""
+    10000^(-2j/channels). scaled: places in space run from 0 to scaled - 1 on any grid (V-JEPA
+    2.1)."""
     omega = 10000.0 ** (-torch.arange(channels // 2).double() / (channels / 2))
     axes = [torch.arange(side).double() for side in grid]
+    if scaled:
+        axes[1:] = [axis * (scaled - 1) / max(1, len(axis) - 1) for axis in axes[1:]]
     return torch.cartesian_prod(*axes).view(-1, len(grid), 1) * omega
 
 
@@ -106,8 +124,19 @@ def sinusoid_table(width, grid, device="cpu"):
     return torch.stack([angles.sin(), angles.cos()], 3).flatten(1).float().to(device)
 
 
+def resize_table(table, old, new):
+    """A table (N,D) of the grid `old` for the grid `new`: bicubic over space, linear over time."""
+    table = table.T.unflatten(1, old)                                   # (D, t, h, w)
+    if new[1:] != old[1:]:
+        table = F.interpolate(table, new[1:], mode="bicubic")
+    if new[0] != old[0]:
+        flat = table.flatten(2)[:, None]                                # (D, 1, t, h*w)
+        table = F.interpolate(flat, (new[0], flat.shape[3]), mode="bilinear")
+    return table.flatten(1).T
+
+
 @cached
-def rope_table(head_dim, grid, quirk=False, device="cpu"):
+def rope_table(head_dim, grid, quirk=False, scaled=0, device="cpu"):
     """(2, N, head_dim): cos and signed sin, so that rotated q = q*cos + swap(q)*sin, where swap
     exchanges channels 2i and 2i+1.
 
@@ -117,21 +146,21 @@ def rope_table(head_dim, grid, quirk=False, device="cpu"):
     `quirk` reproduces that, and only its published weights want it.
     """
     channels = 2 * (head_dim // 6)
-    angles = axis_angles(channels, grid)
+    angles = axis_angles(channels, grid, scaled)
     angles = angles.repeat(1, 1, 2) if quirk else angles.repeat_interleave(2, 2)
     angles = F.pad(angles.flatten(1), (0, head_dim - 3 * channels))     # (N, head_dim)
     sign = torch.tensor([-1.0, 1.0]).repeat(head_dim // 2)
     return torch.stack([angles.cos(), angles.sin() * sign]).float().to(device)
 
 
-def rope_at(ids, head_dim, grid, quirk, like):
+def rope_at(ids, head_dim, grid, quirk, like, scaled=0):
     """What `rotate` needs for tokens ids (B, n), or for all N tokens where ids is None; broadcasts
     against (B, n, q|k, heads, head_dim)."""
-    tables = rope_table(head_dim, grid, quirk, like.device)
+    tables = rope_table(head_dim, grid, quirk, scaled, like.device)
     tables = tables[:, None] if ids is None else tables[:, ids]         # (2, B, n, head_dim)
     cos, sin = tables[:, :, :, None, None]
     # eager complex products are 2 to 5 times faster on a CPU; compilers cannot fuse them
-    if like.device.type == "cpu" and not quirk:
+    if like.device.type == "cpu" and not quirk and not torch.compiler.is_compiling():
         return [torch.complex(cos[..., ::2], sin[..., 1::2])]
     return [cos.to(like.dtype), sin.to(like.dtype)]
 
@@ -200,11 +229,12 @@ class CrossAttention(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In float32 on any device, also where weights (FSDP) or inputs (autocast) are bf16."""
+    """In float32 on any device, also where weights (FSDP) or inputs are bf16."""
 
     def forward(self, x):
         weight = self.weight.float()
-        return F.layer_norm(x.float(), self.normalized_shape, weight, self.bias.float(), self.eps)
+        y = F.layer_norm(x.float(), self.normalized_shape, weight, self.bias.float(), self.eps)
+        return settle(y, x)
 
 
 class Mlp(nn.Module):
@@ -240,6 +270,11 @@ def block_flops(width, mlp, lengths):
     """Forward FLOPs of one block on groups of these lengths, a multiply-add counting as 2."""
     weights = 4 * width * width + 2 * width * mlp
     return sum(2 * n * weights + 4 * n * n * width for n in lengths)
+
+
+def matrices(module):
+    """Weights of its linear layers: each multiplies once a token."""
+    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
 def init_weights(module, blocks, std=0.02):
@@ -284,8 +319,16 @@ def unpatch(x, grid, a, p):
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def learned(*shape):
-    return nn.Parameter(0.02 * torch.randn(*shape))
+def touch(x, *unused):
+    """x, with gradients of 0 for what this kind of clip does not use: DDP waits for every
+    parameter."""
+    if not torch.is_grad_enabled():
+        return x
+    return x + 0 * sum(p.sum() for p in unused).to(x.dtype)
+
+
+def learned(*shape, std=0.02):
+    return nn.Parameter(std * torch.randn(*shape))
 
 
 class PatchEmbed(nn.Module):
@@ -309,7 +352,8 @@ class PatchEmbed(nn.Module):
             x = x[batch, ids // (h * w), ids // w % h, ids % w]         # (B, K, C, a, p, p)
         if self.highpass:
             x = self.highpass * (x - x.mean(3, keepdim=True))
-        return F.linear(x.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+        weight = self.proj.weight.flatten(1)
+        return F.linear(x.flatten(2).to(weight.dtype), weight, self.proj.bias)
 
 
 def check_divides(name, value, by, divisor):
@@ -325,11 +369,44 @@ def interleave(firsts, seconds):
     return torch.cat(parts, 1)
 
 
-# what ViT.config holds
-VIT_KEYS = (
-    "width", "depth", "heads", "mlp", "patch", "tubelet", "frames", "size", "pos", "rope_quirk",
-    "highpass", "images", "cls", "final_norm", "act", "eps", "init_std",
-)
+def level_ends(depth, levels):
+    """How many blocks are run before each of V-JEPA 2.1's outputs: quarters of the depth."""
+    ends = [depth * (i + 1) // levels for i in range(levels)]
+    return [12, 24, 38, 48] if ends == [12, 24, 36, 48] else ends
+
+
+# what ViT.config holds: numbers with their ranges, and what has few values
+COUNT = (int, 1, 100_000)
+NUMBERS = {
+    "width": COUNT, "depth": (int, 1, 1000), "heads": COUNT, "mlp": COUNT, "patch": COUNT,
+    "tubelet": COUNT, "frames": COUNT, "size": COUNT, "levels": (int, 1, 1000),
+    "rope_scaled": (int, 0, 1000), "highpass": (float, 0, math.inf), "eps": (float, 0, 1),
+    "init_std": (float, 0, math.inf),
+}
+SWITCH = (False, True)
+CHOICES = {
+    "pos": ("rope", "sincos", "sinusoid1d", "learned"), "act": tuple(ACTIVATIONS),
+    "rope_quirk": SWITCH, "images": SWITCH, "cls": SWITCH, "final_norm": SWITCH, "stills": SWITCH,
+}
+VIT_KEYS = (*NUMBERS, *CHOICES)
+# what a config may say besides: size name, sampling, blocks to read out, pixel statistics
+NOTES = {"stride": (float, 0, 100_000), "fps": (float, 0, 100_000), "layer": (int, 0, 1000),
+         "layer_classify": (int, 0, 1000), "mean": (float, -1000, 1000), "std": (float, 1e-6, 1000)}
+
+
+def check_config(config):
+    """ValueError: the first entry of another type or range."""
+    for name, value in config.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{name} must be one of {CHOICES[name]}, not {value!r}")
+        numbers = [value]
+        if name in ("mean", "std"):
+            numbers = value if isinstance(value, list) and len(value) == 3 else [None]
+        kind, least, most = {**NUMBERS, **NOTES}.get(name, (None, 0, 0))
+        for number in numbers:
+            if kind and not (type(number) in (int, kind) and least <= number <= most):
+                raise ValueError(
+                    f"{name} must be {kind.__name__}, {least} to {most}, not {value!r}")
 
 
 class ViT(nn.Module):
@@ -341,25 +418,29 @@ class ViT(nn.Module):
     positions are interpolated); the tokens of all frames make one sequence, their CLS tokens first.
     highpass: > 0 takes from every pixel its mean over the frames of its tubelet, so that nothing
     static enters (and no token learns of another), and multiplies the rest by this number.
+    V-JEPA 2.1: levels, how many blocks' outputs are supervised, each with its own norm; stills, a
+    patch embedding of its own for clips of one frame, and a vector that tells both kinds apart;
+    rope_scaled, the side of the grid whose places in space other grids are scaled to.
     checkpoint: recompute each block in the backward pass. The other keywords are the entries of
     `config`. ValueError names what does not fit together.
     """
 
     def __init__(
         self, *, width, depth, heads, mlp, patch=16, tubelet=2, frames=16, size=224, pos="rope",
-        rope_quirk=False, highpass=0.0, images=False, cls=False, final_norm=True, act="gelu",
-        eps=1e-6, init_std=0.02, checkpoint=False,
+        rope_quirk=False, rope_scaled=0, highpass=0.0, images=False, stills=False, cls=False,
+        levels=1, final_norm=True, act="gelu", eps=1e-6, init_std=0.02, checkpoint=False,
     ):
         given = locals()
         super().__init__()
-        if pos not in ("rope", "sincos", "sinusoid1d", "learned"):
-            raise ValueError(f"pos must be rope, sincos, sinusoid1d or learned, not {pos!r}")
+        self.config = {name: given[name] for name in VIT_KEYS}
+        check_config(self.config)
         check_divides("width", width, "heads", heads)
         check_divides("frames", frames, "tubelet", tubelet)
         check_divides("size", size, "patch", patch)
+        if levels > depth:
+            raise ValueError(f"there are {depth} blocks, and levels {levels}")
         if images and tubelet > 1:
             raise ValueError(f"an image encoder has tubelets of 1 frame, not {tubelet}")
-        self.config = {name: given[name] for name in VIT_KEYS}
         self.width = width
         self.heads = heads
         self.mlp = mlp
@@ -367,26 +448,34 @@ class ViT(nn.Module):
         self.tubelet = tubelet
         self.pos = pos
         self.rope_quirk = rope_quirk
+        self.rope_scaled = rope_scaled
         self.images = images
+        self.levels = levels
         self.checkpoint = checkpoint
         self.grid = (frames // tubelet, size // patch, size // patch)
-        # the first axis of the grid that has positions: an image encoder's frames share theirs
-        self.axis = 1 if images else 0
+        # an image encoder's frames share their positions
+        self.table_grid = (1, *self.grid[1:]) if images else self.grid
 
         self.patch_embed = PatchEmbed(width, patch, tubelet, highpass)
         self.blocks = nn.ModuleList([Block(width, heads, mlp, act, eps) for _ in range(depth)])
         self.norm = LayerNorm(width, eps=eps) if final_norm else nn.Identity()
+        # of the levels before the last
+        self.level_norms = nn.ModuleList([LayerNorm(width, eps=eps) for _ in range(levels - 1)])
+        self.patch_embed_img = PatchEmbed(width, patch, 1, highpass) if stills else None
         init_weights(self, self.blocks, init_std)
+        self.img_mod_embed = learned(1, 1, width, std=1e-6) if stills else None
+        self.video_mod_embed = learned(1, 1, width, std=1e-6) if stills else None
         self.cls_token = learned(1, 1, width) if cls else None
-        n = math.prod(self.grid[self.axis :])
+        n = math.prod(self.table_grid)
         self.pos_embed = learned(1, n, width) if pos == "learned" else None
 
-    def forward(self, x, keep=None, blocks=None, fill=None):
+    def forward(self, x, keep=None, blocks=None, fill=None, levels=False):
         """x (B,3,T,H,W) float, normalised -> (B,N,D); keep (B,K) -> (B,K,D); a list of (B,K_i) ->
         a list of (B,K_i,D). With cls, token 0 is CLS (images: the first T).
 
         blocks: run only that many blocks and return their output, without the final norm unless all
-        were run; a tuple of rising numbers: all of these outputs, joined along D. fill: (bool
+        were run; a tuple of rising numbers: all of these outputs, joined along D. levels: the
+        outputs of all supervised levels, each normed, joined along D. fill: (bool
         (B,N), values (D,)) puts the values in the place of patches (iBOT's mask token); of an image
         encoder, for clips of one frame. ValueError: a clip, grid or blocks that do not fit.
         """
@@ -404,6 +493,10 @@ class ViT(nn.Module):
         x, rope, lengths = self.embed(x, keeps, fill)
 
         depth = len(self.blocks)
+        norms = {depth: self.norm}
+        if levels:
+            blocks = tuple(level_ends(depth, self.levels))
+            norms |= dict(zip(blocks, self.level_norms))
         if blocks is None:
             blocks = depth
         ends = list(blocks) if isinstance(blocks, tuple) else [blocks]
@@ -413,16 +506,20 @@ class ViT(nn.Module):
         outs = []
         for start, end in zip(bounds, ends):
             x = run_blocks(x, self.blocks[start:end], rope, lengths, self.checkpoint)
-            outs.append(self.norm(x) if end == depth else x)
+            outs.append(norms[end](x) if end in norms else x)
         x = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
         return list(x.split(lengths, 1)) if grouped else x
 
     def embed(self, x, keeps=None, fill=None):
         """What the first block sees: tokens with their positions (B,n,D), what `rope_at` gives or
         None, and the length of each group."""
+        if x.ndim != 5 or x.shape[1] != 3:
+            raise ValueError(f"clips are (B,3,T,H,W), not {tuple(x.shape)}")
         B, _, T, H, W = x.shape
-        a = self.tubelet
-        p = self.patch
+        embed = self.patch_embed
+        if T == 1 and self.patch_embed_img is not None:
+            embed = self.patch_embed_img
+        a, p, _ = embed.proj.kernel_size
         if T % a or H % p or W % p:
             raise ValueError(f"clip of {T} frames, {H}x{W} px does not divide into tubelets of {a} "
                              f"and patches of {p}")
@@ -430,14 +527,21 @@ class ViT(nn.Module):
         ids = None if keeps is None else torch.cat(keeps, 1)            # (B, sum of K_i)
         lengths = [math.prod(grid)] if keeps is None else [k.shape[1] for k in keeps]
 
-        x = self.patch_embed(x, ids)                                    # (B, n, D)
+        x = embed(x, ids)                                               # (B, n, D)
+        if self.patch_embed_img is not None:
+            kind = self.video_mod_embed
+            unused = [self.img_mod_embed, *self.patch_embed_img.parameters()]
+            if T == 1:
+                kind = self.img_mod_embed
+                unused = [self.video_mod_embed, *self.patch_embed.parameters()]
+            x = touch(x + kind.to(x.dtype), *unused)
         if fill is not None:
             hidden, values = fill
             x = torch.where(hidden[..., None], values.to(x.dtype), x)
         if self.pos != "rope":
             table = self.positions(grid, x.device)
             # under autocast the residual stream is float32 from here on, as in V-JEPA 1's
-            x = x + (table if ids is None else table[ids]).float()
+            x = x + settle((table if ids is None else table[ids]).float(), x)
         if self.cls_token is not None:
             cls = self.cls_token.to(x.dtype).expand(B, 1, -1)
             x = interleave(repeat(cls), x.split(lengths, 1))
@@ -448,21 +552,25 @@ class ViT(nn.Module):
             lengths = [1 + n for n in lengths]
         if self.pos != "rope":
             return x, None, lengths
-        return x, rope_at(ids, self.width // self.heads, grid, self.rope_quirk, x), lengths
+        rope = rope_at(
+            ids, self.width // self.heads, grid, self.rope_quirk, x, self.rope_scaled)
+        return x, rope, lengths
 
     def positions(self, grid, device):
-        """The table (N,D) that is added to the tokens of a grid. ValueError: not one for it."""
+        """The table (N,D) that is added to the tokens of a grid; of learned ones and VideoMAE's,
+        which are for one grid, resized."""
         if self.pos == "sincos":
             return sincos_table(self.width, grid, device)
-        if grid[self.axis :] != self.grid[self.axis :]:
-            if self.images and self.pos == "learned":
-                table = self.pos_embed.unflatten(1, self.grid[1:]).permute(0, 3, 1, 2).float()
-                return F.interpolate(table, grid[1:], mode="bicubic").flatten(2)[0].T
-            raise ValueError(
-                f"{self.pos} positions are for the grid {self.grid}, the clip has {grid}")
         if self.pos == "learned":
-            return self.pos_embed[0]
-        return sinusoid_table(self.width, grid, device)
+            table = self.pos_embed[0]
+        else:
+            table = sinusoid_table(self.width, self.table_grid, device)
+        same = grid == self.table_grid
+        return table if same else resize_table(table.float(), self.table_grid, grid)
+
+    def save_hf(self, folder, predictor=None, about={}):
+        """A folder that transformers loads: see save_hf below."""
+        save_hf(folder, self, predictor, about)
 
     def flops(self, *lengths):
         """Forward FLOPs of one clip whose groups (image encoder: frames) have these token
@@ -569,13 +677,20 @@ class MotionEncoder(ViT):
 
 class Predictor(nn.Module):
     """Narrow transformer that fills in features at predicted positions from context features at
-    kept ones. ValueError: pos or heads that do not fit."""
+    kept ones. ValueError: pos or heads that do not fit.
+
+    V-JEPA 2.1: hidden > 0, a layer of this width between in_width, the levels of the encoder side
+    by side, and width; context, a second output layer, for the context's tokens; stills, a vector
+    that tells images from clips.
+    """
 
     def __init__(
         self, *, in_width, out_width, width=384, depth=12, heads=12, mlp=None, grid=(8, 14, 14),
-        pos="rope", rope_quirk=False, mask_tokens=2, eps=1e-6, init_std=0.02, checkpoint=False,
+        pos="rope", rope_quirk=False, rope_scaled=0, mask_tokens=2, hidden=0, context=False,
+        stills=False, eps=1e-6, init_std=0.02, checkpoint=False,
     ):
         super().__init__()
+        check_config(dict(width=width, depth=depth, heads=heads))
         if pos not in ("rope", "sincos"):
             raise ValueError(f"the predictor's pos must be rope or sincos, not {pos!r}")
         check_divides("predictor width", width, "heads", heads)
@@ -585,50 +700,74 @@ class Predictor(nn.Module):
         self.grid = tuple(grid)
         self.pos = pos
         self.rope_quirk = rope_quirk
+        self.rope_scaled = rope_scaled
         self.checkpoint = checkpoint
 
-        self.predictor_embed = nn.Linear(in_width, width)
+        self.predictor_embed = nn.Linear(hidden or in_width, width)
+        if hidden:
+            first = nn.Linear(in_width, hidden)
+            self.predictor_embed = nn.Sequential(first, nn.GELU(), self.predictor_embed)
         tokens = [nn.Parameter(torch.zeros(1, 1, width)) for _ in range(mask_tokens)]
         self.mask_tokens = nn.ParameterList(tokens)
         blocks = [Block(width, heads, self.mlp, eps=eps) for _ in range(depth)]
         self.predictor_blocks = nn.ModuleList(blocks)
         self.predictor_norm = LayerNorm(width, eps=eps)
         self.predictor_proj = nn.Linear(width, out_width)
+        self.predictor_proj_context = nn.Linear(width, out_width) if context else None
         init_weights(self, blocks, init_std)
+        self.img_mod_embed = learned(1, 1, width, std=1e-6) if stills else None
+        self.video_mod_embed = learned(1, 1, width, std=1e-6) if stills else None
 
-    def forward(self, z, keep, pred):
+    def forward(self, z, keep, pred, grid=None, context=False):
         """z list of (B,K_i,in_width), keep list of (B,K_i), pred list of (B,M_i) -> list of
-        (B,M_i,out_width). Group i uses mask token i, modulo.
+        (B,M_i,out_width). Group i uses mask token i, modulo. grid: of these clips, if not the one
+        it was made for. context: also a list of (B,K_i,out_width), of the context's tokens, or []
+        where no layer gives them.
 
         Tensors instead of lists are one group, and give one tensor. Order within a group is free:
         attention only sees positions.
         """
         if torch.is_tensor(z):
             return self([z], [keep], [pred])[0]
+        grid = grid or self.grid
         K = [ids.shape[1] for ids in keep]
         M = [ids.shape[1] for ids in pred]
-        context = self.predictor_embed(torch.cat(z, 1))
-        tokens = [token.to(context.dtype).expand(*ids.shape, -1)        # (B, M_i, Dp)
+        x = self.predictor_embed(torch.cat(z, 1))
+        tokens = [token.to(x.dtype).expand(*ids.shape, -1)              # (B, M_i, Dp)
                   for token, ids in zip(cycle(self.mask_tokens), pred)]
-        x = interleave(context.split(K, 1), tokens)                     # (B, n, Dp)
+        x = interleave(x.split(K, 1), tokens)                           # (B, n, Dp)
         ids = interleave(keep, pred)                                    # (B, n)
+        if self.img_mod_embed is not None:
+            kinds = (self.img_mod_embed, self.video_mod_embed)
+            kind, other = kinds if grid[0] == 1 else kinds[::-1]
+            x = touch(x + kind.to(x.dtype), other)
         rope = None
         if self.pos == "sincos":
-            x = x + sincos_table(self.width, self.grid, x.device)[ids]
+            x = x + settle(sincos_table(self.width, grid, x.device)[ids], x)
         else:
-            rope = rope_at(ids, self.width // self.heads, self.grid, self.rope_quirk, x)
+            rope = rope_at(
+                ids, self.width // self.heads, grid, self.rope_quirk, x, self.rope_scaled)
         lengths = [k + m for k, m in zip(K, M)]
         x = run_blocks(x, self.predictor_blocks, rope, lengths, self.checkpoint)
-        hidden = [group[:, k:] for group, k in zip(x.split(lengths, 1), K)]
-        zhat = self.predictor_proj(self.predictor_norm(torch.cat(hidden, 1)))
-        return list(zhat.split(M, 1))
+        groups = x.split(lengths, 1)
+        hidden = torch.cat([group[:, k:] for group, k in zip(groups, K)], 1)
+        zhat = self.predictor_proj(self.predictor_norm(hidden)).split(M, 1)
+        if not context:
+            return list(zhat)
+        if self.predictor_proj_context is None:
+            return list(zhat), []
+        seen = torch.cat([group[:, :k] for group, k in zip(groups, K)], 1)
+        seen = self.predictor_proj_context(self.predictor_norm(seen)).split(K, 1)
+        return list(zhat), list(seen)
 
     def flops(self, *groups):
         """Forward FLOPs of one clip for groups of (K, M) context and predicted tokens."""
         flops = len(self.predictor_blocks) * block_flops(self.width, self.mlp, map(sum, groups))
         for K, M in groups:
-            flops += 2 * K * self.predictor_embed.weight.numel()
-            flops += 2 * M * self.predictor_proj.weight.numel()
+            flops += 2 * K * matrices(self.predictor_embed)
+            flops += 2 * M * matrices(self.predictor_proj)
+            if self.predictor_proj_context is not None:
+                flops += 2 * K * matrices(self.predictor_proj_context)
         return flops
 
 
@@ -735,6 +874,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
 POSITIVE = {  # flags that 0 does not switch off
     "steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "prototypes",
     "log_every", "save_every", "keep", "timeout", "ce_rows", "temp", "tau", "temporal_keep",
+    "levels",
 }
 SHARES = {"ema", "final_ema", "max_bad_fraction", "betas", "temporal_keep", "motion_uniform"}
 FREE = {  # flags that a resumed run may change
@@ -1139,7 +1279,8 @@ class Run:
     def loader(self, sources, clip, first):
         """This rank's micro-batches, from step `first` on."""
         args = self.args
-        return iter(data.make_loader(
+        make = data.mixed_loader if getattr(args, "stills", False) else data.make_loader
+        return iter(make(
             sources, clip, seed=args.seed, batch_size=args.batch_size, micro_batch=self.micro,
             rank=self.rank, ranks=self.ranks, workers=self.workers, timeout=args.timeout,
             start_step=first, steps=self.last))
@@ -1620,7 +1761,7 @@ def latent_surprise(encoder, predictor, targets, x, context):
     targets: x -> h (B,N,D)."""
     keep, pred = split_time(encoder, x, context)
     h = gather(targets(x), pred)
-    zhat = predictor(encoder(x, keep), keep, pred).float()
+    zhat = predictor(encoder(x, keep, levels=True), keep, pred).float()
     return (zhat - h).abs().mean((1, 2))
 
 
@@ -1822,13 +1963,35 @@ def broken(folder):
 
 
 # --- 3. weight files ------------------------------------------------------------------------------
-# Ours are safetensors with the config inside. One function for each foreign family gives the
-# encoder's state, the predictor's or None, and the config.
+# Ours are safetensors with the config inside. A foreign file is a nest of dicts: the part that
+# holds the encoder is taken, its names become ours, and names and shapes tell its family, which
+# says the rest of the config (assets/vjepa.md has the families in a table).
 
 # what weights fit
 SHAPE = tuple(name for name in VIT_KEYS if name not in ("frames", "size", "init_std"))
-# what a config may say besides: size name, sampling, blocks to read out, pixel statistics
-NOTES = ("model", "stride", "fps", "layer", "layer_classify", "mean", "std")
+# where a file keeps its encoder, if FILE#PART does not say it; never a student that has a teacher
+PARTS = ("ema_encoder", "target_encoder", "teacher", "model", "module", "state_dict")
+
+
+class Refused(ValueError):
+    """What a weight file lacks: one line of at most 200 characters, however long its path."""
+
+    def __init__(self, path, what):
+        path = str(path)
+        path = path if len(path) <= 110 else "..." + path[-107:]
+        text = " ".join(f"{path}: {what}".split())
+        super().__init__(text if len(text) <= 200 else text[:197] + "...")
+
+
+@contextmanager
+def naming(path, family=""):
+    """Errors in this block name the file, and its family where that is known by then."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (OSError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise Refused(f"{path} ({family})" if family else path, error) from error
 
 
 def save_encoder(path, encoder, config):
@@ -1850,32 +2013,33 @@ def save_encoder(path, encoder, config):
     write(side, f"{digest}  {path.name}\n")
 
 
-def load_encoder(path, *, seed=0, key="target_encoder", **override):
+def load_encoder(path, *, seed=0, key="", **override):
     """(encoder in eval mode, float32; config dict) from any weight file of SIZES' families, or
     with random weights.
 
     path: our .safetensors or the folder of the run that made it (checked against its sha256 where
-    that lies beside it); a directory or .safetensors of HF's VJEPA2Model, VideoMAEModel or
-    Dinov2Model; a .pt or .pth.tar of Meta's V-JEPA 1 or 2, of which `key` is read; a .pth of
-    VideoMAE, DINO, DINOv2 or timm's ViT; an .npz of 4DS; "random:vit_s" or "random:PATH" for random
-    weights (from `seed`) in the shape of a size or file.
-    override: entries of the config, such as heads=, frames=, size=. ValueError names the file and
-    the missing, unexpected or misshaped keys.
+    that lies beside it); a directory or .safetensors of a model of transformers, of a kind in HF; a
+    .pt or .pth.tar of Meta's V-JEPA 1, 2 or 2.1, or I-JEPA; a .pth of VideoMAE, MAE, DINO, DINOv2
+    or timm's ViT; an .npz of 4DS; "random:vit_s" or "random:PATH" for random weights (from `seed`)
+    in the shape of a size or file. FILE#PART, or key, names the part of a .pt or .pth to read.
+    override: entries of the config, such as heads=, frames=, size=. ValueError names the file, the
+    family seen, and the first keys that are missing, unexpected or misshaped.
     """
     name = str(path).removeprefix("random:")
     random = name != str(path)
+    family = ""
     if random and name in SIZES:
         config = SIZES[name] | dict(model=name, **IMAGENET)
     else:
-        state, _, config = read_weights(name, key, override)
+        family, state, _, config = read_weights(name, key, override)
         config.pop("predictor_heads", None)
-    config = apply_override(config, override, name)
-    device = "cpu" if random else "meta"
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with naming(name, family), torch.random.fork_rng(devices=[]):
+        config = apply_override(config, override, "mlp", "mean", "std")
         torch.manual_seed(seed)
-        encoder = ViT(**{name: config[name] for name in VIT_KEYS if name in config})
-    if not random:
-        fill(encoder, state, name)
+        with torch.device("cpu" if random else "meta"):
+            encoder = ViT(**{name: config[name] for name in VIT_KEYS if name in config})
+        if not random:
+            fill(encoder, state)
     return encoder.eval(), encoder.config | config
 
 
@@ -1894,44 +2058,53 @@ def load_start(path, shape):
 
 
 def load_predictor(path, **override):
-    """(Predictor in eval mode, config dict) from a file of Meta's V-JEPA 1 or 2, or HF's
-    VJEPA2Model.
+    """(Predictor in eval mode, config dict) from a file of Meta's V-JEPA 1, 2 or 2.1, HF's
+    VJEPA2Model, or the folder of a run.
 
     override: frames= and size= of the clip, or entries of Predictor's config. ValueError as of
     load_encoder, and where the file holds no predictor.
     """
-    _, state, config = read_weights(path, "target_encoder", override)
-    if state is None:
-        raise ValueError(f"{path}: holds no predictor")
-    for name in ("frames", "size"):
-        if name in override:
-            config[name] = override.pop(name)
-    config = apply_override(predictor_shapes_config(state, path, config), override, path)
-    with torch.device("meta"):
-        predictor = Predictor(**config)
-    fill(predictor, state, path)
+    family, _, state, config = read_weights(path, "", override)
+    with naming(path, family):
+        if not state and (Path(path) / "latest").exists():
+            state = run_part(path, "predictor")
+            said = read_config(Path(path) / "config.json")["config"]
+            config["predictor_heads"] = said.get("pred_heads") or config["heads"]
+        if not state:
+            raise ValueError("holds no predictor")
+        for name in ("frames", "size"):
+            if name in override:
+                config[name] = override.pop(name)
+        config = apply_override(predictor_shapes_config(state, config), override)
+        with torch.device("meta"):
+            predictor = Predictor(**config)
+        fill(predictor, state)
     return predictor.eval(), config
 
 
-def apply_override(config, override, path):
-    known = {*config, *VIT_KEYS, *NOTES}
+def apply_override(config, override, *needed):
+    known = {*config, *VIT_KEYS, *NOTES, "model"}
     unknown = [name for name in override if name not in known]
     if unknown:
-        raise ValueError(f"{path}: unknown config entries {unknown}; known are {sorted(known)}")
+        raise ValueError(f"unknown config entries {unknown}; known are {sorted(known)}")
     config = {**config, **override}
+    lacking = [name for name in ("width", "depth", "heads", *needed) if name not in config]
+    if lacking:
+        raise ValueError(f"its config lacks {', '.join(lacking)}")
     if config["heads"] is None:
-        raise ValueError(f"{path}: no known size has width {config['width']} and depth "
-                         f"{config['depth']}, so heads are unknown: pass heads=")
+        raise ValueError(f"no known size has width {config['width']} and depth {config['depth']}, "
+                         "so heads are unknown: pass heads=")
+    check_config(config)
     return config
 
 
-def check_finite(state, path):
+def check_finite(state, what):
     bad = [name for name, value in state.items() if not value.isfinite().all()]
     if bad:
-        raise UserError(f"{path}: not finite {', '.join(bad[:3])}")
+        raise UserError(f"{what}: not finite {', '.join(bad[:3])}")
 
 
-def fill(module, state, path):
+def fill(module, state):
     """Load state into module (on the meta device) strictly, as float32 copies."""
     wanted = module.state_dict()
     misshaped = []
@@ -1944,55 +2117,70 @@ def fill(module, state, path):
         "unexpected": [name for name in state if name not in wanted],
         "wrong shape": misshaped,
     }
-    complaints = [f"{fault} {', '.join(names)}" for fault, names in faults.items() if names]
+    complaints = []
+    for fault, names in faults.items():
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            complaints.append(f"{fault} {names[0]}{more}")
+    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    if bad and not complaints:
+        complaints = [f"not finite {bad[0]}"]
     if complaints:
-        raise ValueError(f"{path}: {'; '.join(complaints)}")
-    check_finite(state, path)
+        raise ValueError("; ".join(complaints))
     state = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
     module.load_state_dict(state, assign=True)
 
 
-# what wrapped modules put before their names
-WRAPPERS = {r"^(module\.)?(backbone\.)?": ""}
-
-
-def read_weights(path, key, override):
-    """Find the family of a weight file -> (encoder state, predictor state or None, config)."""
-    if not str(path):
+def read_weights(name, key, override):
+    """Any weight file, FILE or FILE#PART -> (family, encoder state, predictor state, config)."""
+    if not str(name):
         raise ValueError("no weight file is given")
-    path = Path(path)
-    # the folder of a run
-    if (path / "encoder.safetensors").exists():
-        path = path / "encoder.safetensors"
-    if not path.exists():
-        raise ValueError(f"{path}: no such weight file, and no size of {', '.join(SIZES)} behind "
-                         "'random:'")
-    if path.is_dir():
-        return from_hf(path)
-    if path.suffix == ".safetensors":
-        state, metadata = read_safetensors(path)
-        if "config" not in metadata:
+    with naming(name):
+        path = Path(name)
+        if not path.exists() and "#" in str(name):
+            name, _, key = str(name).rpartition("#")
+            path = Path(name)
+        # the folder of a run
+        if (path / "encoder.safetensors").exists():
+            path = path / "encoder.safetensors"
+        if not path.exists():
+            raise ValueError(
+                f"no such weight file, and no size of {', '.join(SIZES)} behind 'random:'")
+        if path.is_dir():
             return from_hf(path)
-        return state, None, json.loads(metadata["config"])
-    if path.suffix not in (".pt", ".pth", ".tar", ".npz"):
-        raise ValueError(f"{path}: not a weight file (.safetensors, .pt, .pth, .pth.tar, .npz) or "
-                         "a directory of one")
-    file = read_foreign(path)
-    if path.suffix == ".npz":
-        return from_4ds(path, file)
-    inner = first_dict(file, "teacher", "model", "state_dict", otherwise=file)
-    flat = rename(inner, path, None, WRAPPERS)
-    if {"cls_token", "pos_embed"} <= {*flat}:
-        return from_images(path, flat)
-    videomae = first_dict(file, "model", "module")
-    if videomae is not None and not {key, "encoder", "target_encoder"} & {*file}:
-        return from_videomae(path, videomae)
-    return from_meta_vjepa(path, file, key, override)
+        if path.suffix == ".safetensors":
+            state, metadata = read_safetensors(path)
+            if "config" not in metadata:
+                return from_hf(path)
+            return "", state, {}, parse_config(metadata["config"])
+        if path.suffix not in (".pt", ".pth", ".tar", ".npz"):
+            raise ValueError("not a weight file (.safetensors, .pt, .pth, .pth.tar, .npz) or a "
+                             "directory of one")
+        file = read_foreign(path)
+        if path.suffix == ".npz":
+            with naming(name, "4DS"):
+                return from_4ds(file)
+        part = key or next((part for part in PARTS if isinstance(file.get(part), dict)), None)
+        inner = file if part is None else file.get(part)
+        if not isinstance(inner, dict) or not any(map(torch.is_tensor, inner.values())):
+            raise ValueError(f"no weights in {part or 'target_encoder'!r}; the file holds "
+                             f"{sorted(map(str, file))}: name a part as FILE#PART")
+        return from_torch(path, inner, file.get("predictor"), override)
 
 
-def first_dict(file, *names, otherwise=None):
-    """The first of these entries that is a dict."""
-    return next((file[name] for name in names if isinstance(file.get(name), dict)), otherwise)
+def parse_config(text):
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"its config is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"its config is a {type(config).__name__}")
+    return config
+
+
+def read_config(path):
+    with naming(path):
+        return parse_config(path.read_text())
 
 
 def read_foreign(path):
@@ -2001,16 +2189,15 @@ def read_foreign(path):
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as f:
                 return {name: torch.from_numpy(f[name]) for name in f}
-        # VideoMAE's training script saves its flags in a Namespace; it is data
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # flags and best scores beside the weights; they are data
+        scalar = [np.dtype, np._core.multiarray.scalar, np.dtypes.Float64DType]
+        with torch.serialization.safe_globals([argparse.Namespace, *scalar]):
             file = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         first_line = str(e).partition("\n")[0]
-        raise ValueError(
-            f"{path}: not a readable weight file ({type(e).__name__}: {first_line})") from e
+        raise ValueError(f"not a readable weight file ({type(e).__name__}: {first_line})") from e
     if not isinstance(file, dict):
-        raise ValueError(
-            f"{path}: not a readable weight file (it holds a {type(file).__name__})")
+        raise ValueError(f"not a readable weight file (it holds a {type(file).__name__})")
     return file
 
 
@@ -2018,273 +2205,497 @@ def read_safetensors(path):
     """(state, metadata), after checking the sha256 beside the file if there is one."""
     side = Path(f"{path}.sha256")
     if side.exists() and side.read_text().split()[:1] != [sha256(path)]:
-        raise ValueError(f"{path}: differs from its sha256 in {side.name}: the file is damaged")
+        raise Refused(path, f"differs from its sha256 in {side.name}: the file is damaged")
     try:
         with safe_open(path, "pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except SafetensorError as e:
-        raise ValueError(f"{path}: not a readable safetensors file ({e})") from e
+        raise Refused(path, f"not a readable safetensors file ({e})") from e
 
 
-def shapes_config(state, path, norm_eps=1e-6):
+def size_name(width, depth):
+    """The size of these, or None."""
+    return next((name for name, row in ROWS.items() if row[:2] == (width, depth)), None)
+
+
+def shapes_config(state):
     """What the shapes of an encoder state in our names tell of its config. Heads come from the
     size table, None where no size fits."""
-    embed, fc1 = pick(state, path, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    embed, fc1 = pick(state, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    if embed.ndim != 5:
+        raise ValueError(f"wrong shape patch_embed.proj.weight {tuple(embed.shape)}")
     width, _, tubelet, patch, _ = embed.shape
     depth = depth_of(state, "blocks")
-    model = heads = None
-    for name, size in reversed(SIZES.items()):
-        if (size["width"], size["depth"]) == (width, depth):
-            model = name
-            heads = size["heads"]
+    model = size_name(width, depth)
+    heads = SIZES[model]["heads"] if model else None
     return dict(
         width=width, depth=depth, heads=heads, mlp=len(fc1), patch=patch, tubelet=tubelet,
-        rope_quirk=False, eps=norm_eps, model=model, **IMAGENET,
+        model=model, **IMAGENET,
     )
 
 
-def pick(state, path, *names):
+def pick(state, *names):
     lacking = [name for name in names if name not in state]
     if lacking:
-        raise ValueError(f"{path}: missing {', '.join(lacking)}")
+        raise ValueError(f"missing {', '.join(lacking)}")
     return [state[name] for name in names]
 
 
-def rename(state, path, drop, patterns):
-    """The state without the keys that `drop` matches, under our names: every one of `patterns` is
-    replaced in turn."""
+# what is neither the encoder's nor the predictor's
+OUTSIDE = r"(\w+\.)?(decoder|encoder_to_decoder|fc_norm|head|classifier|pooler)[._]|.*mask_token$"
+# names of the files of papers -> ours, replaced in this order
+NAMES = {
+    r"\b(module|backbone|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.": "",
+    # VideoMAE's pretraining, Lightning
+    r"^((encoder|model)\.)+": "",
+    # DINOv2's chunked blocks: blocks.0.11
+    r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",
+    r"attn\.q_bias$": "attn.query.bias",
+    r"attn\.v_bias$": "attn.value.bias",
+    # V-JEPA 2.1: four levels, of which the last is what is read
+    r"^norms_block\.3\.": "norm.",
+    r"^norms_block\.": "level_norms.",
+}
+
+
+def rename(state, patterns):
+    """The tensors of a state that belong to encoder or predictor, under our names: every one of
+    `patterns` is replaced in turn."""
     out = {}
     for theirs, value in state.items():
-        if drop and re.match(drop, theirs):
-            continue
-        ours = theirs
+        ours = str(theirs)
         for pattern, new in patterns.items():
             ours = re.sub(pattern, new, ours)
+        if not torch.is_tensor(value) or re.match(OUTSIDE, ours):
+            continue
         if ours in out:
-            raise ValueError(f"{path}: holds {ours} twice, the second time as {theirs}")
+            raise ValueError(f"holds {ours} twice, the second time as {theirs}")
         out[ours] = value
     return out
 
 
-def fuse_qkv(state, path, zero_key=False):
-    """Join attn.{query,key,value} to attn.qkv in place, where none is missing. zero_key: a key
-    without a bias, as VideoMAE has it, gets zeros."""
+def fuse_qkv(state):
+    """Join attn.{query,key,value} to attn.qkv in place, where none is missing. Keys of which none
+    has a bias, as in VideoMAE, get zeros."""
+    biased = any(name.endswith(".attn.key.bias") for name in state)
     for query in [name for name in state if ".attn.query." in name]:
         key = query.replace("query", "key")
         value = query.replace("query", "value")
-        if zero_key and query.endswith(".bias") and value in state:
+        if query.endswith(".bias") and value in state and not biased:
             state.setdefault(key, torch.zeros_like(state[query]))
-        if key not in state or value not in state:
-            continue
-        parts = {name: state.pop(name) for name in (query, key, value)}
-        shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
-        if len({*shapes.values()}) > 1:
-            told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-            raise ValueError(f"{path}: wrong shape {told}")
-        state[query.replace("query", "qkv")] = torch.cat([*parts.values()])
+        if key in state and value in state:
+            parts = [state.pop(name) for name in (query, key, value)]
+            # else the shape of the first alone is wrong, which is told
+            alike = len({part.shape[1:] for part in parts}) == 1 and parts[0].ndim
+            state[query.replace("query", "qkv")] = torch.cat(parts) if alike else parts[0]
+
+
+def fold(state):
+    """In place: q, k, v in one, a layer scale into the layer it follows, an image's patch embedding
+    as one of tubelets of one frame."""
+    fuse_qkv(state)
+    for name in [name for name in state if re.search(r"\.ls[12]\.gamma$", name)]:
+        layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        gamma = state.pop(name)
+        for kind, scale in (("weight", gamma[:, None]), ("bias", gamma)):
+            if f"{layer}.{kind}" in state:
+                state[f"{layer}.{kind}"] = state[f"{layer}.{kind}"] * scale
+    embed = state.get("patch_embed.proj.weight")
+    if embed is not None and embed.ndim == 4:
+        state["patch_embed.proj.weight"] = embed[:, :, None]
+
+
+def fold_cls(state):
+    """In place: CLS's row of an image encoder's positions into CLS -> the side of their grid."""
+    table = pick(state, "pos_embed")[0]
+    own = 1 if "cls_token" in state else 0
+    n = table.shape[1] if table.ndim == 3 else 0
+    side = math.isqrt(max(0, n - own))
+    if not side or n != own + side**2:
+        raise ValueError(f"wrong shape pos_embed {tuple(table.shape)}: not that of a square")
+    if own:
+        state["cls_token"] = state["cls_token"] + table[:, :1]
+        state["pos_embed"] = table[:, 1:]
+    return side
 
 
 def depth_of(state, name):
-    return 1 + max(int(k.split(".")[1]) for k in state if k.startswith(name + "."))
+    """One more than the largest number that follows this name."""
+    found = [re.match(rf"{name}\.(\d+)\.", key) for key in state]
+    return 1 + max(int(match[1]) for match in found if match)
 
 
-def predictor_shapes_config(state, path, config):
-    embed, proj, fc1 = pick(state, path, "predictor_embed.weight", "predictor_proj.weight",
-                            "predictor_blocks.0.mlp.fc1.weight")
-    width, in_width = embed.shape
+def predictor_shapes_config(state, config):
+    hidden = len(state.get("predictor_embed.0.weight", ()))
+    embed, proj, fc1, norm = pick(
+        state, f"predictor_embed.{'0.' if hidden else ''}weight", "predictor_proj.weight",
+        "predictor_blocks.0.mlp.fc1.weight", "predictor_norm.weight")
     side = config["size"] // config["patch"]
     return dict(
-        in_width=in_width, out_width=len(proj), width=width,
+        in_width=embed.shape[-1], out_width=len(proj), width=len(norm), hidden=hidden,
+        context="predictor_proj_context.weight" in state, stills="img_mod_embed" in state,
         depth=depth_of(state, "predictor_blocks"), mlp=len(fc1), heads=config["predictor_heads"],
         grid=[config["frames"] // config["tubelet"], side, side],
-        pos=config["pos"], rope_quirk=config["rope_quirk"],
-        mask_tokens=sum(name.startswith("mask_tokens.") for name in state), eps=config["eps"],
+        pos=config["pos"], rope_quirk=config.get("rope_quirk", False),
+        rope_scaled=config.get("rope_scaled", 0),
+        mask_tokens=sum(name.startswith("mask_tokens.") for name in state),
+        eps=config.get("eps", 1e-6),
     )
 
 
-def from_meta_vjepa(path, file, key, override):
-    """Meta's V-JEPA 1 (sincos tables stored beside the weights) and V-JEPA 2 (rope with its quirk).
+def from_torch(path, part, predictor, override):
+    """A .pt or .pth: V-JEPA, VideoMAE, I-JEPA, MAE, DINO and timm's image encoders."""
+    state = rename(part, NAMES)
+    predictor = rename(predictor, NAMES) if isinstance(predictor, dict) else {}
+    embed = pick(state, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")[0]
+    videomae = "blocks.0.attn.query.bias" in state
+    fold(state)
+    if embed.ndim == 4:
+        cls = "cls_token" in state
+        family = "MAE, DINO or timm's ViT" if cls else "I-JEPA"
+        with naming(path, family):
+            config = shapes_config(state)
+            size = fold_cls(state) * config["patch"]
+        config.update(pos="learned", images=True, cls=cls, frames=16, size=size)
+    elif videomae:
+        family = "VideoMAE"
+        # bare after fine-tuning, without norm where an fc_norm follows
+        final_norm = not any("fc_norm." in str(name) for name in part)
+        config = shapes_config(state)
+        config.update(pos="sinusoid1d", final_norm=final_norm, frames=16, size=224)
+    else:
+        levels = "level_norms.0.weight" in state
+        pos = "sincos" if "predictor_pos_embed" in predictor else "rope"
+        pos = override.get("pos", pos)
+        family = "V-JEPA 2.1" if levels else {"rope": "V-JEPA 2"}.get(pos, "V-JEPA 1")
+        with naming(path, family):
+            config = vjepa_config(state, predictor, levels, pos, override)
+        if family == "V-JEPA 2" and not predictor and "pos" not in override:
+            say(f"note: {path} is read as V-JEPA 2's, with tiled rope frequencies (rope_quirk)")
+    return family, state, predictor, config
 
-    The predictor tells them apart: V-JEPA 1's has a predictor_pos_embed, while a V-JEPA 2 encoder
-    may carry a stale pos_embed it never uses.
+
+def vjepa_config(state, predictor, levels, pos, override):
+    """Meta's V-JEPA 1 (sincos tables stored beside the weights), 2 (rope with its quirk) and 2.1
+    (rope, a norm for each of four levels).
+
+    The predictor tells the first two apart: V-JEPA 1's has a predictor_pos_embed, while a V-JEPA 2
+    encoder may carry a stale pos_embed it never uses.
     """
-    if not isinstance(file.get(key), dict):
-        raise ValueError(f"{path}: no {key!r} in the file, which holds {sorted(map(str, file))}")
-    state = rename(file[key], path, None, WRAPPERS)
-    predictor = rename(file.get("predictor", {}), path, None, WRAPPERS)
-    config = shapes_config(state, path)
     table = state.pop("pos_embed", None)
     predictor_table = predictor.pop("predictor_pos_embed", None)
-    pos = override.get("pos", "rope" if predictor_table is None else "sincos")
-    if table is not None and not predictor and "pos" not in override:
-        raise ValueError(f"{path}: has a pos_embed but no predictor to tell V-JEPA 1 from 2: pass "
+    config = shapes_config(state)
+    if table is not None and not predictor and not levels and "pos" not in override:
+        raise ValueError("has a pos_embed but no predictor to tell V-JEPA 1 from 2: pass "
                          "pos='sincos' or pos='rope'")
     if pos == "rope":
-        heads = 22 if config["model"] == "vit_g" else config["heads"]
-        # the clip of its hub; rope takes any other
-        config.update(
-            pos="rope", rope_quirk=True, heads=heads, predictor_heads=12, frames=64, size=256)
-        return state, predictor or None, config
+        heads = {"vit_g": 22, "vit_G": 26 if levels else 16}.get(config["model"], config["heads"])
+        # the clips of their hubs; rope takes any other
+        config.update(pos=pos, heads=heads, predictor_heads=12, frames=64, size=256)
+        if not levels:
+            return config | dict(rope_quirk=True)
+        return config | dict(
+            rope_scaled=16, levels=4, stills="img_mod_embed" in state, size=384)
 
     if table is None:
-        raise ValueError(f"{path}: missing pos_embed")
+        raise ValueError("missing pos_embed")
     frames = override.get("frames", 16)
     slices = frames // config["tubelet"]
     side = math.isqrt(table.shape[1] // slices)
-    check_sincos(path, "pos_embed", table, (slices, side, side))
+    check_sincos("pos_embed", table, (slices, side, side))
     if predictor_table is not None:
-        check_sincos(path, "predictor_pos_embed", predictor_table, (slices, side, side))
+        check_sincos("predictor_pos_embed", predictor_table, (slices, side, side))
     size = side * config["patch"]
-    config.update(pos="sincos", predictor_heads=config["heads"], frames=frames, size=size)
-    return state, predictor or None, config
+    return config | dict(pos=pos, predictor_heads=config["heads"], frames=frames, size=size)
 
 
-def check_sincos(path, name, table, grid):
-    ours = sincos_table(table.shape[2], grid)[None]
+def check_sincos(name, table, grid):
+    ours = sincos_table(table.shape[-1], grid)[None]
     if table.shape != ours.shape or (table - ours).abs().max() > 1e-4:
-        raise ValueError(
-            f"{path}: {name} {tuple(table.shape)} is not the sincos table of the grid {grid}")
+        raise ValueError(f"{name} {tuple(table.shape)} is not the sincos table of the grid {grid}")
 
 
-QV_BIAS = {
-    r"attn\.q_bias$": "attn.query.bias",
-    r"attn\.v_bias$": "attn.value.bias",
+# our names -> those of transformers, each where a name's part begins, replaced in this order
+HF_DINOV2 = {
+    "blocks.": "encoder.layer.",
+    "attn.proj.": "attention.output.dense.",
+    "attn.": "attention.attention.",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+    "pos_embed": "embeddings.position_embeddings",
+    "cls_token": "embeddings.cls_token",
+    "mask_token": "embeddings.mask_token",
+    "norm.": "layernorm.",
 }
-# for each model_type: what is not the encoder's or predictor's, and their names -> ours, replaced
-# in this order
+HF_VIT = HF_DINOV2 | {
+    "mlp.fc1.": "intermediate.dense.",
+    "mlp.fc2.": "output.dense.",
+    "norm1.": "layernorm_before.",
+    "norm2.": "layernorm_after.",
+}
+# transformers 5 has query.bias and value.bias in its modules, but not in its files
+HF_VIDEOMAE = {
+    "attn.query.bias": "attention.attention.q_bias",
+    "attn.value.bias": "attention.attention.v_bias",
+} | HF_VIT
+HF_VJEPA2 = {
+    "predictor_embed.": "predictor.embeddings.predictor_embeddings.",
+    "mask_tokens": "predictor.embeddings.mask_tokens",
+    "predictor_blocks.": "predictor.layer.",
+    "predictor_norm.": "predictor.layernorm.",
+    "predictor_proj.": "predictor.proj.",
+    "patch_embed.": "encoder.embeddings.patch_embeddings.",
+    "blocks.": "encoder.layer.",
+    "attn.": "attention.",
+    "norm.": "encoder.layernorm.",
+}
+# our config -> that of transformers
+HF_CONFIG = {
+    "width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads",
+    "patch": "patch_size", "size": "image_size", "eps": "layer_norm_eps", "act": "hidden_act",
+}
+HF_VIDEO = HF_CONFIG | {"frames": "num_frames", "tubelet": "tubelet_size"}
+IMAGES = dict(pos="learned", images=True, cls=True, tubelet=1)
+# model_type: the model's class, names, config, and what that config does not say
 HF = {
-    "vjepa2": (r"(vjepa2\.)?(pooler|classifier)\.", {
-        r"^vjepa2\.": "",
-        r"\.attention\.": ".attn.",
-        r"\.layernorm\.": ".norm.",
-        r"\.layer\.": ".blocks.",
-        r"^encoder\.": "",
-        r"^embeddings\.patch_embeddings\.": "patch_embed.",
-        r"^predictor\.embeddings\.predictor_embeddings\.": "predictor.embed.",
-        r"^predictor\.(embed|blocks|norm|proj)\.": r"predictor.predictor_\1.",
-    }),
-    # files have q_bias and v_bias; query.bias and value.bias are what the modules of transformers 5
-    # have
-    "videomae": (r"(decoder|encoder_to_decoder|fc_norm|classifier)\.|mask_token$", {
-        r"^videomae\.": "",
-        r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
-        r"^encoder\.layer\.": "blocks.",
-        r"^layernorm\.": "norm.",
-        r"\.layernorm_before\.": ".norm1.",
-        r"\.layernorm_after\.": ".norm2.",
-        r"\.attention\.attention\.": ".attn.",
-        r"\.attention\.output\.dense\.": ".attn.proj.",
-        r"\.intermediate\.dense\.": ".mlp.fc1.",
-        r"\.output\.dense\.": ".mlp.fc2.",
-        **QV_BIAS,
-    }),
-    "dinov2": (r"classifier\.", {
-        r"^dinov2\.": "",
-        r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
-        r"^embeddings\.position_embeddings$": "pos_embed",
-        r"^embeddings\.": "",
-        r"^encoder\.layer\.": "blocks.",
-        r"^layernorm\.": "norm.",
-        r"\.attention\.attention\.": ".attn.",
-        r"\.attention\.output\.dense\.": ".attn.proj.",
-        r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
-    }),
+    "vjepa2": ("VJEPA2Model", HF_VJEPA2,
+               HF_VIDEO | {"size": "crop_size", "frames": "frames_per_clip"},
+               dict(pos="rope", rope_quirk=True)),
+    "videomae": ("VideoMAEModel", HF_VIDEOMAE, HF_VIDEO, dict(pos="sinusoid1d")),
+    "dinov2": ("Dinov2Model", HF_DINOV2, HF_CONFIG, IMAGES),
+    "vit": ("ViTModel", HF_VIT, HF_CONFIG, IMAGES),
+    "vit_mae": ("ViTMAEModel", HF_VIT, HF_CONFIG, IMAGES),
+    "ijepa": ("IJepaModel", HF_VIT, HF_CONFIG, IMAGES | dict(cls=False)),
 }
+HF_ACTS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def from_hf(path):
-    """V-JEPA 2, VideoMAE and DINOv2, bare or with a head around them, as transformers saves them:
-    safetensors with a config.json beside them."""
+    """The models of HF, bare or with a head around them, as transformers saves them: safetensors
+    with a config.json beside them."""
     folder = path if path.is_dir() else path.parent
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not (folder / "config.json").exists():
         lacks = "config.json" if files else ".safetensors"
-        raise ValueError(f"{path}: neither our format nor HF's: no {lacks} in {folder}")
-    hf = json.loads((folder / "config.json").read_text())
-    kind = hf.get("model_type")
+        raise ValueError(f"neither our format nor HF's: no {lacks} in {folder.name}")
+    hf = read_config(folder / "config.json")
+    kind = str(hf.get("model_type"))
     if kind not in HF:
-        raise ValueError(
-            f"{path}: config.json says model_type {kind!r}, not one of {', '.join(HF)}")
+        raise ValueError(f"config.json says model_type {kind!r}, not one of {', '.join(HF)}")
+    family = f"HF's {kind}"
+    with naming(folder / "config.json", family):
+        config = hf_config(kind, hf)
     state = {}
     for file in files:
         state |= read_safetensors(file)[0]
-    state = rename(state, path, *HF[kind])
-    fuse_qkv(state, path, zero_key=kind == "videomae")
-    if kind == "dinov2":
-        return from_images(path, state, hf["num_attention_heads"], hf["layer_norm_eps"])
-    if kind == "videomae":
-        return from_hf_videomae(path, state, hf, folder / "config.json")
-    return from_hf_vjepa2(path, state, hf)
-
-
-def from_hf_vjepa2(path, state, hf):
-    for i, token in enumerate(state.pop("predictor.embeddings.mask_tokens", [])):
-        state[f"predictor.mask_tokens.{i}"] = token
+    patterns = {r"^(vjepa2|videomae|dinov2|vit|ijepa)\.": ""}
+    for ours, theirs in HF[kind][1].items():
+        patterns[rf"(^|(?<=\.)){re.escape(theirs)}"] = ours
+    state = rename(state, patterns)
+    fold(state)
     predictor = {}
-    for name in [name for name in state if name.startswith("predictor.")]:
-        predictor[name.removeprefix("predictor.")] = state.pop(name)
-    config = shapes_config(state, path, hf["layer_norm_eps"])
-    config.update(
-        pos="rope", rope_quirk=True, heads=hf["num_attention_heads"],
-        predictor_heads=hf["pred_num_attention_heads"], frames=hf["frames_per_clip"],
-        size=hf["crop_size"],
-    )
-    return state, predictor or None, config
+    if kind == "vjepa2":
+        for i, token in enumerate(state.pop("mask_tokens", [])):
+            predictor[f"mask_tokens.{i}"] = token
+        for name in [name for name in state if name.startswith("predictor_")]:
+            predictor[name] = state.pop(name)
+    elif kind == "videomae":
+        if not hf.get("qv_bias", hf.get("qkv_bias", True)):
+            for name in [name for name in state if name.endswith("attn.qkv.weight")]:
+                state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
+    else:
+        with naming(path, family):
+            fold_cls(state)
+    return family, state, predictor, config
 
 
-def from_hf_videomae(path, state, hf, config_path):
-    act, eps, heads, frames, size, pooled = pick(
-        hf, config_path, "hidden_act", "layer_norm_eps", "num_attention_heads", "num_frames",
-        "image_size", "use_mean_pooling")
-    if act != "gelu" or not isinstance(size, int):
-        raise ValueError(f"{path}: config.json says hidden_act {act!r} and image_size {size!r}; "
-                         "only 'gelu' and one number are supported")
-    if not hf.get("qv_bias", hf.get("qkv_bias", True)):
-        for name in [name for name in state if name.endswith("attn.qkv.weight")]:
-            state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
-    config = shapes_config(state, path, eps)
-    config.update(pos="sinusoid1d", heads=heads, final_norm=not pooled, frames=frames, size=size)
-    return state, None, config
+def hf_config(kind, hf):
+    """Our config of transformers'."""
+    _, _, entries, config = HF[kind]
+    config = config | dict(zip(entries, pick(hf, *entries.values()))) | IMAGENET
+    config["act"] = HF_ACTS.get(str(config["act"]), config["act"])
+    check_config(config)
+    ratio = hf.get("mlp_ratio", 4)
+    config["mlp"] = hf.get("intermediate_size", 0) or round(config["width"] * ratio)
+    config["model"] = size_name(config["width"], config["depth"])
+    if kind == "vjepa2":
+        config["predictor_heads"] = hf.get("pred_num_attention_heads")
+    elif kind == "videomae":
+        config["final_norm"] = not pick(hf, "use_mean_pooling")[0]
+    else:
+        config["frames"] = 16
+    return config
 
 
-def from_images(path, file, heads=None, eps=1e-6):
-    """Image encoders in timm's names, as DINO, DINOv2 and timm save them. A layer scale is folded
-    into the layer it follows, CLS's position into CLS."""
-    # DINOv2's chunked blocks: blocks.0.11
-    chunks = {r"^blocks\.\d+\.(\d+)\.": r"blocks.\1."}
-    state = rename(file, path, r"mask_token$|head\.|fc_norm\.", chunks)
-    embed, table, cls = pick(state, path, "patch_embed.proj.weight", "pos_embed", "cls_token")
-    side = math.isqrt(table.shape[1] - 1)
-    swiglu = any(".mlp.w12." in name for name in state)
-    if "register_tokens" in state or swiglu or 1 + side**2 != table.shape[1]:
-        raise ValueError(f"{path}: image encoders with register tokens, SwiGLU or a grid that is "
-                         "not square are not supported")
-    state["patch_embed.proj.weight"] = embed[:, :, None]
-    state["pos_embed"] = table[:, 1:]
-    state["cls_token"] = cls + table[:, :1]
-    for name in [name for name in state if re.search(r"\.ls[12]\.gamma$", name)]:
-        gamma = state.pop(name)
-        layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-        state[f"{layer}.weight"] = state[f"{layer}.weight"] * gamma[:, None]
-        state[f"{layer}.bias"] = state[f"{layer}.bias"] * gamma
-    config = shapes_config(state, path, eps)
-    size = side * embed.shape[-1]
-    config.update(pos="learned", images=True, cls=True, frames=16, size=size)
-    if heads:
-        config["heads"] = heads
-    return state, None, config
+def run_part(folder, part):
+    """The state of one module of the objective, from a run's newest whole checkpoint; {} if it has
+    none of this name."""
+    found = newest(folder)
+    there = CheckpointReader(found).read_metadata().state_dict_metadata
+    prefix = f"model.{part}."
+    state = {}
+    for name, value in there.items():
+        if name.startswith(prefix):
+            state[name.removeprefix("model.")] = torch.empty(value.size)
+    read_checkpoint({"model": state}, found)
+    return {name.removeprefix(f"{part}."): value for name, value in state.items()}
 
 
-def from_videomae(path, file):
-    """VideoMAE's own files: in pretraining the encoder lies below `encoder.`; after fine-tuning it
-    is bare, without norm where an fc_norm follows."""
-    outside = r"(decoder|encoder_to_decoder|fc_norm|head)\.|mask_token$"
-    state = rename(file, path, outside, {r"^encoder\.": "", **QV_BIAS})
-    fuse_qkv(state, path, zero_key=True)
-    final_norm = not any(name.startswith("fc_norm.") for name in file)
-    config = shapes_config(state, path)
-    config.update(pos="sinusoid1d", final_norm=final_norm, frames=16, size=224)
-    return state, None, config
+def hf_kind(config):
+    """The row of HF that has an encoder of this config. ValueError: none has."""
+    images = "dinov2" if config["cls"] else "ijepa"
+    kind = {"rope": "vjepa2", "sinusoid1d": "videomae", "learned": images}.get(config["pos"])
+    if kind is None:
+        raise ValueError(f"transformers has no model with {config['pos']} positions")
+    wanted = dict(images=False, cls=False, stills=False, highpass=0.0, rope_scaled=0)
+    for entry, value in (wanted | HF[kind][3]).items():
+        if config[entry] != value:
+            raise ValueError(f"{HF[kind][0]} has {entry} {value}, not {config[entry]}")
+    return kind
+
+
+def hf_state(kind, encoder, predictor):
+    """Their names and tensors: q, k and v apart, CLS's position 0, layer scales of 1."""
+    ours = {}
+    for name, value in (encoder.state_dict() | predictor).items():
+        if name.startswith(("level_norms.", "mask_tokens.")):
+            continue
+        parts = [(name, value)]
+        if ".qkv." in name:
+            parts = zip([name.replace("qkv", part) for part in ("query", "key", "value")],
+                        value.chunk(3))
+        for part, tensor in parts:
+            # a key's bias adds the same to a token's scores for all others: softmax ignores it
+            if kind != "videomae" or not part.endswith(".key.bias"):
+                ours[part] = tensor
+    tokens = [value for name, value in predictor.items() if name.startswith("mask_tokens.")]
+    if tokens:
+        ours["mask_tokens"] = torch.stack(tokens)
+    if encoder.images:
+        ours["patch_embed.proj.weight"] = ours["patch_embed.proj.weight"][:, :, 0]
+    if kind == "dinov2":
+        ours["pos_embed"] = F.pad(ours["pos_embed"], (0, 0, 1, 0))
+        ours["mask_token"] = torch.zeros(1, encoder.width)
+        for i in range(len(encoder.blocks)):
+            for scale in (1, 2):
+                ours[f"blocks.{i}.ls{scale}.gamma"] = torch.ones(encoder.width)
+    state = {}
+    for name, value in ours.items():
+        for here, there in HF[kind][1].items():
+            name = re.sub(rf"(^|(?<=\.)){re.escape(here)}", there, name)
+        state[name] = value.detach().cpu().float().contiguous()
+    return state
+
+
+def ratio(mlp, width):
+    """A whole number where it is one: Dinov2Config takes no other."""
+    return mlp / width if mlp % width else mlp // width
+
+
+def save_hf(folder, encoder, predictor=None, about={}):
+    """Write an encoder (ViT) as a folder that transformers loads: config.json, model.safetensors,
+    and README.md, a card with what `about` says of it. predictor: V-JEPA's. ValueError names what
+    transformers has no model for."""
+    config = encoder.config
+    kind = hf_kind(config)
+    model_class, _, entries, _ = HF[kind]
+    hf = {"model_type": kind, "architectures": [model_class], "dtype": "float32",
+          "intermediate_size": config["mlp"], "mlp_ratio": ratio(config["mlp"], config["width"]),
+          "use_mean_pooling": not config["final_norm"], "layerscale_value": 1.0}
+    hf |= {theirs: config[ours] for ours, theirs in entries.items()}
+    if config["act"] == "gelu_tanh":
+        hf["hidden_act"] = "gelu_pytorch_tanh"
+    state = {}
+    if kind == "vjepa2":
+        hf["pred_num_hidden_layers"] = 0
+        if predictor is not None:
+            state = predictor.state_dict()
+            hf |= {"pred_hidden_size": predictor.width, "pred_num_attention_heads": predictor.heads,
+                   "pred_num_hidden_layers": len(predictor.predictor_blocks),
+                   "pred_mlp_ratio": ratio(predictor.mlp, predictor.width),
+                   "pred_num_mask_tokens": len(predictor.mask_tokens)}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temp = folder / "model.tmp"
+    save_file(hf_state(kind, encoder, state), temp, metadata={"format": "pt"})
+    put_in_place(temp, folder / "model.safetensors")
+    write(folder / "config.json", json.dumps(hf, indent=1))
+    write(folder / "README.md", card(model_class, config | about))
+
+
+def card(model_class, about):
+    """A model card: how to load it, and a table of what is known."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in about.items())
+    return f"""---
+library_name: transformers
+tags: [video, self-supervised]
+---
+# {about.get("model") or "encoder"}
+
+`transformers.{model_class}.from_pretrained(FOLDER)`; pixels in [0,1], minus `mean`, over `std`.
+The `last_hidden_state` of a clip is what the encoder gave where it was trained.
+
+| | |
+|---|---|
+{rows}
+"""
+
+
+def save_meta(path, encoder, predictor=None):
+    """Write V-JEPA 1's, 2's or 2.1's layout, by the encoder's positions and levels: a .pt that
+    their code and load_encoder read. ValueError: an encoder of another kind."""
+    config = encoder.config
+    if config["images"] or config["pos"] not in ("rope", "sincos") or config["highpass"]:
+        raise ValueError(f"Meta's V-JEPA has no {config['pos']} positions, single frames or "
+                         "highpass")
+    if config["pos"] == "rope" and config["levels"] == 1 and not config["rope_quirk"]:
+        raise ValueError("V-JEPA 2 has tiled rope frequencies: --rope_quirk in training")
+    file = {}
+    for part, module in (("target_encoder", encoder), ("predictor", predictor)):
+        state = {} if module is None else module.state_dict()
+        if module is not None and config["pos"] == "sincos":
+            name = "pos_embed" if module is encoder else "predictor_pos_embed"
+            state[name] = sincos_table(module.width, encoder.grid)[None]
+        file[part] = {}
+        for name, value in state.items():
+            if config["levels"] > 1:
+                name = re.sub(r"^norm\.", "norms_block.3.", name)
+                name = re.sub(r"^level_norms\.", "norms_block.", name)
+            file[part][f"module.backbone.{name}"] = value.detach().cpu().clone()
+    file["encoder"] = file["target_encoder"]
+    temp = Path(f"{path}.tmp")
+    torch.save(file, temp)
+    put_in_place(temp, Path(path))
+
+
+def export_main():
+    """python model.py export RUN --to hf|meta: a run, or any weight file, for other programs."""
+    parser = argparse.ArgumentParser(prog="model.py", description=export_main.__doc__)
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("run", help="the folder of a run, or a weight file")
+    parser.add_argument("--to", choices=["hf", "meta"], required=True)
+    parser.add_argument("--out", default="", help="a folder, or a .pt; beside the run")
+    args = parser.parse_args()
+    out = Path(args.out or Path(args.run) / {"hf": "hf", "meta": "vjepa.pt"}[args.to])
+    try:
+        encoder, config = load_encoder(args.run)
+        predictor = None
+        if config["pos"] in ("rope", "sincos") and not config["images"]:
+            try:
+                predictor = load_predictor(args.run)[0]
+            except ValueError as error:
+                say(f"note: without a predictor: {error}")
+        if args.to == "meta":
+            save_meta(out, encoder, predictor)
+        else:
+            log = Path(args.run) / "log.jsonl"
+            for line in log.read_text().splitlines()[1:] if log.exists() else ():
+                config |= json.loads(line)
+            encoder.save_hf(out, predictor, config)
+    except (OSError, ValueError, UserError) as error:
+        leave(error, 2)
+    print(json.dumps({"out": str(out), "params": count(encoder)}))
 
 
 def conv_kernel(kernel):
@@ -2336,12 +2747,13 @@ def readout_layer(depth, share=0.95):
     return max(1, min(int(share * depth), depth - 1))
 
 
-def from_4ds(path, file):
+def from_4ds(file):
     """4DS: flat flax keys. What precedes the encoder's three parts differs between files; what lies
     outside them is a readout or a decoder."""
-    outside = r"(?!(.*/)?(patch_embedding|posenc|processor)/)"
-    state = rename(file, path, outside, FOURDS_NAMES)
-    pick(state, path, "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.query.weight",
+    inside = re.compile(r"(.*/)?(patch_embedding|posenc|processor)/")
+    file = {name: value for name, value in file.items() if inside.match(name)}
+    state = rename(file, FOURDS_NAMES)
+    pick(state, "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.query.weight",
          "blocks.0.mlp.fc1.weight")
     size = {}
     for pattern, (axes, convert) in FOURDS_AXES.items():
@@ -2351,13 +2763,17 @@ def from_4ds(path, file):
             want = tuple(size.setdefault(axis, n) for axis, n in zip(axes, shape))
             if shape != want or len(want) != len(axes):
                 known = tuple(size.get(axis, axis) for axis in axes)
-                raise ValueError(f"{path}: wrong shape {name} {shape} instead of {known}")
+                raise ValueError(f"wrong shape {name} {shape} instead of {known}")
             state[name] = convert(state[name]).contiguous()
-    fuse_qkv(state, path)
-    config = shapes_config(state, path)
+    fuse_qkv(state)
+    config = shapes_config(state)
     config.update(
         pos="learned", heads=size["H"], final_norm=False, act="gelu_tanh", mean=[0.0] * 3,
         std=[1.0] * 3, frames=size["t"] * size["a"], size=size["s"] * size["p"],
         layer=readout_layer(config["depth"]), layer_classify=readout_layer(config["depth"], 0.75),
     )
-    return state, None, config
+    return "4DS", state, {}, config
+
+
+if __name__ == "__main__":
+    export_main()

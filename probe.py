@@ -2599,17 +2599,20 @@ def forecaster(args, device):
         try:
             if name != args.encoder:
                 raise ValueError(f"{args.encoder}: random weights need the folder of a run")
-            predictor, config = model.load_predictor(name)
+            predictor, _ = model.load_predictor(name)
             encoder = model.load_encoder(name, key="encoder")[0].to(device)
-            target = model.load_encoder(name, key="target_encoder")[0].to(device)
+            target, config = model.load_encoder(name)
+            if predictor.predictor_proj.out_features != target.levels * target.width:
+                raise ValueError(f"{name}: its predictor answers for another encoder, its teacher")
         except ValueError as error:
             raise data.DataError(f"--encoder {error}; physics needs an encoder and its predictor: "
                                  "a run's folder, or a file with both") from error
-        predictor.to(device)
+        for module in (predictor, target):
+            module.to(device)
 
         def targets(x):
-            h = target(x).float()
-            return F.layer_norm(h, h.shape[-1:])
+            h = target(x, levels=True).float().unflatten(2, (target.levels, -1))
+            return F.layer_norm(h, h.shape[-1:]).flatten(2)
 
         surprise = partial(model.latent_surprise, encoder, predictor, targets)
         return surprise, dict(frames=16, stride=4, size=config["size"], **model.IMAGENET)

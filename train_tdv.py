@@ -226,7 +226,7 @@ class TDV(nn.Module):
         if start is not None:
             weights = start.state_dict()
             if args.pos == "learned":  # of another size: interpolated
-                weights["pos_embed"] = start.positions(self.encoder.grid, "cpu")[None]
+                weights["pos_embed"] = start.positions(self.encoder.table_grid, "cpu")[None]
             self.encoder.load_state_dict(weights)
         self.head = ProjectionHead(
             shape["width"], args.prototypes, args.head_hidden, args.head_bottleneck,

@@ -58,6 +58,7 @@ class Args:
     patch: int = 16                     # pixels
     tubelet: int = 2                    # frames
     pos: Literal["sincos", "rope"] = "sincos"       # positions: sincos or rope
+    rope_quirk: bool = False            # tiled frequencies, as V-JEPA 2's files and transformers
     pred_depth: int = 12                # blocks of the predictor
     pred_width: int = 384
     pred_heads: int = 0                 # 0: as many as the encoder
@@ -71,6 +72,12 @@ class Args:
     aspect: tuple[float, float] = (0.75, 1.5)       # of a block
     trim: Literal["random", "prefix"] = "random"    # ids cut to the batch minimum; prefix: official
     bucket: int = 1                     # > 1: token counts are multiples of it, for fewer shapes
+    # --- V-JEPA 2.1
+    levels: int = 1                     # outputs that are predicted, at even depths; 4 there
+    context_loss: float = 0.0           # weight of the loss on the context's own tokens
+    context_ramp: tuple[int, int] = (0, 0)          # steps between which that weight rises from 0
+    rope_scaled: int = 0                # > 0: places in space end at this - 1 on any grid (rope)
+    stills: bool = False                # images: one frame with patches of their own, no still clip
     # --- optimization
     steps: int = 90_000
     flops: float = 0.0                  # > 0: as many steps as this many FLOPs pay for
@@ -141,11 +148,16 @@ COOLDOWN = VJEPA2 | dict(
     frames=64, steps=12_000, start_lr=5.25e-4, final_lr=1e-6, decay="linear", warmup=0,
     init_optimizer=True, out_dir="out/vjepa2_cooldown",
 )
+V21 = dict(levels=4, context_loss=0.5, rope_scaled=16, stills=True)
 PRESETS = {
     "laptop": LAPTOP,
     "laptop_video": LAPTOP_VIDEO,
     "vjepa2": VJEPA2,
     "vjepa2_cooldown": COOLDOWN,
+    "vjepa21": VJEPA2 | V21 | dict(context_ramp=(15_000, 30_000), out_dir="out/vjepa21"),
+    "vjepa21_cooldown": COOLDOWN | V21 | dict(out_dir="out/vjepa21_cooldown"),
+    # for python model.py export: as HF's VJEPA2Model and V-JEPA 2's own code rotate
+    "vjepa2_hf": VJEPA2 | dict(rope_quirk=True, out_dir="out/vjepa2_hf"),
 }
 
 # FWM-HW-LD's rows: what each adds to its baseline. The baselines are V-JEPA by the recipe of Table
@@ -267,19 +279,27 @@ class VJEPA(nn.Module):
         super().__init__()
         self.args = args
         shape = SIZES[args.model] | dict(
-            patch=args.patch, tubelet=args.tubelet, pos=args.pos, highpass=args.highpass)
+            patch=args.patch, tubelet=args.tubelet, pos=args.pos, highpass=args.highpass,
+            levels=args.levels, stills=args.stills, rope_scaled=args.rope_scaled)
+        if args.rope_quirk:
+            shape["rope_quirk"] = True
         start = None
         if args.init:
             start, shape, _ = load_start(args.init, shape)
         self.encoder = ViT(
             **shape, frames=args.frames, size=args.size, init_std=args.init_std,
             checkpoint=args.checkpoint)
+        width = args.levels * shape["width"]
         self.predictor = Predictor(
-            in_width=shape["width"], out_width=shape["width"],
+            in_width=width, out_width=width,
             width=args.pred_width, depth=args.pred_depth, heads=args.pred_heads or shape["heads"],
             grid=self.encoder.grid, pos=args.pos, rope_quirk=self.encoder.rope_quirk,
-            mask_tokens=args.mask_tokens or len(args.masks),
-            init_std=args.init_std, checkpoint=args.checkpoint)
+            rope_scaled=args.rope_scaled, mask_tokens=args.mask_tokens or len(args.masks),
+            hidden=shape["width"] if args.levels > 1 else 0, context=args.context_loss > 0,
+            stills=args.stills, init_std=args.init_std, checkpoint=args.checkpoint)
+        # of the forward pass that comes next: place() sets both
+        self.step = 0
+        self.grid = self.encoder.grid
         if start is not None:
             self.encoder.load_state_dict(start.state_dict())
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
@@ -301,37 +321,57 @@ class VJEPA(nn.Module):
         if keep is None:
             return self.product(x)
         h = self.targets(x)
-        losses = [error.mean() for error in self.errors(x, h, keep, pred)]
-        return self.total(losses, h)
+        errors, context = self.errors(x, h, keep, pred)
+        return self.total([error.mean() for error in errors], context, h)
 
     @torch.no_grad()
     def targets(self, x):
         """h (B,N,D), a constant: E must tell more of the clip, not make h easy (appendix D)."""
-        h = self.target(x)
-        return F.layer_norm(h.float(), h.shape[-1:])
+        h = self.target(x, levels=True).float().unflatten(2, (self.args.levels, -1))
+        return F.layer_norm(h, h.shape[-1:]).flatten(2)
 
     def errors(self, x, h, keep, pred):
-        """|zhat - h| at the hidden tokens: an entry a mask, (B,M,D)."""
-        z = self.encoder(x, keep)  # [(B,K,D)]
-        zhat = self.predictor(z, keep, pred)  # [(B,M,D)]
-        return [(guess - gather(h, ids)).abs() for guess, ids in zip(zhat, pred)]
+        """|zhat - h|: an entry a mask, (B,M,D) at the hidden tokens; with --context_loss the mean
+        at the context's, each weighted by its nearness to what is hidden (V-JEPA 2.1)."""
+        z = self.encoder(x, keep, levels=True)  # [(B,K,D)]
+        zhat, seen = self.predictor(z, keep, pred, self.grid, context=True)  # [(B,M,D)], [(B,K,D)]
+        hidden = [(guess - gather(h, ids)).abs() for guess, ids in zip(zhat, pred)]
+        context = []
+        for guess, ids, others in zip(seen, keep, pred):
+            error = (guess - gather(h, ids)).abs()
+            context.append((error * nearness(ids, others, self.grid)[..., None]).mean())
+        return hidden, context
 
-    def total(self, losses, h):
+    def total(self, losses, context, h):
         """The mean over the masks, and what the log shows."""
         named = zip(numbered(self.args.masks), losses)
         metrics = {f"loss_{name}": loss.detach() for name, loss in named}
-        return sum(losses) / len(losses), metrics | {"tokens": some_rows(h)}
+        loss = sum(losses) / len(losses)
+        if context:
+            dense = sum(context) / len(context)
+            loss = loss + self.schedules(self.step)["context_weight"] * dense
+            metrics["loss_context"] = dense.detach()
+        return loss, metrics | {"tokens": some_rows(h)}
 
-    def masks(self, step, batch_size, rows=None, temporal_keep=1.0):
+    def masks(self, step, batch_size, rows=None, grid=None, temporal_keep=1.0):
         """keep, pred of one step: an entry a mask, ids (b,K) and (b,M), of these rows (a slice) of
         the batch; a function of the seed and the step."""
         a = self.args
         return data.sample_masks(
-            a.masks, a.seed, step, batch_size, self.encoder.grid, a.aspect, a.trim, a.bucket, rows,
-            temporal_keep)
+            a.masks, a.seed, step, batch_size, grid or self.encoder.grid, a.aspect, a.trim,
+            a.bucket, rows, temporal_keep)
 
     def place(self, keep, pred, x, step, row):
-        """The masks of the clips x, whose first is `row` of the batch: here, as they were drawn."""
+        """The masks of the clips x, whose first is `row` of the batch, as they were drawn, or of
+        images on their own grid. Notes step and grid: forward() has no other way to know."""
+        self.step = step
+        self.grid = self.encoder.grid
+        if self.args.stills and x.shape[2] == 1:
+            self.grid = (1, *self.grid[1:])
+            rows = slice(row, row + len(x))
+            keep, pred = self.masks(step, self.args.batch_size, rows, self.grid)
+            keep = [ids.to(x.device) for ids in keep]
+            pred = [ids.to(x.device) for ids in pred]
         return keep, pred
 
     def after_step(self, step):
@@ -343,18 +383,23 @@ class VJEPA(nn.Module):
         """Functions of the step alone, all of them stretched (appendix A)."""
         a = self.args
         end = a.stretch * a.steps
-        return {
+        rates = {
             "lr": warmup_decay(step, a.warmup, end, a.start_lr, a.lr, a.final_lr, a.decay),
             "weight_decay": linear(step, end, a.weight_decay, a.final_weight_decay),
             "ema": linear(step, end, a.ema, a.final_ema),
         }
+        if a.context_loss:
+            first, last = a.context_ramp
+            ramp = linear(max(0, step - first), last - first, 0.0, a.context_loss)
+            rates["context_weight"] = ramp if step < last else a.context_loss
+        return rates
 
     def flops(self, keep, pred):
         """Of one clip, forward and backward; a backward pass costs two forward passes."""
         kept = [ids.shape[1] for ids in keep]
         hidden = [ids.shape[1] for ids in pred]
         trained = self.encoder.flops(*kept) + self.predictor.flops(*zip(kept, hidden))
-        return self.target.flops(math.prod(self.target.grid)) + 3 * trained
+        return self.target.flops(math.prod(self.grid)) + 3 * trained
 
     def cost(self, step):
         """FLOPs of a step, over all ranks."""
@@ -372,6 +417,20 @@ class VJEPA(nn.Module):
     def surprise(self, x, context):
         """(B,): error in foretelling what follows the first `context` frames of x."""
         return latent_surprise(self.encoder, self.predictor, self.targets, x, context)
+
+
+def nearness(ids, others, grid):
+    """(B,n): 1/sqrt of the distance, in tokens, from each of ids (B,n) to the nearest of others
+    (B,m)."""
+    t, h, w = grid
+
+    def places(ids):
+        return torch.stack([ids // (h * w), ids // w % h, ids % w], -1).float()  # (B,n,3)
+
+    # by differences: for more than 25 points torch's default is a matrix product, which rounds
+    distance = torch.cdist(
+        places(ids), places(others), compute_mode="donot_use_mm_for_euclid_dist")  # (B,n,m)
+    return distance.amin(-1).rsqrt()
 
 
 # --- FWM-HW-LD: terms that are added to the loss --------------------------------------------------
@@ -555,8 +614,6 @@ class FWM(VJEPA):
     def __init__(self, args):
         super().__init__(args)
         self.weights = parse_terms(args.terms)
-        # place() sets it, before each forward pass; --anneal and sigreg read it
-        self.step = 0
         # all but hw read what the encoder makes of the full clip
         self.full_pass = bool(set(self.weights) - {"hw"})
         self.check()
@@ -591,27 +648,32 @@ class FWM(VJEPA):
         if keep is None:
             return self.product(x)
         h = self.targets(x)
-        errors = self.errors(x, h, keep, pred)  # [(B,M,D)]
+        errors, context = self.errors(x, h, keep, pred)  # [(B,M,D)]
         losses = []
         for error, seen, hidden in zip(errors, keep, pred):
             if self.args.distance:
-                error = error * self.nearness(seen, hidden)[..., None]
+                error = error * nearness(hidden, seen, self.grid)[..., None]
             losses.append(error.mean())
-        loss, metrics = self.total(losses, h)
+        loss, metrics = self.total(losses, context, h)
         if not self.weights:
             return loss, metrics
 
-        grid = (self.encoder.grid[0], -1)  # t, h*w
+        grid = (self.grid[0], -1)  # t, h*w
+        h = h[..., -self.encoder.width :]  # of the last level
         z = None
         if self.full_pass:  # one more pass, shared by all terms
             z = self.encoder(x).float()
             z = F.layer_norm(z, z.shape[-1:]).unflatten(1, grid)
+        # an image has no time to compare, but other ranks wait for its blocks and heads
+        still = self.grid[0] == 1
+        idle = 0 * sum(p.sum() for p in self.heads.parameters())
+        idle = idle + 0 * (loss if z is None else z.sum())
         errors = [error.mean(-1) for error in errors]  # [(B,M)]
         s = Step(z, h.unflatten(1, grid), x, errors, self)
         for name, weight in self.weights.items():
             if self.args.anneal and name.startswith("kin_"):
                 weight = weight * cosine(self.step, self.args.steps, 1.0, 0.0)
-            term = TERMS[name](s)
+            term = idle if still and name != "hw" else TERMS[name](s)
             loss = loss + weight * term
             metrics |= {name: term.detach(), f"{name}_weighted": weight * term.detach()}
         if "hw" in self.weights:
@@ -619,40 +681,26 @@ class FWM(VJEPA):
             metrics["hw_share"] = 1 / hardness(errors[0], self.args).square().mean()
         return loss, metrics
 
-    def nearness(self, keep, pred):
-        """(B,M): 1/sqrt of the distance, in tokens, from each hidden token to the nearest of the
-        context."""
-        t, h, w = self.encoder.grid
-
-        def places(ids):
-            return torch.stack([ids // (h * w), ids // w % h, ids % w], -1).float()  # (B,n,3)
-
-        # by differences: for more than 25 points torch's default is a matrix product, which rounds
-        distance = torch.cdist(
-            places(pred), places(keep), compute_mode="donot_use_mm_for_euclid_dist")  # (B,M,K)
-        return distance.amin(-1).rsqrt()
-
     def dynamics(self, z):
         """What the heads of ld and ac see: with static or orth on, the second half."""
         return z.chunk(2, -1)[1] if self.factorised else z
 
-    def masks(self, step, batch_size, rows=None):
+    def masks(self, step, batch_size, rows=None, grid=None):
         """V-JEPA's, or Future-Predictive: the context lies in the first share of the slices, and
         all that is not context is predicted."""
-        return super().masks(step, batch_size, rows, self.args.temporal_keep)
+        return super().masks(step, batch_size, rows, grid, self.args.temporal_keep)
 
     def place(self, keep, pred, x, step, row):
-        """Motion-guided: blocks lie where the clips move. Also notes the step: forward() has no
-        other way to know it."""
-        self.step = step
-        if not self.args.motion:
+        """Motion-guided: blocks lie where the clips move."""
+        keep, pred = super().place(keep, pred, x, step, row)
+        if not self.args.motion or self.grid[0] == 1:
             return keep, pred
         motion = motion_map(x, self.args.tubelet, self.args.patch)
         return guide_masks(keep, pred, motion, self.args, step, row)
 
     def flops(self, keep, pred):
         """V-JEPA's, and the encoder's full pass; the heads, under a hundredth, do not count."""
-        full = self.target.flops(math.prod(self.target.grid))
+        full = self.target.flops(math.prod(self.grid))
         return super().flops(keep, pred) + (3 * full if self.full_pass else 0)
 
     def values(self, keep, pred):
@@ -811,7 +859,7 @@ def main(args):
         if run.due(args.log_every, done) and meter.state["window"]:
             run.log(meter.line(done, rates, grad_norm, health(tokens)))
         if run.due(args.sample_every, done):
-            run.mask_picture(net, x, context, objective.encoder.grid, done)
+            run.mask_picture(net, x, context, objective.grid, done)
         if meter.saves(done, net, x, context, hidden):
             run.save(done, net, optimizer, meter.state)
             run.export(objective, done)
