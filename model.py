@@ -2,7 +2,8 @@
 
 1 nets: positions, ViT, MotionEncoder, Predictor, LatentGridDecoder, optimizer groups
 2 the run: what surrounds a training loop, and what looks at features on the way
-3 weight files: ours are safetensors; V-JEPA 1 and 2, VideoMAE, DINO, DINOv2, timm, 4DS are read
+3 weight files: ours are safetensors; those of V-JEPA, I-JEPA, MAE, VideoMAE, DINO, timm, 4DS and
+  transformers are read, Meta's and transformers' written: python model.py export RUN --to hf|meta
 
     encoder = ViT(**SIZES["vit_l"], frames=16, size=224, pos="rope")
     z = encoder(x, keep)          # x (B,3,T,H,W) normalised, keep (B,K) token ids -> (B,K,D)
@@ -2569,8 +2570,8 @@ def hf_state(kind, encoder, predictor):
             # a key's bias adds the same to a token's scores for all others: softmax ignores it
             if kind != "videomae" or not part.endswith(".key.bias"):
                 ours[part] = tensor
-    tokens = [value for name, value in predictor.items() if name.startswith("mask_tokens.")]
-    if tokens:
+    if predictor:
+        tokens = [value for name, value in predictor.items() if name.startswith("mask_tokens.")]
         ours["mask_tokens"] = torch.stack(tokens)
     if encoder.images:
         ours["patch_embed.proj.weight"] = ours["patch_embed.proj.weight"][:, :, 0]
@@ -2651,18 +2652,17 @@ def save_meta(path, encoder, predictor=None):
                          "highpass")
     if config["pos"] == "rope" and config["levels"] == 1 and not config["rope_quirk"]:
         raise ValueError("V-JEPA 2 has tiled rope frequencies: --rope_quirk in training")
+    last = "norm." if config["levels"] == 1 else "norms_block.3."
     file = {}
     for part, module in (("target_encoder", encoder), ("predictor", predictor)):
-        state = {} if module is None else module.state_dict()
+        state = {}
         if module is not None and config["pos"] == "sincos":
             name = "pos_embed" if module is encoder else "predictor_pos_embed"
             state[name] = sincos_table(module.width, encoder.grid)[None]
-        file[part] = {}
-        for name, value in state.items():
-            if config["levels"] > 1:
-                name = re.sub(r"^norm\.", "norms_block.3.", name)
-                name = re.sub(r"^level_norms\.", "norms_block.", name)
-            file[part][f"module.backbone.{name}"] = value.detach().cpu().clone()
+        for name, value in () if module is None else module.state_dict().items():
+            name = re.sub(r"^norm\.", last, name.replace("level_norms", "norms_block"))
+            state[name] = value.cpu()
+        file[part] = state
     file["encoder"] = file["target_encoder"]
     temp = Path(f"{path}.tmp")
     torch.save(file, temp)
@@ -2680,12 +2680,11 @@ def export_main():
     out = Path(args.out or Path(args.run) / {"hf": "hf", "meta": "vjepa.pt"}[args.to])
     try:
         encoder, config = load_encoder(args.run)
-        predictor = None
-        if config["pos"] in ("rope", "sincos") and not config["images"]:
-            try:
-                predictor = load_predictor(args.run)[0]
-            except ValueError as error:
-                say(f"note: without a predictor: {error}")
+        try:
+            predictor = load_predictor(args.run)[0]
+        except ValueError as error:
+            say(f"note: without a predictor: {error}")
+            predictor = None
         if args.to == "meta":
             save_meta(out, encoder, predictor)
         else:

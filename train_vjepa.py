@@ -13,6 +13,8 @@ Ebar is what is exported and probed (encoder.safetensors); one class, VJEPA, has
                                                            linear probe near 60 %, random weights 15
     torchrun --nproc-per-node 8 train_vjepa.py --data k710.csv ssv2.csv      the paper's ViT-L/16
     torchrun --nproc-per-node 8 train_vjepa.py --preset vjepa2 --data ...    V-JEPA 2's recipe
+    torchrun --nproc-per-node 8 train_vjepa.py --preset vjepa21 --data ...   V-JEPA 2.1's: four
+        levels of E are predicted, and at the context: + lambda mean |zseen - h[keep]| / sqrt(d)
     torchrun --nproc-per-node 4 train_vjepa.py --preset fwm_hw_ld            a row of FWM-HW-LD
 
 The second half of the file is FWM-HW-LD (Adhikari 2026): terms that are added to this loss, off by
