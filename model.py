@@ -1618,7 +1618,8 @@ class Meter:
         line = {"step": done} | averages(window) | rates
         line["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
         line |= health
-        line |= {name: self.state[name] for name in ("flops", "ledger") if name in self.state}
+        kept = ("flops", "ledger", "random_acc")
+        line |= {name: self.state[name] for name in kept if name in self.state}
         line |= {
             "clips_per_s": self.clips / seconds,
             "tflops": speed / 1e12,

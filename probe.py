@@ -51,7 +51,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -920,6 +920,11 @@ def weights_hash(encoder):
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(name.encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def as_flag(value):
+    """What json has made of it -> a flag."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def read_json(file):
@@ -2153,9 +2158,7 @@ def open_head(path, device):
         about = json.loads(metadata["probe"])
     except (ValueError, KeyError, OSError) as error:
         raise data.DataError(f"--head {path}: not a head that probe.py saved ({error})") from None
-    flags = {}
-    for name, value in about["args"].items():
-        flags[name] = tuple(value) if isinstance(value, list) else value
+    flags = {name: as_flag(value) for name, value in about["args"].items()}
     task = TASKS[about["task"]](
         Args(**flags),
         about["width"],
@@ -2333,173 +2336,230 @@ def draw_neighbours(args, source, names, paths, vectors):
     first = [paths.index(path) for path in dict.fromkeys(paths)]  # a video's first window
     x = F.normalize(vectors[first] - vectors[first].mean(0), dim=1)
     queries = np.linspace(0, len(first) - 1, min(8, len(first))).astype(int)
-    nearest = (x[queries] @ x.T).topk(min(6, len(first)), 1).indices
+    likeness, nearest = (x[queries] @ x.T).topk(min(6, len(first)), 1)
     rows = [names.index(paths[first[i]]) for i in nearest.flatten()]
     clip = data.Clip(1, 1, size=112, train=False)
     batches = data.eval_batches(source, clip, rows=rows, batch_size=16)
     frames = torch.cat([batch["video"][:, 0] for batch in batches]).float() / 255
-    frames = F.pad(frames, (0, 0, 2, 2, 2, 2), value=1.0).unflatten(0, nearest.shape)
-    query = F.pad(frames[:, :1], (0, 0, 0, 12), value=1.0)              # apart from the others
-    lines = [torch.cat([*one, *others], 1) for one, others in zip(query, frames[:, 1:])]
-    return save(Path(args.out_dir) / "neighbours.png", torch.cat(lines))
+    lines = []
+    for some, row in zip(frames.unflatten(0, nearest.shape), rows[:: nearest.shape[1]]):
+        lines.append(Row(Path(names[row]).stem[-16:], some))
+    columns = ["query", *(f"nearest {i}" for i in range(1, nearest.shape[1]))]
+    title = f"nearest by features of {args.encoder}; mean cosine {likeness[:, 1:].mean():.2f}"
+    return figure(args, "neighbours", title, columns, lines)
 
 
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def heat(values, truth):
-    """Numbers (...) -> colours (...,3) from blue to red over the range of the truth."""
-    low = 0
-    high = 1
-    if truth.isfinite().any():
-        low, high = np.nanquantile(truth.numpy(), (0.02, 0.98))
-    values = ((values - low) / max(high - low, 1e-9)).clamp(0, 1)
-    distance = (4 * values[..., None] - torch.tensor([3, 2, 1])).abs()
-    return (1.5 - distance).clamp(0, 1).nan_to_num()
+def pyplot():
+    """matplotlib; main has asked for it before the work."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
 
 
-def wheel(values, truth):
-    """Flow (...,2) -> its direction as a hue, its length (of the longest true one) as saturation:
-    nothing moves where it is white."""
-    top = 1
-    if truth.isfinite().any():
-        top = np.nanquantile(truth.norm(dim=-1).numpy(), 0.98)
-    angle = torch.atan2(values[..., 1], values[..., 0])[..., None]
-    far = (values.norm(dim=-1) / max(top, 1e-9)).clamp(max=1)[..., None]
-    hues = torch.cos(angle - torch.tensor([0, 2, 4]) * math.pi / 3)
-    return (1 - far * (0.5 - 0.5 * hues)).nan_to_num()
+def has_matplotlib():
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    return bool(matplotlib)
 
 
-def hue(i):
-    """The colour of thing i."""
-    direction = torch.tensor([[math.cos(2.4 * i), math.sin(2.4 * i)]])
-    return wheel(direction, torch.tensor([[1.0, 0.0]]))[0]
+@dataclass
+class Row:
+    """Pictures (k,H,W,3) in [0,1], or numbers (k,H,W) with a colour bar, side by side."""
+    label: str
+    pictures: torch.Tensor
+    unit: str = ""  # of the colour bar
+    paint: dict = field(default_factory=dict)  # imshow's cmap, vmin, vmax
+    marks: tuple = ()  # for each picture [(point (2,) or box (4,) in shares, number of a colour)]
 
 
-def palette(values, truth):
-    """Classes (...) -> colours (...,3); 255 is black."""
-    return torch.stack([hue(i) for i in range(255)] + [torch.zeros(3)])[values.long()]
+def figure(args, name, title, columns, rows):
+    """out_dir/NAME.png -> its path; rows may be None, for a gap. Without matplotlib: None."""
+    if not has_matplotlib():
+        return None
+    plt = pyplot()
+    heights = [1.0 if row else 0.02 for row in rows]
+    size = (1.35 * len(columns) + 0.8, 1.3 * sum(heights) + 0.6)
+    shown, axes = plt.subplots(
+        len(rows), len(columns), figsize=size, squeeze=False, layout="constrained",
+        height_ratios=heights)
+    shown.suptitle(title, fontsize=9)
+    bars = {}
+    for line, row in zip(axes, rows):
+        for axis in line:
+            axis.set(xticks=[], yticks=[], frame_on=False)
+        for k, picture in enumerate(row.pictures if row else ()):
+            image = line[k].imshow(picture.numpy(), interpolation="nearest", **row.paint)
+            for place, colour in row.marks[k] if row.marks else ():
+                mark(line[k], place * torch.tensor(picture.shape[1::-1]).repeat(len(place) // 2),
+                     f"C{colour}")
+        if row:
+            line[0].set_ylabel(row.label, fontsize=8)
+        if row and row.unit:
+            bars[row.unit] = image
+    for axis, column in zip(axes[0], columns):
+        axis.set_title(column, fontsize=8)
+    for unit, image in bars.items():
+        shown.colorbar(image, ax=axes, label=unit, shrink=min(1, 3 / sum(heights)))
+    return finish(args, name, shown)
 
 
-PAINT = {"depth": heat, "stereo": heat, "flow": wheel, "segment": palette}
+def mark(axis, place, colour):
+    """A point or a box, in pixels."""
+    x, y, *end = (place - 0.5).tolist()
+    if not place.isfinite().all():
+        return
+    axis.set_autoscale_on(False)
+    if end:
+        width = end[0] - x
+        height = end[1] - y
+        axis.add_patch(pyplot().Rectangle((x, y), width, height, fill=False, edgecolor=colour))
+    else:
+        axis.plot(x, y, "o", color=colour, markersize=3, markeredgecolor="w", markeredgewidth=0.3)
 
 
-def enlarge(image, zoom):
-    """(...,H,W,3) with every pixel `zoom` times."""
-    return image.repeat_interleave(zoom, -3).repeat_interleave(zoom, -2)
-
-
-def outline(image, box, colour):
-    """Draw a box, given as shares, into (H,W,3)."""
-    if box.isfinite().all():
-        corners = (box * (len(image) - 1)).round().int().clamp(0, len(image) - 1)
-        x0, y0, x1, y1 = corners.tolist()
-        image[[y0, y1], x0 : x1 + 1] = colour
-        image[y0 : y1 + 1, [x0, x1]] = colour
-
-
-def save(file, image):
-    """A picture (H,W,3) in [0,1] -> its path."""
-    data.save_png(file, image.clamp(0, 1).mul(255).byte().numpy())
+def finish(args, name, shown):
+    file = Path(args.out_dir) / f"{name}.png"
+    shown.savefig(file, dpi=120)
+    pyplot().close(shown)
     return str(file)
 
 
-def save_strips(file, strips):
-    """[(n,k,H,W,3)]: of each of n clips a row of k frames for each strip."""
-    image = torch.stack(strips, 1)                                      # (n, strips, k, H, W, 3)
-    return save(file, image.transpose(2, 3).flatten(3, 4).flatten(0, 2))
+def wheel(flow, longest):
+    """Flow (...,2) -> its direction as a hue, its length as saturation: nothing moves where it is
+    white, nothing is known where it is grey."""
+    angle = torch.atan2(flow[..., 1], flow[..., 0])[..., None]
+    far = (flow.norm(dim=-1) / max(longest, 1e-9)).clamp(max=1)[..., None]
+    hues = torch.cos(angle - torch.tensor([0, 2, 4]) * math.pi / 3)
+    return (1 - far * (0.5 - 0.5 * hues)).nan_to_num(0.8)
+
+
+def painted(task, p, truth):
+    """Truth and answer of dense tasks (n,T,H,W,...) -> both as pictures, unit, imshow's words."""
+    name = task.args.task
+    if name == "flow":
+        longest = quantiles(truth.norm(dim=-1))[1]
+        legend = torch.linspace(-longest, longest, truth.shape[2] // 4)
+        truth = truth.clone()
+        truth[0, 0, : len(legend), : len(legend)] = torch.stack(
+            torch.meshgrid(legend, legend, indexing="xy"), -1)
+        return wheel(truth, longest), wheel(p, longest), "", {}
+    if name == "segment":
+        unknown = truth == 255
+        return (truth.float().masked_fill(unknown, math.nan), p.argmax(-1), "class",
+                dict(cmap="tab20", vmin=0, vmax=19))
+    low, high = quantiles(truth)
+    unit = "disparity, pixels" if name == "stereo" else "depth, units of the labels"
+    return truth, p, unit, dict(cmap="turbo", vmin=low, vmax=high)
+
+
+def quantiles(values):
+    return np.nanquantile(values.numpy(), (0.02, 0.98)) if values.isfinite().any() else (0, 1)
 
 
 def draw(task, features, scored, p, y, rows):
-    """TASK.png -> its path: four val clips with what is true and, below, what was answered; of
+    """TASK.png -> its path: three val clips with what is true and, below, what was answered; of
     classify the confusion, of pose truth against answer."""
-    name = task.args.task
-    file = Path(task.args.out_dir) / f"{name}.png"
-    if name == "classify":
-        return draw_confusion(file.with_stem("confusion"), confusion_of(scored, task.classes))
+    args = task.args
+    if not has_matplotlib():
+        return None
+    metric, value = next(iter(task.total(scored).items()))
+    title = f"{args.task} from {args.encoder}: {metric} {value:.3f}"
+    if args.task == "classify":
+        return draw_confusion(args, title, confusion_of(scored, task.classes), features.source)
     p = p.cpu()
     y = {key: value.cpu() for key, value in y.items()}
-    if name == "pose":
-        return draw_scatter(file, y["y"], p)
-    n = min(4, len(rows))
+    if args.task == "pose":
+        return draw_pose(args, title, y["y"].numpy(), p.numpy())
+    n = min(3, len(rows))
     batches = data.eval_batches(features.source, features.clip, rows=rows[:n], batch_size=n)
     video = next(iter(batches))["video"].float() / 255                  # (n, T, H, W, 3)
     # the third one is the frame whose boxes detect is given
     at = [0, task.frames // 3, task.frames // 2, task.frames - 1]
-    shown = enlarge(video[:, at], max(1, 128 // task.size))
-    if name in PAINT:
-        return save_strips(file, [shown, *maps(task, p[:n], y["y"][:n], at)])
-    # grey and dark, for the marks to stand out
-    shown = 0.4 * shown.mean(-1, keepdim=True).expand(shown.shape)
-    strips = [shown.clone(), shown.clone()]
-    for clip, (k, frame) in itertools.product(range(n), enumerate(at)):
-        for thing in range(min(16, y["y"].shape[1])):
-            for strip, box, colour in MARKS[name](task, p[clip, thing], y, clip, thing, frame):
-                outline(strips[strip][clip, k], box, hue(colour))
-    return save_strips(file, strips)
+    lines = []
+    dense = args.task not in MARKS
+    if dense:
+        p = p[:n].flatten(1, 2) if task.deep else p[:n]
+        truth = y["y"][:n].flatten(1, 2) if task.deep else y["y"][:n]
+        truth, p, unit, paint = painted(task, p, truth)
+    for clip in range(n):
+        lines += [None] if clip else []
+        shown = video[clip, at]
+        if dense:
+            lines += [Row("video", shown), Row("truth", truth[clip, at], unit, paint),
+                      Row("answer", p[clip, at], unit, paint)]
+            continue
+        places = [MARKS[args.task](task, p, y, clip, frame) for frame in at]
+        for label, marks in zip(("truth", "answer"), zip(*places)):
+            lines.append(Row(label, 0.6 * shown, marks=marks))
+    return figure(args, args.task, title, [f"frame {frame}" for frame in at], lines)
 
 
-def maps(task, p, truth, at):
-    """Labels and answers of the frames `at` as colours."""
-    if task.args.task == "segment":
-        p = p.argmax(-1)
-    for values in (truth, p):
-        if task.deep:
-            values = values.flatten(1, 2)                               # (n, T, H, W, ...)
-        colours = PAINT[task.args.task](values[:, at], truth)
-        yield enlarge(colours, max(1, 128 // task.size))
+# (task, p, y, clip, frame) -> what is marked as truth and as answer
 
 
-def mark_points(task, p, y, clip, thing, frame):
-    """Squares where a point is, dots where it is said to be, if visible."""
-    if y["asked"][clip, thing]:
+def mark_points(task, p, y, clip, frame):
+    """Points where they are and where they are said to be, if visible."""
+    both = [], []
+    for thing in y["asked"][clip].nonzero().flatten()[:16].tolist():
         if y["seen"][clip, thing, frame]:
-            yield 0, around(y["y"][clip, thing, frame], 3), thing
-        if p[frame, 2] > 0.5:
-            yield 1, around(p[frame, :2], 1), thing
+            both[0].append((y["y"][clip, thing, frame], thing))
+        if p[clip, thing, frame, 2] > 0.5:
+            both[1].append((p[clip, thing, frame, :2], thing))
+    return both
 
 
-def around(place, radius):
-    return torch.cat([place - radius / 128, place + radius / 128])
+def mark_boxes(task, p, y, clip, frame):
+    both = [], []
+    for thing in y["first"][clip].isfinite().all(1).nonzero().flatten()[:16].tolist():
+        for found, boxes in zip(both, (y["y"], p)):
+            found.append((boxes[clip, thing, frame], thing))
+    return both
 
 
-def mark_boxes(task, p, y, clip, thing, frame):
-    yield 0, y["y"][clip, thing, frame], thing
-    if y["first"][clip, thing].isfinite().all():
-        yield 1, p[frame], thing
-
-
-def mark_actions(task, p, y, clip, thing, frame):
-    """Above in the colour of the true class, below of the one with the highest score."""
-    box = y["boxes"][clip, frame, thing] / task.size
-    yield 0, box, int(y["y"][clip, thing].nan_to_num().argmax())
-    yield 1, box, int(p.argmax())
+def mark_actions(task, p, y, clip, frame):
+    """In the colour of the true class, and of the one with the highest score."""
+    both = [], []
+    for thing, box in enumerate(y["boxes"][clip, frame] / task.size):
+        for found, scores in zip(both, (y["y"], p)):
+            found.append((box, int(scores[clip, thing].nan_to_num().argmax())))
+    return both
 
 
 MARKS = {"points": mark_points, "boxes": mark_boxes, "detect": mark_actions}
 
 
-def draw_confusion(file, confusion):
+def draw_confusion(args, title, confusion, source):
     """Row: class, column: called, the last one: not read."""
-    shade = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    shade = shade[..., None].expand(-1, -1, 3)
-    return save(file, enlarge(shade, max(1, 640 // len(confusion))))
+    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    shown, axis = pyplot().subplots(figsize=(6, 5), layout="constrained")
+    shown.colorbar(axis.imshow(share.numpy(), vmin=0, vmax=1), label="share of the class")
+    axis.set_title(title, fontsize=9)
+    axis.set(xlabel="called", ylabel="is")
+    names = [*(source.classes or range(len(share)))]
+    if len(names) <= 30:
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.set_xticks(range(len(names) + 1), [*names, "unread"], fontsize=7, rotation=90)
+    return finish(args, "confusion", shown)
 
 
-def draw_scatter(file, truth, p):
+def draw_pose(args, title, truth, p):
     """Twelve panels: truth to the right, answer up."""
-    rows = []
-    for true, answered in zip(truth.T, p.T):
-        low = true.nan_to_num().min()
-        high = true.nan_to_num().max() + 1e-9
-        panel = torch.ones(96, 96, 3)
-        panel[:, -1] = panel[-1] = 0.5
-        for pair in zip(true, answered):
-            dot = (torch.stack(pair) - low) / (high - low)
-            outline(panel, around(dot * torch.tensor([1, -1]) + torch.tensor([0, 1]), 1), hue(0))
-        rows.append(panel[None])
-    model.save_rows(file, [torch.cat(rows[i : i + 4]) for i in (0, 4, 8)])
-    return str(file)
+    shown, axes = pyplot().subplots(3, 4, figsize=(8, 6), layout="constrained")
+    shown.suptitle(title, fontsize=9)
+    for i, axis in enumerate(axes.flat):
+        axis.plot(truth[:, i], p[:, i], ".", markersize=4)
+        axis.axline((np.nanmean(truth[:, i]),) * 2, slope=1, color="0.7", linewidth=0.8)
+        axis.set_title(f"shift {'xyz'[i // 4]}" if i % 4 == 3 else f"turn {i // 4}{i % 4}",
+                       fontsize=8)
+    shown.supxlabel("truth")
+    shown.supylabel("answer")
+    return finish(args, "pose", shown)
 
 
 def draw_components(args, features):
@@ -2512,24 +2572,14 @@ def draw_components(args, features):
         return None
     batches = data.eval_batches(features.source, features.clip, rows=rows, batch_size=len(rows))
     video = next(iter(batches))["video"].float() / 255
-    clip = features.clip
-    zoom = max(1, 128 // clip.size)
     colours = model.colours(x["video"].flatten(0, 2))
     colours = colours.unflatten(0, (len(rows), *features.grid))
-    frames = video[:, :: clip.frames // features.grid[0]]
-    strips = [enlarge(frames, zoom), enlarge(colours, clip.size // features.grid[1] * zoom)]
-    return save_strips(Path(args.out_dir) / "pca.png", strips)
-
-
-def pyplot(task):
-    """matplotlib, asked for before any work."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise data.DataError(f"the picture of {task} needs: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
+    at = range(0, features.clip.frames, features.clip.frames // features.grid[0])
+    lines = []
+    for clip, tokens in zip(video[:, at], colours):
+        lines += [Row("video", clip), Row("tokens", tokens), None]
+    title = f"first three principal components of the tokens of {args.encoder}"
+    return figure(args, "pca", title, [f"frame {frame}" for frame in at], lines[:-1])
 
 
 # --- intuitive physics ----------------------------------------------------------------------------
@@ -2568,26 +2618,18 @@ def build(folder, random):
     """The objective that the flags in the folder's config.json ask for."""
     head = read_json(folder / "config.json")
     said = head["config"]
-    name = head.get("script") or script_of(said)
+    name = head["script"]
     if not name.isidentifier() or not (Path(__file__).parent / f"{name}.py").exists():
         raise ValueError(f"made by {name}.py, which does not lie beside probe.py")
     script = importlib.import_module(name)
     flags = dict(getattr(script, "LATER", {}))
-    for field in fields(script.Args):  # a flag that the run did not have yet: what runs did then
-        if field.name in said:
-            value = said[field.name]
-            flags[field.name] = tuple(value) if isinstance(value, list) else value
+    for flag in fields(script.Args):  # a flag that the run did not have yet: what runs did then
+        if flag.name in said:
+            flags[flag.name] = as_flag(said[flag.name])
     flags["out_dir"] = str(folder.resolve())  # SALT's stage, and where its teacher lies
     if flags.get("init"):  # its shape, of whatever family
         flags["init"] = "" if random else str(folder / "encoder.safetensors")
     return script.build(script.Args(**flags))
-
-
-def script_of(said):
-    """The script of a run whose config.json does not name it, by a flag that only that script
-    has."""
-    own = {"dec_blocks": "train_mae4d", "split": "train_salt", "prototypes": "train_tdv"}
-    return next((script for flag, script in own.items() if flag in said), "train_vjepa")
 
 
 def forecaster(args, device):
@@ -2647,8 +2689,7 @@ def physics(args, device):
     )
     starts = range(0, frames - window + 1, 2)  # the paper's stride of 2
     rows = []
-    early = 0
-    for batch in dense_batches(val, clip, ("impossible", "kind", "change"),
+    for batch in dense_batches(val, clip, ("impossible", "kind"),
                                batch_size=args.micro_batch, workers=args.workers):
         windows = list(itertools.product(starts, contexts))
         pair = []
@@ -2659,17 +2700,13 @@ def physics(args, device):
             pair.append(torch.stack(wrong).mean(0).cpu())
         ok = batch["ok"]
         if not rows:
-            draw_pairs(Path(args.out_dir) / "physics.png", batch["video"], batch["impossible"])
+            picture = draw_pairs(args, batch["video"], batch["impossible"])
         rows.append(torch.stack([*pair, batch["kind"].float()], 1)[ok])
-        # of the world, whose clips are whole videos
-        differ = (batch["video"] != batch["impossible"]).flatten(2).any(2)
-        before = torch.arange(frames) < batch["change"][:, None]
-        early += int((differ & before).any(1)[ok].sum())
     possible, impossible, kind = torch.cat(rows).double().T
     right = (torch.sign(impossible - possible) + 1) / 2
     names = data.IMPOSSIBLE if args.data else range(256)
     kinds = {str(names[int(k)]): right[kind == k].mean().item() for k in kind.unique()}
-    result = {
+    return {
         "metric": "relative_accuracy",
         "value": right.mean().item(),
         "constant": 0.5,
@@ -2680,19 +2717,17 @@ def physics(args, device):
         "context": contexts,
         "windows": len(starts),
         "n_val": len(right),
-    }
-    if args.data:
-        result["differ_early"] = early
-    return result, {"pairs": torch.stack([possible, impossible], 1).tolist()}
+        "picture": picture,
+    }, {"pairs": torch.stack([possible, impossible], 1).tolist()}
 
 
-def draw_pairs(file, possible, impossible):
+def draw_pairs(args, possible, impossible):
     """The possible, the impossible, where they differ."""
     at = np.linspace(0, possible.shape[1] - 1, 8).astype(int)
-    a = possible[:6, at].float() / 255
-    b = impossible[:6, at].float() / 255
-    zoom = max(1, 96 // possible.shape[2])
-    save_strips(file, [enlarge(frames, zoom) for frames in (a, b, (a - b).abs())])
+    lines = []
+    for a, b in zip(possible[:4, at].float() / 255, impossible[:4, at].float() / 255):
+        lines += [Row("possible", a), Row("impossible", b), Row("difference", (a - b).abs()), None]
+    return figure(args, "physics", "pairs of videos", [f"frame {i}" for i in at], lines[:-1])
 
 
 # --- the whole suite ------------------------------------------------------------------------------
@@ -2751,10 +2786,7 @@ def everything(args, device):
     model.write(out / "all.md", markdown(args.encoder, seeds, table))
     saved = {"encoder": args.encoder, "seeds": seeds, "table": table, "results": found}
     model.write(out / "all.json", json.dumps(saved, indent=1))
-    try:
-        radar(table, out / "radar.png")
-    except data.DataError as error:  # the numbers are there without it
-        print(f"no radar.png: {error}", file=sys.stderr)
+    pictures["radar"] = radar(args, table)
     short = {}
     for row in table:
         short[row["task"]] = {key: row[key] for key in ("metric", "value", "std", "constant")}
@@ -2792,10 +2824,10 @@ def summary(task, results):
     constants = [result["constant"] for result in results]
     first = results[0]
     best = 1.0 if first["better"] == "higher" else 0.0
-    skill = []
+    skills = []
     for value, constant in zip(values, constants):
         if constant != best:
-            skill.append((value - constant) / (best - constant))
+            skills.append((value - constant) / (best - constant))
     return {
         "task": task,
         "metric": first["metric"],
@@ -2804,7 +2836,8 @@ def summary(task, results):
         "value": float(np.mean(values)),
         "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "values": values,
-        "skill": float(np.mean(skill)) if skill else None,
+        "skill": float(np.mean(skills)) if skills else None,
+        "skills": skills,
         "params": first.get("params"),
         "layer": first.get("layer"),
     }
@@ -2822,20 +2855,25 @@ def markdown(encoder, seeds, table):
     return "\n".join(lines) + "\n"
 
 
-def radar(table, file):
-    """The skill of each task on its own axis."""
-    plt = pyplot("all")
+def radar(args, table):
+    """The skill of each task on its own axis, of each seed a dot; below the inner circle it is
+    negative: worse than the constant."""
+    if not has_matplotlib():
+        return None
     angle = np.linspace(0, 2 * np.pi, len(table), endpoint=False)
     polar = {"projection": "polar"}
-    figure, axis = plt.subplots(figsize=(5, 5), subplot_kw=polar, constrained_layout=True)
-    skill = [max(0, row["skill"] or 0) for row in table]
-    axis.fill(angle, skill, alpha=0.3)
-    axis.plot([*angle, angle[0]], [*skill, skill[0]], "o-")
+    shown, axis = pyplot().subplots(figsize=(6, 5.6), subplot_kw=polar, layout="constrained")
+    skill = [row["skill"] or 0 for row in table]
+    axis.fill(angle, skill, alpha=0.25)
+    axis.plot([*angle, angle[0]], [*skill, skill[0]], "-")
+    for at, row in zip(angle, table):
+        axis.plot([at] * len(row["skills"]), row["skills"], "k.", markersize=4)
+    axis.plot(np.linspace(0, 2 * np.pi, 99), np.zeros(99), "k--", linewidth=0.8)
     names = [f"{row['task']}\n{row['metric']} {row['value']:.3g}" for row in table]
     axis.set_xticks(angle, names, fontsize=8)
-    axis.set_ylim(0, 1)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    axis.set_ylim(min(-0.1, *skill, *itertools.chain(*(row["skills"] for row in table))), 1)
+    axis.set_title(f"skill of {args.encoder}: 1 is perfect, 0 (dashed) the constant", fontsize=9)
+    return finish(args, "radar", shown)
 
 
 # --- runs beside each other -----------------------------------------------------------------------
@@ -2843,8 +2881,33 @@ def radar(table, file):
 
 def read_log(file):
     """The lines of a .jsonl; the last one may be half written."""
-    lines = file.read_text().splitlines(keepends=True)
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else ()
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def runs_of(args):
+    """{folder: its log by step}, of those of --runs that have one: a line of a step holds what was
+    last known then. Of a step that was run twice, the later line counts."""
+    found = {}
+    for run in args.runs:
+        steps = {}
+        last = {}
+        for line in read_log(Path(run) / "log.jsonl"):
+            if line.get("step") != last.get("step"):
+                last = last | {"probe_acc": None}
+            last = last | line
+            if "step" in line:
+                steps[line["step"]] = last
+        if last:
+            found[run] = steps
+    if not found:
+        runs = " ".join(args.runs) or "(none)"
+        raise data.DataError(f"--runs {runs}: no folder with a log.jsonl")
+    return found
+
+
+PANELS = (("step", "loss"), ("step", "lr"), ("step", "rankme"), ("step", "feature_std"),
+          ("step", "probe_acc"), ("loss", "probe_acc"), ("flops", "probe_acc"))
 
 
 def r2(pairs):
@@ -2852,52 +2915,48 @@ def r2(pairs):
     return float(np.corrcoef(np.array(pairs).T)[0, 1] ** 2) if len(pairs) > 2 else None
 
 
+def pairs_of(steps, x, y):
+    """[(x, y)] of the log's lines that have both."""
+    lines = [steps[step] for step in sorted(steps)]
+    return [(line[x], line[y]) for line in lines if None not in (line.get(x), line.get(y))]
+
+
 def plot(args, device):
-    """plot.png: online-probe accuracy against training loss and against FLOPs, a curve a run of
-    --runs. R^2 is that of a line through the points of the left panel: of each run (does its loss
-    choose among its checkpoints?) and of all runs together (does it choose among runs?)."""
-    plt = pyplot(args.task)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    points = []
-    each = {}
-    for run in args.runs:
-        log = Path(run) / "log.jsonl"
-        if not log.exists():
-            raise data.DataError(f"--runs {run}: no log.jsonl in this folder")
-        found = {}
-        last = {}
-        for line in read_log(log):  # of a step that was run twice, the later line counts
-            last = line if "loss" in line else last
-            if line.get("probe_acc") is not None and last:
-                found[line["step"]] = (last["loss"], last["flops"], line["probe_acc"])
-        if not found:
-            raise data.DataError(f"--runs {run}: no probe_acc in its log (train with --probe_data "
-                                 "and --probe_every)")
-        loss, flops, accuracy = zip(*(found[step] for step in sorted(found)))
-        pairs = list(zip(loss, accuracy))
-        points += pairs
-        each[run] = r2(pairs)
-        axes[0].plot(loss, accuracy, "o-", label=run)
-        axes[1].semilogx(flops, accuracy, "o-", label=run)
-    for axis, name in zip(axes, ("training loss", "training FLOPs")):
-        axis.set(xlabel=name, ylabel="online probe, top-1")
-        axis.legend(fontsize=7)
-    file = str(Path(args.out_dir) / "plot.png")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-    return {"metric": "r2", "value": r2(points), "each": each, "points": len(points),
-            "picture": file}, {}
+    """plot.png: how --runs went, finished or not, and where there was an online probe its accuracy
+    against loss and FLOPs. R^2 is that of a line through accuracy and loss: of each run (does its
+    loss choose among its checkpoints?) and of all together (does it choose among runs?)."""
+    found = runs_of(args)
+    panels = []
+    for x, y in PANELS:
+        curves = {run: pairs_of(steps, x, y) for run, steps in found.items()}
+        if any(curves.values()):
+            panels.append((x, y, curves))
+    if not panels:
+        raise data.DataError(f"--runs {' '.join(found)}: nothing is logged yet")
+    high = -(-len(panels) // 4)
+    shown, axes = pyplot().subplots(
+        high, min(4, len(panels)), figsize=(14, 3.2 * high), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (x, y, curves) in zip(axes.flat, panels):
+        for i, (run, pairs) in enumerate(curves.items()):
+            axis.plot(*zip(*pairs or [(math.nan,) * 2]), ".-", color=f"C{i}", label=run)
+        axis.set(xlabel=x, ylabel=y, xscale="log" if x == "flops" else "linear")
+    shown.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    pairs = {run: pairs_of(steps, "loss", "probe_acc") for run, steps in found.items()}
+    points = [*itertools.chain(*pairs.values())]
+    return {"metric": "r2", "value": r2(points), "points": len(points),
+            "each": {run: r2(some) for run, some in pairs.items()},
+            "picture": finish(args, "plot", shown)}, {}
 
 
-def accuracies(run):
+def accuracies(run, steps):
     """{column: accuracy} of a run: the last of its online probe, and of each probe whose --out_dir
     was the run's folder."""
     found = {}
-    for line in read_log(Path(run) / "log.jsonl"):
-        if line.get("probe_acc") is not None:
-            found["online probe"] = line["probe_acc"]
-    probes = Path(run) / "probe.jsonl"
-    for line in read_log(probes) if probes.exists() else ():
+    for _, accuracy in pairs_of(steps, "step", "probe_acc"):
+        found["online probe"] = accuracy
+    for line in read_log(Path(run) / "probe.jsonl"):
         if line["task"] == "classify":
             val = line["args"]["val"] or line["args"]["data"]
             found[f"{val}, {line['head']}"] = line["value"]
@@ -2911,105 +2970,50 @@ def titles(columns):
 
 
 def compare(args, device):
-    """A Markdown table, a row a run: accuracies in per cent, each beside its difference to the
-    baseline in points (FWM-HW-LD, Table 4). Folders without log.jsonl are passed over. Given clips,
-    also halves.png."""
-    names = [run for run in args.runs if (Path(run) / "log.jsonl").exists()]
-    baseline = args.baseline or (names or [""])[0]
-    if baseline not in names:
+    """A Markdown table, a row a run: what it cost and how it ended, then accuracies in per cent,
+    each beside its difference to the baseline in points (FWM-HW-LD, Table 4)."""
+    found = runs_of(args)
+    baseline = args.baseline or next(iter(found))
+    if baseline not in found:
         raise data.DataError(f"--baseline {baseline}: not among the runs with a log.jsonl: "
-                             f"{' '.join(names) or 'none'}")
-    table = {run: accuracies(run) for run in names}
+                             f"{' '.join(found)}")
+    table = {run: accuracies(run, steps) for run, steps in found.items()}
     columns = list(dict.fromkeys(itertools.chain(*table.values())))
-    heading = "".join(f" {title} | Δ |" for title in titles(columns))
-    print(f"| run |{heading}\n|---|" + "---|---|" * len(columns))
+    heading = [*COSTS, *(f"{title} | Δ" for title in titles(columns))]
+    print(f"| run | {' | '.join(heading)} |\n|{'---|' * (1 + len(COSTS) + 2 * len(columns))}")
     base = table[baseline]
     deltas = {}
+    costs = {}
     for run, row in table.items():
+        last = found[run].get(max(found[run], default=0), {}) | {"hours": hours(found[run])}
+        costs[run] = {name: last.get(key) for name, (key, _) in COSTS.items()}
+        cells = [told(costs[run][name], unit) for name, (_, unit) in COSTS.items()]
         deltas[run] = {c: row[c] - base[c] for c in columns if c in row and c in base}
-        cells = ""
         for c in columns:
-            cells += f" {100 * row[c]:.2f} |" if c in row else " - |"
-            change = f" {100 * deltas[run][c]:+.2f} |" if c in deltas[run] else " - |"
-            cells += " |" if run == baseline else change
-        print(f"| {Path(run).name} |{cells}")
-    result = {"metric": "delta", "value": deltas, "baseline": baseline}
-    if args.data or args.val:
-        result |= halves(args, names, device)
-    return result, {}
+            change = "" if run == baseline else told(deltas[run].get(c), "{:+.2f}", 100)
+            cells += [told(row.get(c), "{:.2f}", 100), change]
+        print(f"| {Path(run).name} | {' | '.join(cells)} |")
+    return {"metric": "delta", "value": deltas, "baseline": baseline, "costs": costs}, {}
 
 
-@torch.no_grad()
-def halves(args, runs, device):
-    """halves.png, a panel a run: the cosine similarity of a place's tokens d slices apart, in the
-    first half of the channels (appearance, where FWM is on) and in the second (dynamics). Tokens
-    are layer-normed, as in training, less their mean over the first 256 val clips, without which
-    all of them look alike."""
-    plt = pyplot(args.task)
-    val = data.parse_list("world", "val") if args.data else data.parse_list(args.val)
-    rows = np.arange(min(256, len(val), args.val_clips if args.data else 256))
-    found = {}
-    for run in runs:
-        encoder, config = load(replace(args, encoder=run))
-        clip = replace(clip_of(args, config), train=False)
-        layers = (args.layer or config.get("depth", 0),)
-        if clip.frames < 2 * (1 if config["images"] else config["tubelet"]):
-            raise data.DataError(f"--frames {clip.frames}: {run} makes no two slices of them")
-        try:
-            features = Features(
-                args,
-                encoder.to(device),
-                config,
-                val,
-                clip,
-                device,
-                layers,
-            )
-        except ValueError as error:
-            raise data.DataError(f"{run} cannot take these clips: {error}") from error
-        slices, high, wide = features.grid
-        batches = features.batches(rows, args.micro_batch)
-        tokens = [x["video"][:, 0].cpu() for x, _, some in batches if len(some)]
-        if not tokens:
-            raise data.DataError(f"{val.name}: none of its first videos can be read")
-        z = F.layer_norm(torch.cat(tokens), (features.width,))
-        z = (z - z.mean((0, 1))).unflatten(1, (slices, high * wide))    # (B, t, n, D)
-        found[run] = {}
-        for name, half in zip(("appearance", "dynamics"), z.chunk(2, -1)):
-            found[run][name] = similarities(half)
-    return {"halves": found, "picture": draw_halves(plt, found, Path(args.out_dir) / "halves.png")}
+# of compare: what the log calls it, and how it is written
+COSTS = {"steps": ("step", "{}"), "FLOPs": ("flops", "{:.2e}"), "loss": ("loss", "{:.4f}"),
+         "RankMe": ("rankme", "{:.1f}"), "random": ("random_acc", "{:.3f}"),
+         "hours": ("hours", "{:.2f}")}
 
 
-def similarities(z):
-    """(B,t,n,C) -> mean cosine of tokens of one place d slices apart, d from 1 to t - 1."""
-    found = []
-    for d in range(1, z.shape[1]):
-        found.append(F.cosine_similarity(z[:, :-d], z[:, d:], dim=-1).mean().item())
-    return found
+def hours(steps):
+    """Of training, without probes and checkpoints, by the clips per second that were logged."""
+    seconds = 0
+    done = 0
+    for step, speed in pairs_of(steps, "step", "clips_per_s"):
+        seconds += (step - done) * steps[step]["config"]["batch_size"] / speed
+        done = step
+    return seconds / 3600 if done else None
 
 
-def draw_halves(plt, found, file):
-    size = (2.6 * len(found), 2.8)
-    figure, axes = plt.subplots(
-        1,
-        len(found),
-        figsize=size,
-        sharey=True,
-        squeeze=False,
-        constrained_layout=True,
-    )
-    low = 0
-    for axis, (run, curves) in zip(axes[0], found.items()):
-        for name, values in curves.items():
-            apart = range(1, len(values) + 1)
-            axis.plot([*apart], values, "o-", label=name)
-            low = min(low, *values)
-        axis.set(title=Path(run).name, xlabel="slices apart", xticks=apart)
-    axes[0, 0].set(ylabel="cosine similarity", ylim=(low - 0.05, 1.05))
-    axes[0, 0].legend(fontsize=8)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-    return str(file)
+def told(value, unit, factor=1):
+    return "-" if value is None else unit.format(factor * value)
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -3069,6 +3073,10 @@ def main(args):
         if ranks()[0]:  # all compute the same, and one writes it
             cache = args.cache_dir or f"{args.out_dir}/features"
             args = replace(args, cache_dir=cache, out_dir=tempfile.mkdtemp())
+        if args.task == "plot" and not has_matplotlib():
+            raise data.DataError("plot needs matplotlib: pip install matplotlib")
+        if not has_matplotlib():
+            print("no pictures without matplotlib: pip install matplotlib", file=sys.stderr)
         result, details = COMMANDS[args.task](args, device)
     except (RuntimeError, ConnectionError) as error:
         why = data.dead_worker(error)

@@ -14,12 +14,15 @@
                                    [--steps 2000 --seeds 0 1 2 --rows ld hw --data LIST]
     python tests/bench.py compare  every method under one budget of FLOPs, beside its own random weights
                                    [--flops 8.5e12 --seeds 0 1 2 --rows V-JEPA SALT --data LIST --out DIR --plan]
+    python tests/bench.py halves   halves.png: how alike a place's tokens stay in either half of the channels
+                                   RUN [RUN ...] [--data LIST]
 
 The last line on stdout is one JSON object.
 """
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -40,6 +43,7 @@ import torch.nn.functional as F
 
 import data as D
 import model as M
+import probe as P
 import train_mae4d as E
 import train_salt as S
 import train_tdv as T
@@ -850,8 +854,87 @@ def soak(args):
     return {"steps": args.steps, "kills": kills, "tensors": len(want), "equal": equal, "held": held}
 
 
+@torch.no_grad()
+def similar_halves(args, runs, device):
+    """halves.png, a panel a run: the cosine similarity of a place's tokens d slices apart, in the
+    first half of the channels (appearance, where FWM is on) and in the second (dynamics). Tokens
+    are layer-normed, as in training, less their mean over the first 256 val clips, without which
+    all of them look alike."""
+    plt = P.pyplot()
+    val = D.parse_list("world", "val") if args.data else D.parse_list(args.val)
+    rows = np.arange(min(256, len(val), args.val_clips if args.data else 256))
+    found = {}
+    for run in runs:
+        encoder, config = P.load(dataclasses.replace(args, encoder=run))
+        clip = dataclasses.replace(P.clip_of(args, config), train=False)
+        layers = (args.layer or config.get("depth", 0),)
+        if clip.frames < 2 * (1 if config["images"] else config["tubelet"]):
+            raise D.DataError(f"--frames {clip.frames}: {run} makes no two slices of them")
+        try:
+            features = P.Features(
+                args,
+                encoder.to(device),
+                config,
+                val,
+                clip,
+                device,
+                layers,
+            )
+        except ValueError as error:
+            raise D.DataError(f"{run} cannot take these clips: {error}") from error
+        slices, high, wide = features.grid
+        batches = features.batches(rows, args.micro_batch)
+        tokens = [x["video"][:, 0].cpu() for x, _, some in batches if len(some)]
+        if not tokens:
+            raise D.DataError(f"{val.name}: none of its first videos can be read")
+        z = F.layer_norm(torch.cat(tokens), (features.width,))
+        z = (z - z.mean((0, 1))).unflatten(1, (slices, high * wide))    # (B, t, n, D)
+        found[run] = {}
+        for name, half in zip(("appearance", "dynamics"), z.chunk(2, -1)):
+            found[run][name] = similarities(half)
+    return {"halves": found, "picture": draw_halves(plt, found, Path(args.out_dir) / "halves.png")}
+
+
+def similarities(z):
+    """(B,t,n,C) -> mean cosine of tokens of one place d slices apart, d from 1 to t - 1."""
+    found = []
+    for d in range(1, z.shape[1]):
+        found.append(F.cosine_similarity(z[:, :-d], z[:, d:], dim=-1).mean().item())
+    return found
+
+
+def draw_halves(plt, found, file):
+    size = (2.6 * len(found), 2.8)
+    figure, axes = plt.subplots(
+        1,
+        len(found),
+        figsize=size,
+        sharey=True,
+        squeeze=False,
+        constrained_layout=True,
+    )
+    low = 0
+    for axis, (run, curves) in zip(axes[0], found.items()):
+        for name, values in curves.items():
+            apart = range(1, len(values) + 1)
+            axis.plot([*apart], values, "o-", label=name)
+            low = min(low, *values)
+        axis.set(title=Path(run).name, xlabel="slices apart", xticks=apart)
+    axes[0, 0].set(ylabel="cosine similarity", ylim=(low - 0.05, 1.05))
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+    return str(file)
+
+
+def halves(args):
+    """Of the encoders of runs (the positional arguments), on the built-in world or a list."""
+    where = {"val": args.data[0]} if args.data else {"data": "world"}
+    return similar_halves(P.Args("compare", out_dir=".", workers=0, **where), args.videos, torch.device("cpu"))
+
+
 COMMANDS = {"step": step, "gpu": gpu, "reader": reader, "world": world, "terms": terms, "compare": compare,
-            "soak": soak}
+            "soak": soak, "halves": halves}
 
 
 def parse_args():

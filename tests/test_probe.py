@@ -27,6 +27,18 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Each costs a second; `with_pictures` draws them."""
+    if "with_pictures" not in request.fixturenames:
+        monkeypatch.setattr(probe, "has_matplotlib", lambda: False)
+
+
+@pytest.fixture
+def with_pictures():
+    pytest.importorskip("matplotlib")
+
+
 def arguments(**flags):
     return probe.Args(task="classify", **flags)
 
@@ -564,7 +576,7 @@ def test_the_script_on_the_world(tmp_path, capsys):
     assert log[0]["confusion"] == log[1]["confusion"] and log[0]["confusion"] != log[2]["confusion"]
     # not stored: float32 instead of float16
     assert np.abs(np.array(log[0]["confusion"]) - np.array(log[5]["confusion"])).sum() <= 8
-    assert (tmp_path / "confusion.png").exists()
+    assert log[0]["picture"] is None or (tmp_path / "confusion.png").exists()
 
 
 @pytest.mark.parametrize("head, grid", [("attentive", (1e-2, 1e-3, 1e-4)), ("linear", (1e-2, 1e-3))])
@@ -605,24 +617,33 @@ def test_real_files_and_a_damaged_one(tmp_path):
     assert list(more["bad_videos"]) == [str(tmp_path / "12.mp4")]
 
 
-def test_plot_draws_accuracy_against_loss_and_flops(run, tmp_path):
-    """Two runs whose points lie on a line: R^2 is 1. A step that was run twice counts once."""
+def test_plot_draws_any_runs(tmp_path, monkeypatch, with_pictures):
+    """Two runs whose points lie on a line: R^2 is 1. A step that was run twice counts once. A third run has no labels
+    and goes on, its last line half written; folders that are no runs are passed over."""
     for r in range(2):
         (tmp_path / f"r{r}").mkdir()
         lines = [{"step": s, "loss": 1 - 0.1 * s - 0.01 * r, "flops": 1e9 * s} for s in (1, 2, 2, 3)]
         lines = [x for line in lines for x in (line, {"step": line["step"], "probe_acc": 2 - 2 * line["loss"]})]
         (tmp_path / f"r{r}" / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    status, said, err = run(
-        "probe.py", "plot", "--runs", tmp_path / "r0", tmp_path / "r1", "--out_dir", tmp_path / "out"
-    )
-    assert (
-        status == 0
-        and said["points"] == 6
-        and said["value"] == pytest.approx(1)
-        and (tmp_path / "out" / "plot.png").stat().st_size > 5000
-    ), err
-    status, _, err = run("probe.py", "plot", "--runs", tmp_path / "none", "--out_dir", tmp_path / "out")
-    assert status == 2 and "no log.jsonl" in err
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "log.jsonl").write_text('{"step": 1, "loss": 0.5, "rankme": 3, "lr": 1e-3}\n{"step": 2, "lo')
+    (tmp_path / "empty").mkdir()
+    runs = tuple(str(tmp_path / name) for name in ("r0", "r1", "own", "empty"))
+    args = probe.Args("plot", runs=runs, out_dir=str(tmp_path))
+    found = probe.runs_of(args)
+    assert [*found] == [*runs[:3]] and probe.pairs_of(found[runs[2]], "step", "rankme") == [(1, 3)]
+    assert [acc for _, acc in probe.pairs_of(found[runs[0]], "loss", "probe_acc")] == pytest.approx([0.2, 0.4, 0.6])
+    for none in ((), runs[3:]):
+        with pytest.raises(D.DataError, match="no folder with a log.jsonl"):
+            probe.plot(probe.Args("plot", runs=none), CPU)
+    with monkeypatch.context() as without:
+        without.setattr(probe, "has_matplotlib", lambda: False)
+        with pytest.raises(SystemExit) as stop:
+            probe.main(args)
+    assert stop.value.code == 2
+    said, _ = probe.plot(args, CPU)
+    assert said["points"] == 6 and said["value"] == pytest.approx(1) and said["each"][runs[2]] is None
+    assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("script", ["train_vjepa", "train_mae4d"])

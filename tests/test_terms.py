@@ -569,6 +569,10 @@ def test_compare_prints_deltas_to_the_baseline(tmp_path, capsys, monkeypatch):
         log = [{"config": {}}]
         if online:
             log += [{"step": 1, "probe_acc": 0.1}, {"step": 2, "probe_acc": online}]
+        if name == "base":  # 2 steps of 900 clips at 0.5 a second: an hour
+            log[0] = {"config": {"batch_size": 900}}
+            ended = {"step": 2, "loss": 0.5, "flops": 1e9, "rankme": 9.0, "random_acc": 0.15, "clips_per_s": 0.5}
+            log.insert(2, ended)
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         if probed:
             line = {"task": "classify", "metric": "top1", "value": probed, "head": "linear"}
@@ -579,14 +583,14 @@ def test_compare_prints_deltas_to_the_baseline(tmp_path, capsys, monkeypatch):
     P.main(P.Args("compare", runs=runs, out_dir=str(tmp_path / "out")))
     *table, last = capsys.readouterr().out.strip().splitlines()
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in table if "---" not in row] == [
-        ["run", "online probe", "Δ", "ssv2, linear", "Δ"],
-        ["base", "50.00", "", "25.00", ""],
-        ["hw", "-", "-", "50.00", "+25.00"],
-        ["ld", "62.50", "+12.50", "-", "-"],
+        ["run", "steps", "FLOPs", "loss", "RankMe", "random", "hours", "online probe", "Δ", "ssv2, linear", "Δ"],
+        ["base", "2", "1.00e+09", "0.5000", "9.0", "0.150", "1.00", "50.00", "", "25.00", ""],
+        ["hw", *"------", "-", "-", "50.00", "+25.00"],
+        ["ld", "2", *"-----", "62.50", "+12.50", "-", "-"],
     ]
     assert json.loads(last)["value"][runs[2]] == {"online probe": 0.125} and json.loads(last)["baseline"] == runs[0]
     P.main(P.Args("compare", runs=runs[:3], baseline=runs[2], out_dir=str(tmp_path / "out")))
-    assert "| base | 50.00 | -12.50 |" in capsys.readouterr().out
+    assert "| 1.00 | 50.00 | -12.50 |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         P.main(P.Args("compare", runs=runs[3:], out_dir=str(tmp_path / "out")))
     (tmp_path / "hw" / "probe.jsonl").open("a").write(
@@ -605,6 +609,8 @@ def test_halves_tell_a_still_half_of_the_channels_from_one_that_changes(tmp_path
     """An encoder whose first channels are a function of the place and whose second ones of the pixels: the
     picture's two curves."""
     pytest.importorskip("matplotlib")
+    import bench
+
     torch.manual_seed(0)
     encoder = M.ViT(width=32, depth=1, heads=2, mlp=64, patch=8, frames=8, size=32, init_std=0.2)
     encoder.norm = torch.nn.Identity()
@@ -622,9 +628,9 @@ def test_halves_tell_a_still_half_of_the_channels_from_one_that_changes(tmp_path
     P_load, P.load = P.load, lambda args: (encoder, config)
     try:
         args = P.Args("compare", data="world", val_clips=32, workers=0, out_dir=str(tmp_path))
-        made = P.halves(args, ["a"], torch.device("cpu"))
+        made = bench.similar_halves(args, ["a"], torch.device("cpu"))
         with pytest.raises(D.DataError, match="no two slices"):
-            P.halves(dataclasses.replace(args, frames=2), ["a"], torch.device("cpu"))
+            bench.similar_halves(dataclasses.replace(args, frames=2), ["a"], torch.device("cpu"))
     finally:
         P.load = P_load
     curves = made["halves"]["a"]
