@@ -168,6 +168,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import data
@@ -971,6 +972,7 @@ class Task:
     given = ()  # those that it is asked with
     channels = 0  # of the output, if it is in units of the train labels' mean and deviation
     deep = False  # reads four layers instead of one
+    at_once = True  # are the heads of a grid one computation? vmap cannot do all of convolutions
     up = False  # higher is better
     folds = 1  # of a cross-validation that chooses a head where few videos would be held out
 
@@ -1370,6 +1372,7 @@ class Moments(Task):
     """A picture of answers for each of a clip's t moments, (B,t,a,H,W,...) with a frames a moment,
     from four layers. In training one random moment of each clip that has labels."""
     deep = True
+    at_once = False
 
     def of_moments(self, labels):
         return {"y": labels.unflatten(1, (self.grid[0], -1))}
@@ -1688,29 +1691,83 @@ def fit(task, train, rows, pairs):
     batch, steps, warmup = task.plan(len(rows))
     micro = batch if batch <= args.micro_batch else math.gcd(batch, args.micro_batch)
     parts = endless(train, rows, batch, micro, args.seed)
+    stacks = None
     for step in tqdm(range(steps), desc=args.task, disable=not sys.stderr.isatty()):
         for group in optimizer.param_groups:
             group["lr"] = max(1e-7, group["peak"] * rate(step, steps, warmup))
         for i in itertools.count():
             x, labels, share, last = next(parts)
             if share:
+                stacks = stacks or stacked(task, tried, micro * x["video"][0].numel())
                 y = task.labels(labels)
-                backward(task, train, tried, x, y, share, step + 1_000_000_007 * i)
+                for stack in stacks:
+                    # what a head picks at random does not depend on the other heads
+                    torch.manual_seed(args.seed * 1_000_003 + step + 1 + 1_000_000_007 * i)
+                    stack.backward(partial(loss_of, task, train, x, y, share))
             if last:
                 break
+        for stack in stacks or ():
+            stack.hand_out()
         optimizer.step()
         optimizer.zero_grad()
     return tried
 
 
-def backward(task, train, tried, x, y, share, number):
-    """One pass for each head: the activations of one at a time."""
-    for one in tried:
-        # what a head picks at random does not depend on the other heads
-        torch.manual_seed(task.args.seed * 1_000_003 + number)
-        with train.autocast():
-            out, asked = task.output(one.head, x, y)
-        (task.loss(out, asked) * share).backward()
+def loss_of(task, train, x, y, share, net):
+    with train.autocast():
+        out, asked = task.output(net, x, y)
+    return task.loss(out, asked) * share
+
+
+ACTIVATIONS = 4e9  # bytes of the heads that are computed at once, at about 200 for each token value
+
+
+def stacked(task, tried, values):
+    """The heads in parts that are computed at once on so many token values."""
+    heads = [one.head for one in tried]
+    many = max(1, int(ACTIVATIONS / (200 * values))) if task.at_once else 1
+    return [Stack(heads[i : i + many]) for i in range(0, len(heads), many)]
+
+
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class Stack:
+    """Heads of one shape as one computation: parameters (heads,...), of which each head's own are
+    views, so that any optimizer of theirs steps them."""
+
+    def __init__(self, heads):
+        self.heads = heads
+        if len(heads) > 1:
+            self.net = copy.deepcopy(heads[0]).to("meta")
+            self.params, self.buffers = torch.func.stack_module_state(heads)
+            for name, value in self.params.items():
+                for head, own in zip(heads, value.detach()):
+                    head.get_parameter(name).data = own
+
+    def backward(self, loss):
+        """loss(net) of each head, summed."""
+        if len(self.heads) == 1:
+            return loss(self.heads[0]).backward()
+
+        def one(params, buffers):
+            def net(*inputs, **named):
+                return torch.func.functional_call(self.net, (params, buffers), inputs, named)
+
+            net.training = True
+            return loss(net)
+
+        # the CPU's own attention has no form for several heads at once
+        with sdpa_kernel(ATTENTION):
+            losses = torch.func.vmap(one, randomness="same")(self.params, self.buffers)
+        losses.sum().backward()
+
+    def hand_out(self):
+        """The gradients, to each head its own."""
+        for name, value in self.params.items() if len(self.heads) > 1 else ():
+            for head, own in zip(self.heads, value.grad):
+                head.get_parameter(name).grad = own
+            value.grad = None
 
 
 def encoder_groups(trained, how, depth):

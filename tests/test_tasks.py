@@ -413,6 +413,24 @@ def test_seeds_repeat_and_rates_are_chosen_on_train(folder, tmp_path):
     assert [t["lr"] for t in more["tried"]] == [1e-9, 1e-2]
 
 
+@pytest.mark.parametrize("task", [name for name, kind in probe.TASKS.items() if kind.at_once])
+def test_heads_of_a_grid_are_computed_at_once(task, folder, tmp_path, monkeypatch):
+    """The weights that each head has alone, for every task and what it picks at random."""
+    args = arguments(task, tmp_path, encoder=folder, head="attentive4", width=16, train_clips=8, batch_size=4, epochs=1)
+    train, _ = probe.open_features(args, [task], CPU)
+    train = train.of(probe.layers_of(task, args, train.config))
+    kind = probe.task_of(args, train)
+    probe.learn_labels(kind, train)
+    found = []
+    for bytes_ in (probe.ACTIVATIONS, 0):
+        monkeypatch.setattr(probe, "ACTIVATIONS", bytes_)
+        tried = probe.fit(kind, train, np.arange(8), [(1e-2, 0.1), (1e-3, 0.1)])
+        found.append(torch.cat([torch.nn.utils.parameters_to_vector(one.head.parameters()) for one in tried]))
+    # Adam makes a full step of the sign of gradients that are all but nothing
+    assert (found[0] - found[1]).abs().mean() < 1e-6 and (found[0] - found[1]).abs().max() < 1e-3
+    assert (found[0] - found[0].roll(len(found[0]) // 2)).abs().mean() > 1e-4
+
+
 def test_stored_tokens_are_those_computed_anew(folder, tmp_path):
     both = []
     for gb in (50.0, 0.0):
