@@ -36,6 +36,7 @@ big as a small encoder: without a GPU give it one --grid_lr and one --grid_wd.
 
 A new task is one class, below Task.
 """
+import argparse
 import copy
 import csv
 import functools
@@ -68,6 +69,8 @@ class Args:
     task: tyro.conf.Positional[Literal[
         "classify", "pose", "points", "boxes", "depth", "segment", "flow", "stereo", "detect",
         "physics", "all", "predict", "features", "plot", "compare"]]  # a row of COMMANDS
+    # a row of PROTOCOLS: a paper's values for the flags below that are not given
+    protocol: str = ""
     # encoder
     # a weight file or the folder of a run or HF model; random:vit_s or random:PATH for random
     # weights; pixels:frame or pixels:diff for none
@@ -75,8 +78,12 @@ class Args:
     # blocks to run before reading out; 0: what the encoder's file says, else all and the final norm
     layer: int = 0
     heads: int = 0  # attention heads of an encoder whose file and size do not tell them
-    # for linear, ridge and knn: the mean over patch tokens, or the CLS token of an encoder with one
-    pool: Literal["mean", "cls"] = "mean"
+    # four blocks, for heads on four layers; empty: quarters of --layer
+    layers: tuple[int, ...] = ()
+    # for linear, ridge and knn: the mean over patch tokens; of an encoder with CLS tokens their
+    # mean, or (concat) one beside the other
+    pool: Literal["mean", "cls", "concat"] = "mean"
+    compile: bool = False  # the encoder's blocks
     runs: tuple[str, ...] = ()  # plot, compare: folders of runs; the word --runs may be left out
     baseline: str = ""  # compare: the run that the others are compared with; empty: the first
     # data
@@ -85,6 +92,9 @@ class Args:
     data: str = ""
     train: str = ""  # list of `path label` lines
     val: str = ""  # list of `path label` lines with no other labels than those of --train
+    # of the train videos of each class, drawn by --seed; draws: so many seeds, their mean
+    fraction: float = 1.0
+    draws: int = 1
     train_clips: int = 2000  # of the built-in world, which has 2048
     val_clips: int = 1000  # 1024
     # frames per clip; 0, here and in the next three: what the encoder's file says, else 16, 4, -,
@@ -103,6 +113,8 @@ class Args:
     train_passes: int = 0
     crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop of --train_passes
     crop_ratio: tuple[float, float] = (0.75, 1.33)  # its aspect ratio
+    # instead, squares anywhere, as large as the short side / zoom (4DS: 239 of 224 pixels)
+    zoom: float = 0.0
     flip: bool = True  # horizontal flip of half of the clips of --train_passes; of classify
     # head
     # of classify: attentive, attentive4, linear, ridge, knn or readout; of predict: a head's file
@@ -125,9 +137,23 @@ class Args:
     # of the readout; 0: the paper's (768 to 1024), on the world 128 and for convolutions 64
     width: int = 0
     resample: int = 0  # moments to which tokens are interpolated in time (16: 4DS's); 0: none
+    readout: Literal["ours", "4ds"] = "ours"  # 4ds: as released, see Readout
+    # of depth, segment, flow and stereo: metrics of the centre crop in the encoder's pixels, instead
+    # of whole frames in their own, of which tiles are read
+    crop: bool = False
+    tile: int = 0  # side in pixels; 0: as large as the centre crop that the head was trained on
+    world_size: int = 0  # pixels of the world's val clips that are read by tiles; 0: as in training
     classes: int = 0  # of segment; 0: up to the highest in the labels of 512 train clips
     # train the encoder, too: at 0.003 of the head's rate, or 0.8 of it for every layer in between
     finetune: Literal["", "4ds", "vjepa"] = ""
+    # of --finetune classify (V-JEPA, Table 8). mixup and cutmix, by turns: alpha of their Beta;
+    # erasing: share of clips with a box of noise
+    drop_path: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    erasing: float = 0.0
+    head_drop: float = 0.0  # dropout of what classify's head reads
+    smoothing: float = 0.0  # of classify's labels
     # physics: frames that are seen, of each window as long as a training clip; the rest is
     # foretold. Empty: half
     context: tuple[int, ...] = ()
@@ -149,13 +175,47 @@ class Args:
     workers: int = -1  # loader processes; -1: what the machine has
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     device: str = ""  # empty: cuda where there is one
+    dry_run: bool = False  # what training heads would cost; reads lists and no video
+    tflops: float = 0.0  # of --dry_run: what the device computes in a second; 0: measured now
+
+
+K400 = dict(segments=8, views=3, train_passes=20)
+PROTOCOLS = {
+    # Table 6, K400; SSv2: --segments 1. Table 7: ViT-L
+    "vjepa": K400 | dict(
+        head="attentive", grid_lr=(1e-3,), grid_wd=(0.01,), batch_size=256, frames=16, stride=4),
+    "vjepa_detect": dict(
+        layers=(18, 20, 22, 24), grid_lr=(1e-4,), grid_wd=(0.05,), batch_size=64, frames=16),
+    # Table 8, SSv2 (K400: --grid_lr 3e-4 --epochs 35 --frames 16 --segments 5)
+    "vjepa_finetune": dict(
+        head="linear", finetune="vjepa", grid_lr=(1e-4,), grid_wd=(0.05,), batch_size=64,
+        epochs=20, frames=32, stride=4, size=384, views=3, train_passes=20, drop_path=0.2,
+        head_drop=0.5, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1),
+    # SALT, appendix B; SSv2: --segments 2. V-JEPA 2 has larger frames
+    "vjepa2": K400 | dict(head="attentive4", batch_size=256, frames=16, stride=4, size=256),
+    "salt": K400 | dict(head="attentive4", batch_size=256, frames=16, stride=4, size=224),
+    # A.2; A.2.1 for classify
+    "4ds": dict(
+        head="readout", readout="4ds", frames=16, batch_size=32, steps=40_000, zoom=239 / 224,
+        train_passes=20, flip=False, grid_lr=(1e-4, 3e-4, 1e-3), grid_wd=(1e-4,)),
+    # D.2: 8 frames of the whole video, their CLS tokens side by side
+    "tdv": dict(head="linear", pool="concat", frames=8, stride=100_000, short="spread"),
+}
 
 
 def parse_args(words=None):
     words = sys.argv[1:] if words is None else words
     if words[:1] in (["plot"], ["compare"]) and words[1:] and not words[1].startswith("-"):
         words = [words[0], "--runs", *words[1:]]
-    return tyro.cli(Args, args=words, description=__doc__)
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--protocol", default="")
+    name = peek.parse_known_args(words)[0].protocol
+    if name and name not in PROTOCOLS:
+        peek.exit(2, f"error: --protocol {name}: choose from {', '.join(PROTOCOLS)}\n")
+    row = PROTOCOLS.get(name, {})
+    if row:
+        print(f"--protocol {name}: {row}", file=sys.stderr)
+    return tyro.cli(Args, args=words, description=__doc__, default=Args(tyro.MISSING, **row))
 
 
 if __name__ == "__main__":
@@ -169,6 +229,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -289,38 +350,56 @@ class Readout(nn.Module):
     given. steps: resample z to so many moments first. Positions and queries are learned and start
     as sines and cosines: tokens of a rope encoder do not say where they are, and the paper has the
     queries of depth learned in one place and Fourier features in another.
+
+    released: as in 4DS's code. Positions are one a moment, of 16; learned queries start as noise;
+    given ones (B,Q,512) are projected, and it is the projected ones that are added to.
     """
 
-    def __init__(self, in_width, grid, out, *, width, heads, queries=None, steps=0):
+    def __init__(
+        self, in_width, grid, out, *, width, heads, queries=None, steps=0, released=False
+    ):
         super().__init__()
         self.moments = grid[0]
-        self.steps = steps or grid[0]
-        table = model.sincos_table(in_width, (self.steps, *grid[1:]))
+        self.steps = 16 if released else steps or grid[0]
+        self.mode = "bicubic" if released else "bilinear"
+        place = (1, 1) if released else grid[1:]
+        table = model.sincos_table(in_width, (self.steps, *place))
         self.norm = model.LayerNorm(in_width, eps=1e-6)
         self.positions = nn.Parameter(table[None].clone())
         self.queries = None
+        self.project = nn.Identity()
         if queries:
-            self.queries = nn.Parameter(model.sincos_table(width, tuple(queries))[None].clone())
-        self.attn = model.CrossAttention(width, heads, in_width, project=not queries)
+            table = model.sincos_table(width, tuple(queries))[None].clone()
+            self.queries = nn.Parameter(0.02 * torch.randn_like(table) if released else table)
+        elif released:
+            self.project = nn.Linear(512, width)
+        self.attn = model.CrossAttention(width, heads, in_width, not (queries or released))
         self.norm2 = model.LayerNorm(width, eps=1e-6)
         self.mlp = model.Mlp(width, 4 * width, "gelu")
         self.linear = nn.Linear(width, out)
 
     def forward(self, z, q=None):
-        """z (B,N,D), q (B,Q,width) unless the queries are learned -> (B,Q,out)."""
+        """z (B,N,D), q (B,Q,width or 512) unless the queries are learned -> (B,Q,out)."""
         if self.steps != self.moments:
-            series = z.unflatten(1, (self.moments, -1)).flatten(2).transpose(1, 2)  # (B, n*D, t)
-            series = F.interpolate(series, self.steps, mode="linear").transpose(1, 2)
-            z = series.unflatten(2, (-1, z.shape[2])).flatten(1, 2)
-        z = self.norm(z) + self.positions
-        q = self.queries.expand(len(z), -1, -1) if q is None else q
+            series = z.unflatten(1, (self.moments, -1)).flatten(2)[:, None]     # (B, 1, t, n*D)
+            size = (self.steps, series.shape[3])
+            series = F.interpolate(series, size, mode=self.mode, align_corners=False)
+            z = series[:, 0].unflatten(2, (-1, z.shape[2])).flatten(1, 2)
+        each = z.shape[1] // self.positions.shape[1]
+        z = self.norm(z) + self.positions.repeat_interleave(each, 1)
+        q = self.queries.expand(len(z), -1, -1) if q is None else self.project(q)
         x = q + self.attn(q, z)
         return self.linear(x + self.mlp(self.norm2(x)))
 
 
-def fourier(x, bases=16):
-    """x (..., C) from 0 to 1 -> (..., C*2*bases): sin and cos of 1 to `bases` half turns."""
-    angle = x[..., None] * torch.arange(1, bases + 1, device=x.device) * math.pi
+def fourier(x, bases=16, released=False):
+    """x (..., C) from 0 to 1 -> (..., C*2*bases): sin and cos of 1 to `bases` half turns; released:
+    of 1, 2, 4 ... half turns of x from -1 to 1."""
+    turns = torch.arange(1, bases + 1, device=x.device)
+    if released:
+        x = 2 * x - 1
+        turns = 2.0 ** (turns - 1)
+    angle = x[..., None] * turns * math.pi
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
@@ -329,24 +408,24 @@ class Tracker(nn.Module):
     coordinates through an MLP, in `copies` with a learned embedding each, every copy answering for
     its part of the clip (4DS A.2.3: 8 for points; A.2.4: 1 for boxes)."""
 
-    def __init__(
-        self, in_width, grid, coordinates, frames, out, *, width, heads, copies=1, steps=0
-    ):
+    def __init__(self, in_width, grid, coordinates, frames, out, *, width, copies=1, **how):
         super().__init__()
         self.out = out
+        self.released = how["released"]
+        inner = 512 if self.released else width
         self.embed = nn.Sequential(
             nn.Linear(32 * coordinates, 512),
             nn.GELU(),
-            nn.Linear(512, width),
+            nn.Linear(512, inner),
         )
-        self.time = nn.Parameter(model.sincos_table(width, (copies, 1, 1)).clone())
-        each = frames // copies * out
-        self.readout = Readout(in_width, grid, each, width=width, heads=heads, steps=steps)
+        self.time = nn.Parameter(model.sincos_table(inner, (copies, 1, 1)).clone())
+        self.readout = Readout(in_width, grid, frames // copies * out, width=width, **how)
 
     def forward(self, z, first):
         """z (B,N,D), first (B,O,C) as shares of the picture -> (B,O,T,out)."""
         things = first.shape[1]
-        q = self.embed(fourier(first))[:, :, None] + self.time          # (B, O, copies, width)
+        q = self.embed(fourier(first, released=self.released))
+        q = q[:, :, None] + self.time                                   # (B, O, copies, width)
         out = self.readout(z, q.flatten(1, 2))
         return out.view(len(z), things, -1, self.out)
 
@@ -446,6 +525,10 @@ HEADS = {
     "attentive": dict(
         pooled=False, lr=(1e-3,), wd=(0.01,),
         build=lambda task: Attentive(task.width, task.classes, task.heads, 0)),
+    # V-JEPA's of ImageNet (Table 2)
+    "attentive2": dict(
+        pooled=False, lr=(1e-3,), wd=(0.01,),
+        build=lambda task: Attentive(task.width, task.classes, task.heads, 1)),
     "attentive4": dict(
         pooled=False, lr=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4), wd=(0.8, 0.4, 0.1, 0.01),
         build=lambda task: Attentive(task.width, task.classes, 16, 3)),
@@ -461,9 +544,7 @@ HEADS = {
         build=lambda task: Neighbours(task.width, task.classes)),
     "readout": dict(
         pooled=False, lr=(), wd=(),
-        build=lambda task: Readout(
-            task.width, task.grid, task.classes, queries=(1, 1, 1), steps=task.args.resample,
-            **task.wide(768, 12))),
+        build=lambda task: task.readout(768, 12, task.classes, queries=(1, 1, 1))),
 }
 
 # --- dense labels ---------------------------------------------------------------------------------
@@ -476,12 +557,13 @@ SEEN = {"visible": "tracks", "flow_visible": "flow", "disparity_visible": "dispa
 
 def read_labels(path, names, cut, size):
     """The arrays `names` of the .safetensors file beside the video `path`, of the frames and the
-    box of `cut` (data.Cut), resized as crop_resize does to `size` pixels.
+    box of `cut` (data.Cut), resized as crop_resize does to `size` pixels: (wide, high), or a side.
 
     A picture of labels may have another size than the frames; values in pixels are always pixels of
     the frames. One row may stand for all frames.
     """
     beside = Path(path).with_suffix(".safetensors")
+    size = torch.as_tensor(size).expand(2)
     if not beside.is_file():
         raise data.DataError(f"{path}: no dense labels (no file {beside}); `python data.py index "
                              "LAYOUT ROOT` makes them")
@@ -525,12 +607,13 @@ def in_clip(name, value, cut, size):
     corner = torch.tensor([left, top])
     scale = size / torch.tensor([width, height])
     if name in PICTURES:
-        centres = torch.arange(size) + 0.5
         for side, axis in ((0, 2), (1, 1)):
+            centres = torch.arange(size[side]) + 0.5
             at = (corner[side] + centres / scale[side]) * value.shape[axis] / cut.shape[axis]
             value = value.index_select(axis, at.long())
     if name in ("right", "impossible"):
-        return data.crop_resize(value, cut.box, size)
+        whole = torch.equal(size, torch.tensor([width, height]))
+        return value if whole else data.crop_resize(value, cut.box, int(size[0]))
     if name == "flow":  # the last frame may be repeated
         steps = torch.from_numpy(np.diff(cut.ids) == 1)[:, None, None, None]
         return torch.where(steps, value * scale, math.nan)
@@ -539,7 +622,7 @@ def in_clip(name, value, cut, size):
     if name == "tracks":
         return (value - corner) * scale
     if name == "boxes":
-        value = ((value.unflatten(-1, (2, 2)) - corner) * scale).clamp(0, size)
+        value = ((value.unflatten(-1, (2, 2)) - corner) * scale).clamp(torch.zeros(2), size)
         empty = (value[..., 1, :] <= value[..., 0, :]).any(-1)
         return value.masked_fill(empty[..., None, None], math.nan).flatten(-2)
     if name == "K":
@@ -552,8 +635,8 @@ def ends(value, name, size):
     """Where it leads: places of tracks, pixels moved by flow or disparity, (...,2)."""
     if name == "visible":
         return value
-    centres = torch.arange(size) + 0.5
-    here = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1)
+    centres = [torch.arange(side) + 0.5 for side in size]
+    here = torch.stack(torch.meshgrid(centres, indexing="xy"), -1)
     if name == "flow_visible":
         return here + value
     return here + torch.stack([-value, torch.zeros_like(value)], -1)
@@ -691,13 +774,21 @@ def load(args):
         raise data.DataError(f"--encoder {error}") from error
 
 
+# one vector a clip, of tokens (b,n,D)
+POOLS = {
+    "mean": lambda z: z.mean(1, keepdim=True),
+    "cls": lambda z: z.mean(1, keepdim=True),
+    "concat": lambda z: z.flatten(1)[:, None],
+}
+
+
 class Features:
     """Tokens of a list's videos and their labels, by row. Those of the first `kept` rows are stored
     on disk, those of the others made anew at every use.
 
     layers: blocks run before tokens are taken, their channels side by side. names: labels, see
     dense_batches; "right" is encoded as well. form: "grid", tokens without CLS; "all", with it;
-    "mean" over a clip's patch tokens or its "cls", one vector a video. Turn t is the t-th random
+    a row of POOLS, one vector a video. Turn t is the t-th random
     pass over the list; where nothing is random there is one. apart: pooled vectors of a video's
     S clips are not averaged. ValueError: clips that do not fit.
     """
@@ -717,7 +808,7 @@ class Features:
         self.keys = ["video", "right"] if "right" in names else ["video"]
         self.tuned = None  # an encoder that is trained, instead of the given one
         self.bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
-        self.pooled = form in ("mean", "cls")
+        self.pooled = form in POOLS
         self.apart = apart or not self.pooled
         self.type = torch.float32 if self.pooled else torch.float16  # on disk
         self.turns = max(1, args.train_passes) if clip.train else 1
@@ -728,13 +819,24 @@ class Features:
             raise ValueError(f"{clip.frames} frames do not divide into tubelets of {tubelet}")
         side = clip.size // config.get("patch", clip.size)
         self.grid = (clip.segments * clip.frames // tubelet, side, side)
-        clips = clip.segments * clip.views
-        blank = torch.zeros(clips, clip.frames, clip.size, clip.size, 3, dtype=torch.uint8)
-        self.shape = self.encode(blank, torch.zeros(clips, dtype=torch.bool))[0].shape  # (V, N, D)
+        self.shape = self.blank()[0].shape                              # (V, N, D)
         self.width = self.shape[-1] // len(layers)
 
+    def blank(self):
+        """Tokens of a black video (1,V,N,D)."""
+        clip = self.clip
+        clips = clip.segments * clip.views
+        video = torch.zeros(clips, clip.frames, clip.size, clip.size, 3, dtype=torch.uint8)
+        return self.encode(video, torch.zeros(clips, dtype=torch.bool))
+
+    @property
+    def mixing(self):
+        training = self.tuned is not None and self.tuned.training
+        return training and (self.args.mixup or self.args.cutmix or self.args.erasing)
+
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        kind = "cpu" if self.device.type == "meta" else self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.bf16)
 
     def of(self, layers):
         """The same, whose batches have the tokens of these of the layers only."""
@@ -750,8 +852,8 @@ class Features:
         if self.config.get("cls"):
             first = self.clip.frames if self.config.get("images") else 1
         tokens = slice(first, None)
-        if self.form in ("all", "cls"):
-            tokens = slice(first if self.form == "cls" else None)
+        if self.form != "grid" and self.form != "mean":
+            tokens = slice(None if self.form == "all" else first)
         parts = []
         with torch.set_grad_enabled(self.tuned is not None and torch.is_grad_enabled()):
             for some in torch.arange(len(video)).split(self.args.micro_batch):
@@ -759,7 +861,7 @@ class Features:
                 x = data.prepare(clips, self.device, self.config["mean"], self.config["std"])
                 with self.autocast():
                     z = encoder(x, blocks=blocks).float()[:, tokens]
-                parts.append(z.mean(1, keepdim=True) if self.pooled else z)
+                parts.append(POOLS[self.form](z) if self.pooled else z)
             z = torch.cat(parts).unflatten(0, (-1, self.clip.segments, self.clip.views))
             z = z.transpose(1, 2)                                       # (b, V, S, N, D)
             return z.flatten(2, 3) if self.apart else z.mean(2)
@@ -811,6 +913,10 @@ class Features:
         for batch in batches:
             self.note(batch["bad"])
             columns = {name: batch[name] for name in self.names}
+            args = self.args
+            if self.mixing and encode and batch["ok"].any():
+                rng = np.random.default_rng((args.seed, turn, *batch["index"].tolist()))
+                columns["other"], columns["share"] = mix(args, batch, rng)
             for key in self.keys if encode else ():
                 columns[key] = self.encode(batch[key], batch["flip"])
             for i, ok in enumerate(batch["ok"].tolist()):
@@ -972,6 +1078,8 @@ class Task:
     given = ()  # those that it is asked with
     channels = 0  # of the output, if it is in units of the train labels' mean and deviation
     deep = False  # reads four layers instead of one
+    dense = False  # answers for each pixel
+    pixels = False  # that are lengths in pixels
     at_once = True  # are the heads of a grid one computation? vmap cannot do all of convolutions
     up = False  # higher is better
     folds = 1  # of a cross-validation that chooses a head where few videos would be held out
@@ -993,6 +1101,18 @@ class Task:
         """Width and heads of a readout: the paper's, and small ones for the built-in world."""
         width = self.args.width or (world if self.args.data else paper)
         return dict(width=width, heads=math.gcd(heads, width))
+
+    def how(self, paper, heads):
+        released = self.args.readout == "4ds"
+        return self.wide(paper, heads) | dict(steps=self.args.resample, released=released)
+
+    def readout(self, paper, heads, out, grid=None, **more):
+        words = self.how(paper, heads) | more
+        return Readout(self.width, grid or self.grid, out, **words)
+
+    def tracker(self, paper, heads, coordinates, **more):
+        words = self.how(paper, heads) | more
+        return Tracker(self.width, self.grid, coordinates, self.frames, 4, **words)
 
     def pairs(self):
         """The grid of (learning rate, weight decay)."""
@@ -1021,6 +1141,10 @@ class Task:
 
     def answer(self, out):
         return out
+
+    def planes(self, p):
+        """Answers of a dense task -> (n,C,H,W)."""
+        return p.flatten(0, -3)[:, None]
 
     def unread(self, label):
         """The row of a clip that cannot be read: none, but for classify."""
@@ -1095,23 +1219,32 @@ class Classify(Task):
         return list(itertools.product(rates, self.args.grid_wd or row["wd"]))
 
     def plan(self, videos):
-        if self.args.head == "readout" or self.args.finetune:
+        args = self.args
+        if args.head == "readout" or args.finetune == "4ds":
             return super().plan(videos)
-        batch = self.args.batch_size or max(16, min(256, videos // 512 * 16))
-        return batch, self.args.epochs * math.ceil(videos / batch), 0
+        batch = args.batch_size or max(16, min(256, videos // 512 * 16))
+        steps = args.steps if args.finetune else 0
+        steps = steps or args.epochs * math.ceil(videos / batch)
+        return batch, steps, steps // 7 if args.finetune else 0  # 5 of Table 8's 35 epochs
 
     def labels(self, batch):
-        return {"y": batch["class"]}
+        mixed = {name: batch[name] for name in ("other", "share") if name in batch}
+        return {"y": batch["class"], **mixed}
 
     def net(self):
         return HEADS[self.args.head]["build"](self)
 
     def ask(self, net, x, y):
-        out = net(x["video"].flatten(0, 1)).flatten(1)                  # (b*V, classes)
+        z = F.dropout(x["video"].flatten(0, 1), self.args.head_drop, net.training)
+        out = net(z).flatten(1)                                         # (b*V, classes)
         return out.unflatten(0, x["video"].shape[:2]), y
 
     def loss(self, out, y):
-        return F.cross_entropy(out[:, 0], y["y"])
+        loss = partial(F.cross_entropy, out[:, 0], label_smoothing=self.args.smoothing)
+        if "other" not in y:
+            return loss(y["y"])
+        mine = y["share"] * loss(y["y"], reduction="none")
+        return (mine + (1 - y["share"]) * loss(y["other"], reduction="none")).mean()
 
     def answer(self, out):
         return out.softmax(-1).mean(1).nan_to_num()                     # (b, classes)
@@ -1159,13 +1292,8 @@ class Pose(Task):
         return {"y": torch.cat([back @ turn[:, -1], moved], 2).flatten(1)}
 
     def net(self):
-        return Readout(
-            self.width,
-            (2, *self.grid[1:]),
-            12,
-            queries=(1, 1, 1),
-            **self.wide(self.width, 8),
-        )
+        return self.readout(
+            self.width, 8, 12, grid=(2, *self.grid[1:]), queries=(1, 1, 1), steps=0)
 
     def ask(self, net, x, y):
         ends = self.moments(x["video"])[:, [0, -1]]
@@ -1233,16 +1361,7 @@ class Points(Track):
         return {"y": xy, "first": first, "seen": seen, "asked": seen[:, :, 0]}
 
     def net(self):
-        return Tracker(
-            self.width,
-            self.grid,
-            2,
-            self.frames,
-            4,
-            copies=self.frames // 2,
-            steps=self.args.resample,
-            **self.wide(1024, 8),
-        )
+        return self.tracker(1024, 8, 2, copies=self.frames // 2)
 
     def loss(self, out, y):
         """Huber on places (its corner at 4 pixels of 256), cross-entropy on "is seen" and on "is
@@ -1299,15 +1418,7 @@ class Boxes(Track):
         return {"y": y, "first": y[:, :, 0]}
 
     def net(self):
-        return Tracker(
-            self.width,
-            self.grid,
-            4,
-            self.frames,
-            4,
-            steps=self.args.resample,
-            **self.wide(1024, 4),
-        )
+        return self.tracker(1024, 4, 4)
 
     loss = staticmethod(squares)
 
@@ -1333,6 +1444,7 @@ class Depth(Task):
     """Depth of each pixel from 0.001 to 10 m, 2x8x8 for each learned query (4DS A.2.5): AbsRel."""
     names = ("depth",)
     channels = 1
+    dense = True
 
     def queries(self):
         return (self.frames // 2, self.size // 8, self.size // 8)
@@ -1342,14 +1454,7 @@ class Depth(Task):
         return {"y": depth.masked_fill(~((depth > 0.001) & (depth < 10)), math.nan)}
 
     def net(self):
-        return Readout(
-            self.width,
-            self.grid,
-            128,
-            queries=self.queries(),
-            steps=self.args.resample,
-            **self.wide(1024, 16),
-        )
+        return self.readout(1024, 16, 128, queries=self.queries())
 
     def ask(self, net, x, y):
         values = model.unpatch(net(x["video"][:, 0]), self.queries(), 2, 8)
@@ -1372,6 +1477,7 @@ class Moments(Task):
     """A picture of answers for each of a clip's t moments, (B,t,a,H,W,...) with a frames a moment,
     from four layers. In training one random moment of each clip that has labels."""
     deep = True
+    dense = True
     at_once = False
 
     def of_moments(self, labels):
@@ -1427,6 +1533,9 @@ class Segment(Moments):
         width = self.wide(512, 1, 32)["width"]
         return UPerNet(self.width, self.grid[1:], out, width)
 
+    def planes(self, p):
+        return p.softmax(-1).flatten(0, -4).movedim(-1, 1)
+
     def loss(self, out, y):
         ok = y["y"] < 255
         return mean_of(F.cross_entropy(out[ok], y["y"][ok], reduction="none"))
@@ -1455,6 +1564,7 @@ class Flow(Moments):
     """Optical flow to the next frame (TDV D.3): end-point error over all known pixels."""
     names = ("flow",)
     channels = 2
+    pixels = True
 
     def labels(self, batch):
         out = torch.full_like(batch["flow"][:, :1], math.nan)  # the last frame's leads out of it
@@ -1467,6 +1577,9 @@ class Flow(Moments):
     def net(self):
         out = self.channels * self.frames // self.grid[0]
         return TwoFrameDPT(self.width, self.grid[1:], out, **self.wide(768, 12, 64))
+
+    def planes(self, p):
+        return p.flatten(0, -4).movedim(-1, 1)
 
     def loss(self, out, y):
         return mean_of((out - y["y"])[known(y)].abs())
@@ -1484,6 +1597,7 @@ class Stereo(Moments):
     names = ("right", "disparity")
     given = ("right",)
     channels = 1
+    pixels = True
 
     def labels(self, batch):
         return self.of_moments(batch["disparity"])
@@ -1603,9 +1717,10 @@ def moves(boxes):
     }
 
 
-def average_precision(scores, truth):
+def average_precision(scores, truth, envelope=True):
     """Area under the steps of precision over recall; what has equal scores is called together.
-    scores, truth (n,) -> None where nothing is true."""
+    envelope: precision is the best at this recall or a higher one (AVA, PASCAL VOC). scores, truth
+    (n,) -> None where nothing is true."""
     if not truth.any():
         return None
     _, group = torch.unique(-scores, return_inverse=True)
@@ -1613,7 +1728,10 @@ def average_precision(scores, truth):
     hits = counts[0].index_add(0, group, truth.double()).cumsum(0)
     called = counts[1].index_add(0, group, torch.ones_like(truth).double()).cumsum(0)
     steps = hits.diff(prepend=hits.new_zeros(1)) / hits[-1]
-    return (steps * hits / called).sum()
+    precision = hits / called
+    if envelope:
+        precision = precision.flip(0).cummax(0).values.flip(0)
+    return (steps * precision).sum()
 
 
 TASKS = {
@@ -1682,7 +1800,10 @@ def fit(task, train, rows, pairs):
         tried.append(Trained(head, lr, wd))
         groups += [dict(group, peak=lr) for group in model.param_groups(head, wd)]
     if args.finetune:
-        tried[0].encoder = copy.deepcopy(train.encoder).requires_grad_(True)
+        tried[0].encoder = copy.deepcopy(train.encoder).requires_grad_(True).train()
+        drop_paths(tried[0].encoder, args.drop_path)
+        if args.compile:
+            model.compile_blocks(tried[0].encoder)
         groups += encoder_groups(tried[0], args.finetune, max(train.want))
         train.tuned = tried[0].encoder
     if not groups:
@@ -1711,6 +1832,48 @@ def fit(task, train, rows, pairs):
         optimizer.step()
         optimizer.zero_grad()
     return tried
+
+
+def drop_paths(encoder, most):
+    """Stochastic depth: a clip leaves out each branch of a block by chance, at a rate that rises
+    linearly to `most`."""
+    for i, block in enumerate(encoder.blocks if most else ()):
+        rate = most * i / max(1, len(encoder.blocks) - 1)
+        for branch in (block.attn, block.mlp):
+            branch.register_forward_hook(partial(drop_path, rate))
+
+
+def drop_path(rate, branch, inputs, out):
+    if branch.training:
+        kept = torch.rand(len(out), 1, 1, device=out.device) >= rate
+        return out * kept / (1 - rate)
+
+
+def mix(args, batch, rng):
+    """Clips (b,T,H,W,3) of classes "class", in place: a box of noise, then mixup or cutmix with
+    another clip that could be read -> its class and the share of one's own (b,)."""
+    video = batch["video"]
+    side = video.shape[2]
+    for clip in video:
+        if rng.random() < args.erasing:
+            top, left, h, w = data.random_box(rng, side, side, (0.02, 1 / 3), (0.3, 3.3))
+            noise = rng.integers(256, size=(len(clip), h, w, 3), dtype=np.uint8)
+            clip[:, top : top + h, left : left + w] = torch.from_numpy(noise)
+    readable = batch["ok"].nonzero().flatten().numpy()
+    other = torch.from_numpy(rng.choice(readable, len(video)))
+    share = 1.0
+    if args.cutmix and not (args.mixup and rng.random() < 0.5):
+        half = side * math.sqrt(1 - rng.beta(args.cutmix, args.cutmix)) / 2
+        centre = rng.uniform(0, side, 2)
+        top, left = (centre - half).clip(0, side).round().astype(int)
+        bottom, right = (centre + half).clip(0, side).round().astype(int)
+        box = (slice(None), slice(None), slice(top, bottom), slice(left, right))
+        share = 1 - (bottom - top) * (right - left) / side**2
+        video[box] = video[other][box]
+    elif args.mixup:
+        share = rng.beta(args.mixup, args.mixup)
+        video[:] = (share * video + (1 - share) * video[other]).round()
+    return batch["label"][other], torch.full((len(video),), share)
 
 
 def loss_of(task, train, x, y, share, net):
@@ -1848,7 +2011,7 @@ def evaluate_heads(task, features, rows, tried):
         return evaluate(task, features, rows, [reader(task, features, one.head) for one in tried])
     scored = []
     for one in tried:
-        features.tuned = one.encoder
+        features.tuned = one.encoder.eval()
         found, first = evaluate(task, features, rows, [reader(task, features, one.head)])
         scored += found
     return scored, first
@@ -1864,6 +2027,70 @@ def reader(task, features, head):
         return task.answer(out)
 
     return answer
+
+
+def whole_clip(task, features, row):
+    """A clip that is not cut, {key: (T,H,W,3)}, and its labels in its own pixels."""
+    source = features.source
+    clip = features.clip
+    if source.split:
+        world = data.World(source.split, frames=clip.frames, size=task.args.world_size)
+        made = world.render([row], features.names + features.keys[1:])
+    else:
+        path = source.paths[row]
+        video = data.open_frames(path)
+        ids = data.frame_positions(video.frames, clip)
+        frames = video.by_number(ids)
+        _, high, wide, _ = frames.shape
+        cut = data.Cut(ids, (0, 0, high, wide), (video.frames, high, wide), False)
+        made = read_labels(path, features.names + features.keys[1:], cut, (wide, high))
+        made = {name: value[None] for name, value in (made | {"video": frames}).items()}
+    return {key: made.pop(key)[0] for key in features.keys}, made
+
+
+def starts(length, side):
+    """Where tiles begin that cover a length and overlap by half or more."""
+    many = 1 + math.ceil(2 * (length - side) / side)
+    return np.linspace(0, length - side, many).astype(int).tolist()
+
+
+@torch.no_grad()
+def evaluate_whole(task, features, rows, head, constant):
+    """Scores of a dense task on whole frames, of a head and of the constant. Tiles are resized to
+    what the head was trained on, its answers back, and averaged."""
+    size = features.clip.size
+    answer = reader(task, features, head)
+    still = torch.zeros(1, dtype=torch.bool)
+    scored = [], []
+    for row in rows:
+        try:
+            clips, labels = whole_clip(task, features, row)
+        except data.DAMAGE as error:
+            features.note([(features.source.paths[row], data.reason(error))])
+            continue
+        y = task.labels({name: value.to(features.device) for name, value in labels.items()})
+        y = {"y": y["y"].flatten(0, -4 if task.channels > 1 else -3)}   # (n, H, W, ...)
+        high, wide = clips["video"].shape[1:3]
+        side = min(task.args.tile or data.view_box(high, wide, 0, 1)[2], high, wide)
+        scale = side / size if task.pixels else 1.0
+        total = 0
+        for top, left in itertools.product(starts(high, side), starts(wide, side)):
+            x = {}
+            for key, clip in clips.items():
+                cut = data.crop_resize(clip, (top, left, side, side), size)
+                x[key] = features.wanted(features.encode(cut[None], still))
+            p = resize(task.planes(answer(x, {})), (side, side))        # (n, C, side, side)
+            p = torch.cat([scale * p, torch.ones_like(p[:, :1])], 1)
+            total = total + F.pad(p, (left, wide - left - side, top, high - top - side))
+        p = (total[:, :-1] / total[:, -1:]).movedim(1, -1)
+        fixed = constant(y)
+        if fixed.dim() < p.dim():
+            p = p[..., 0]
+        for found, one in zip(scored, (p, scale * fixed)):
+            found.append(task.score(one, y).double().cpu())
+    if not scored[0]:
+        raise data.DataError(f"{features.source.name}: no video can be read")
+    return [torch.cat(found) for found in scored]
 
 
 def hold_outs(paths, group, share, seed, folds=1):
@@ -1954,7 +2181,29 @@ def lists(args, labelled=True, rooms=False):
             replace(val, labels=val.labels[: args.val_clips]),
         )
     train, val = [data.parse_list(spec, labelled=labelled) for spec in (args.train, args.val)]
-    return data.match_classes(train, val) if labelled else (train, val)
+    if labelled:
+        train, val = data.match_classes(train, val)
+    if args.fraction < 1:
+        train = rows_of(train, few(train.labels, args.fraction, args.seed))
+    return train, val
+
+
+def few(labels, fraction, seed):
+    """Rows of this share of each class, at least one, drawn by seed."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rows = []
+    for label in np.unique(labels):
+        mine = order[labels[order] == label]
+        rows += mine[: max(1, round(fraction * len(mine)))].tolist()
+    return sorted(rows)
+
+
+def rows_of(source, rows):
+    """These rows of a list."""
+    paths = source.paths
+    if len(paths):
+        paths = data.Paths.of([paths[row] for row in rows])
+    return replace(source, labels=source.labels[rows], paths=paths, facts=None)
 
 
 def check_classes(train, val):
@@ -1994,6 +2243,7 @@ def clip_of(args, config, tasks=("classify",)):
         short=args.short,
         flip=args.flip and not space,
         segments=1 if space else args.segments,
+        zoom=args.zoom,
     )
 
 
@@ -2002,6 +2252,8 @@ def layers_of(task, args, config):
     says 75 % for frozen classification alone. Tasks on four layers take quarters of that depth."""
     frozen = None if args.finetune else config.get(f"layer_{task}")
     top = args.layer or frozen or config.get("layer") or config.get("depth", 0)
+    if TASKS[task].deep and args.layers:
+        return args.layers
     if TASKS[task].deep:
         return tuple(max(1, round(top * quarter / 4)) for quarter in (1, 2, 3, 4))
     return (top,)
@@ -2017,6 +2269,8 @@ def open_features(args, tasks, device):
         check_classes(source, val_source)
     encoder, config = load(args)
     encoder.to(device).eval().requires_grad_(False)
+    if args.compile:
+        model.compile_blocks(encoder)
     check_encoder(args, config, form)
     clip = clip_of(args, config, tasks)
     if form == "grid":
@@ -2037,7 +2291,7 @@ def open_features(args, tasks, device):
         except ValueError as error:
             raise data.DataError(
                 f"--encoder {args.encoder} cannot take these clips: {error}") from error
-    if not args.finetune:
+    if not (args.finetune or args.dry_run):
         store_what_fits(args, *both)
     return both
 
@@ -2046,11 +2300,11 @@ def check_encoder(args, config, form):
     depth = config.get("depth", 0)
     if args.layer > depth:
         raise data.DataError(f"--layer {args.layer}: the encoder has {depth} blocks")
-    if not depth and form not in ("mean", "cls"):
+    if not depth and form not in POOLS:
         raise data.DataError(f"--encoder {args.encoder}: {args.task} needs tokens, and this gives "
                              "one vector a clip: classify with --head linear, ridge or knn")
-    if form == "cls" and not config.get("cls", False):
-        raise data.DataError("--pool cls: this encoder has no CLS token")
+    if form in ("cls", "concat") and not config.get("cls", False):
+        raise data.DataError(f"--pool {form}: this encoder has no CLS token")
 
 
 def check_grid(args, clip, config):
@@ -2125,7 +2379,11 @@ def probe(args, device, opened=None):
     best, tried = choose(task, train)
     file = Path(args.out_dir) / (f"head_{args.task}.safetensors" if opened else "head.safetensors")
     save_head(file, task, val, best)
-    (scored,), first = evaluate_heads(task, val, rows, [best])
+    tiles = task.dense and not args.crop and (args.world_size or not args.data)
+    (scored,), first = evaluate_heads(task, val, rows[:3] if tiles else rows, [best])
+    if tiles:
+        scored, base = evaluate_whole(task, val, rows, best.head, constant)
+        base = task.total(base)
     total = task.total(scored)
     bad = train.bad | val.bad
     result = {
@@ -2141,6 +2399,7 @@ def probe(args, device, opened=None):
         "finetune": args.finetune,
         "params": model.count(best.head),
         "layer": layers[0] if len(layers) == 1 else layers,
+        "frames": "whole, by tiles" if tiles else "as the encoder's clips",
         "n_train": len(train.source),
         "n_val": len(val.source),
         "overlap": overlap,
@@ -2162,6 +2421,85 @@ def probe(args, device, opened=None):
             "chance": 1 / len(np.unique(train.source.labels)),
         }
     return result, details
+
+
+def draws(args, device):
+    """probe, for each of --draws with the next seed: the mean, and the deviation beside it."""
+    runs = [probe(replace(args, seed=args.seed + i), device) for i in range(args.draws)]
+    result, details = runs[0]
+    if len(runs) > 1:
+        values = [found["value"] for found, _ in runs]
+        result |= {
+            "value": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "values": values}
+    return result, details
+
+
+def flops_of(work):
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def dry_run(args, device):
+    """What heads would cost, by shapes alone: encoder and heads run once on tensors without
+    memory."""
+    tasks = [args.task]
+    if args.task == "all":
+        args = replace(args, head="readout")
+        tasks = [name for name in args.tasks or labelled_tasks(args) if name in TASKS]
+    elif args.task not in TASKS:
+        raise data.DataError(f"--dry_run: {args.task} trains no head")
+    meta = torch.device("meta")
+    train, val = open_features(args, tasks, meta)
+    one = flops_of(train.blank) * len(train.keys)
+    n = len(train.source)
+    token_bytes = math.prod(train.shape) * len(train.keys) * train.type.itemsize
+    stored = (train.turns * n + len(val.source)) * token_bytes
+    kept = 0.0 if args.finetune else min(1.0, args.cache_gb * 1e9 / max(1, stored))
+    passes = train.turns * n * kept
+    heads = 0
+    seeds = max(1, len(args.seeds), args.draws)
+    for name in tasks:
+        task = task_of(replace(args, task=name), train)
+        task.classes = args.classes or 1 + max(0, int(train.source.labels.max()))
+        view = train.of(layers_of(name, args, train.config))
+        x = {key: view.wanted(train.blank()) for key in train.keys}
+        y = {"first": torch.zeros(1, 16, 4 if name == "boxes" else 2, device=meta),
+             "boxes": torch.zeros(1, task.frames, 16, 4, device=meta)}
+        head = task.net().to(meta).eval().requires_grad_(False)
+        if train.pooled:
+            head = nn.Linear(train.width, task.classes, device=meta).requires_grad_(False)
+        pairs = len(task.pairs())
+        batch, steps, _ = task.plan(n)
+        seen = batch * steps * seeds
+        # backward costs twice what forward does
+        heads += 3 * seen * pairs * flops_of(partial(task.ask, head, x, y))
+        passes += 3 * seen * pairs if args.finetune else seen * (1 - kept)
+    encoder = passes * one + len(val.source) * flops_of(val.blank) * len(val.keys)
+    rate = 1e12 * args.tflops or measured_rate(device, train.bf16)
+    return {
+        "metric": "hours",
+        "value": (encoder + heads) / rate / 3600,
+        "passes": passes,
+        "tflop_a_video": one / 1e12,
+        "tflop_encoder": encoder / 1e12,
+        "tflop_heads": heads / 1e12,
+        "gb": stored / 1e9,
+        "stored": kept,
+        "tflops": rate / 1e12,
+    }, {}
+
+
+def measured_rate(device, bf16):
+    """FLOP/s of a product of matrices."""
+    a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    best = math.inf
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * 2048**3 / best
 
 
 # --- what was trained, and features, for use ------------------------------------------------------
@@ -2356,9 +2694,7 @@ def export_features(args, device):
     bad = {}
     folder = Path(args.cache_dir or Path(args.out_dir) / "features")
     for segments, rows in groups.items():
-        some = replace(source, labels=source.labels[rows], facts=None)
-        if source.paths:
-            some.paths = data.Paths.of([names[row] for row in rows])
+        some = rows_of(source, rows)
         features = Features(
             args,
             encoder,
@@ -2730,12 +3066,14 @@ def physics(args, device):
     surprise, about = forecaster(args, device)
     _, val = lists(args, labelled=False, rooms=True)
     window = about["frames"]
+    stride = 1 if args.data else args.stride or about["stride"]
     frames = args.frames or window
+    if not (args.frames or args.data):  # all of the first video
+        frames = max(window, data.open_frames(val.paths[0]).frames // stride)
     contexts = args.context or (window // 2,)
     if not all(0 < seen < window and seen % 2 == 0 for seen in contexts) or frames < window:
         raise data.DataError(f"--context {contexts} --frames {frames}: of windows of {window} "
                              "frames an even part is seen, the rest foretold")
-    stride = 1 if args.data else args.stride or about["stride"]
     clip = data.Clip(
         frames,
         stride,
@@ -3077,13 +3415,13 @@ def told(value, unit, factor=1):
 
 # (args, device) -> what is printed, what else is logged
 COMMANDS = {
-    **{name: probe for name in TASKS},
+    **{name: draws for name in TASKS},
     "physics": physics, "all": everything, "predict": predict, "features": export_features,
     "plot": plot, "compare": compare,
 }
 
 POSITIVE = {"segments", "views", "epochs", "micro_batch", "train_clips", "val_clips", "holdout",
-            "grid_lr"}  # flags that 0 does not switch off
+            "grid_lr", "fraction", "draws"}  # flags that 0 does not switch off
 
 
 def check_flags(args):
@@ -3097,6 +3435,12 @@ def check_flags(args):
                 raise data.DataError(f"--{name} {number}: a {need} finite number is needed")
     if args.head not in HEADS and args.task != "predict":
         raise data.DataError(f"--head {args.head}: choose from {', '.join(HEADS)}")
+    if args.layers and len(args.layers) != 4:
+        raise data.DataError(f"--layers {args.layers}: four blocks are needed")
+    if args.fraction > 1 or args.fraction < 1 and args.data:
+        raise data.DataError("--fraction: a share of --train; of the world give --train_clips")
+    if (args.mixup or args.cutmix or args.erasing) and args.segments > 1:
+        raise data.DataError("--mixup, --cutmix and --erasing mix clips: --segments must be 1")
     if args.finetune and args.task == "classify" and args.head in ("ridge", "knn"):
         raise data.DataError(f"--finetune: --head {args.head} is not trained by gradients")
 
@@ -3134,7 +3478,8 @@ def main(args):
             raise data.DataError("plot needs matplotlib: pip install matplotlib")
         if not has_matplotlib():
             print("no pictures without matplotlib: pip install matplotlib", file=sys.stderr)
-        result, details = COMMANDS[args.task](args, device)
+        command = dry_run if args.dry_run else COMMANDS[args.task]
+        result, details = command(args, device)
     except (RuntimeError, ConnectionError) as error:
         why = data.dead_worker(error)
         if not why:
@@ -3158,8 +3503,9 @@ def main(args):
         "seconds": round(time.time() - begin, 1),
     }
     line = json.dumps(result | details | {"args": asdict(args)}, allow_nan=False)
-    with open(Path(args.out_dir) / "probe.jsonl", "a") as file:
-        file.write(line + "\n")
+    if not args.dry_run:
+        with open(Path(args.out_dir) / "probe.jsonl", "a") as file:
+            file.write(line + "\n")
     print(json.dumps(result, allow_nan=False), flush=True)
 
 

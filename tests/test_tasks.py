@@ -192,18 +192,37 @@ def test_segmentation_counts_by_hand_and_as_torchmetrics():
     assert segment.total(torch.cat(parts).double()) == pytest.approx(want, abs=1e-6)
 
 
+def enveloped(scores, truth):
+    """PASCAL VOC's and AVA's: the area under the highest precision at this recall or beyond, by brute force over
+    thresholds."""
+    points = [(1.0, 0.0)]
+    for threshold in np.unique(scores):
+        called = scores >= threshold
+        points.append((truth[called].sum() / truth.sum(), truth[called].mean()))
+    recalls = sorted({0.0, *(recall for recall, _ in points)})
+    area = 0.0
+    for low, high in zip(recalls, recalls[1:]):
+        area += (high - low) * max(precision for recall, precision in points if recall >= high - 1e-12)
+    return area
+
+
 def test_average_precision_by_hand_and_as_torchmetrics():
     ap = lambda s, y: float(probe.average_precision(torch.tensor(s), torch.tensor(y)))
     assert ap([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0]) == pytest.approx((1 + 2 / 3) / 2)
+    # the second hit, at precision 1/3, is followed by a third at 1/2
+    assert ap([0.9, 0.8, 0.7, 0.6], [1, 0, 0, 1]) == pytest.approx((1 + 1 / 2) / 2)
+    assert ap([0.9, 0.8, 0.7, 0.6, 0.5], [1, 0, 0, 1, 1]) == pytest.approx((1 + 3 / 5 + 3 / 5) / 3)
     # all alike: the share of positives, in whatever order they stand
     assert ap([0.5, 0.5, 0.5, 0.5], [1, 0, 1, 0]) == pytest.approx(0.5)
     assert probe.average_precision(torch.zeros(3), torch.zeros(3)) is None
-    torchmetrics = pytest.importorskip("torchmetrics", reason="pip install torchmetrics")
     g = torch.Generator().manual_seed(0)
     s, y = (torch.rand(200, 3, generator=g) * 20).round() / 20, torch.randint(0, 2, (200, 3), generator=g)
-    want = torchmetrics.AveragePrecision(task="multilabel", num_labels=3)(s, y)
     found = task_of("detect").total(torch.cat([s.double(), y.double()], 1))["map"]
-    assert found == pytest.approx(float(want), abs=1e-6)
+    assert found == pytest.approx(np.mean([enveloped(a, b) for a, b in zip(s.T.numpy(), y.T.numpy())]), abs=1e-9)
+    torchmetrics = pytest.importorskip("torchmetrics", reason="pip install torchmetrics")
+    want = torchmetrics.AveragePrecision(task="multilabel", num_labels=3, average="none")(s, y)
+    plain = [float(probe.average_precision(a, b, envelope=False)) for a, b in zip(s.T, y.T)]
+    assert plain == pytest.approx(want.tolist(), abs=1e-6) and np.mean(plain) < found
 
 
 def test_actions_of_boxes_by_hand():
@@ -372,6 +391,145 @@ def test_finetuning_accumulates_the_gradients_of_a_batch(monkeypatch):
         firsts.append(gradients[0])
     assert torch.allclose(*firsts, atol=1e-6) and firsts[0].abs().max() > 1e-3
     assert (ends[0] - ends[1]).norm() < 1e-4 * ends[0].norm()
+
+
+# --- V-JEPA's augmentations, protocols, few labels ---
+
+
+def test_mixed_clips_have_both_classes():
+    """Mixup is the weighted mean of two clips, cutmix has a box of the other; the share is what is there of one's
+    own, and the loss is weighted by it."""
+    side = 16
+    for flags, seed in ((dict(mixup=0.8), 0), (dict(cutmix=1.0), 1)):
+        video = torch.arange(4, dtype=torch.uint8).mul(50).view(4, 1, 1, 1, 1).expand(4, 2, side, side, 3).clone()
+        batch = {"video": video, "ok": torch.tensor([True, True, True, False]), "label": torch.arange(4)}
+        other, share = probe.mix(probe.Args("classify", **flags), batch, np.random.default_rng(seed))
+        assert (other < 3).all() and 0 < share[0] < 1 and (share == share[0]).all()
+        want = share * 50 * torch.arange(4) + (1 - share) * 50 * other
+        assert torch.allclose(video.float().mean((1, 2, 3, 4)), want.float(), atol=0.6)
+        if "cutmix" in flags:
+            assert all({*clip.unique().tolist()} <= {50 * i, 50 * int(other[i])} for i, clip in enumerate(video))
+    video = torch.zeros(64, 2, side, side, 3, dtype=torch.uint8)
+    batch = {"video": video, "ok": torch.ones(64, dtype=torch.bool), "label": torch.arange(64)}
+    _, share = probe.mix(probe.Args("classify", erasing=0.5), batch, np.random.default_rng(0))
+    erased = (video > 0).flatten(1).any(1).float().mean()
+    assert (share == 1).all() and 0.3 < erased < 0.7 and (video[:, 0] > 0).float().mean() < 0.3
+    task = task_of("classify", classes=3, smoothing=0.1)
+    out, y = torch.randn(4, 1, 3), {"y": torch.tensor([0, 1, 2, 0]), "other": torch.tensor([1, 1, 0, 2])}
+    y["share"] = torch.tensor([1.0, 0.5, 0.25, 0.0])
+    p = out[:, 0].log_softmax(1)
+    target = y["share"][:, None] * torch.eye(3)[y["y"]] + (1 - y["share"])[:, None] * torch.eye(3)[y["other"]]
+    assert task.loss(out, y).item() == pytest.approx(-((0.9 * target + 0.1 / 3) * p).sum(1).mean().item(), rel=1e-5)
+
+
+def test_stochastic_depth_leaves_out_branches_and_keeps_their_mean():
+    encoder = M.ViT(width=16, depth=3, heads=2, mlp=32, patch=8, frames=2, size=8)
+    probe.drop_paths(encoder, 0.5)
+    x, real = torch.ones(4000, 1, 16), encoder.blocks[1].attn
+    branch = torch.nn.Identity()
+    branch.register_forward_hook([*real._forward_hooks.values()][0])
+    out = branch.train()(x)[:, 0, 0]
+    assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.75]) and out.mean() == pytest.approx(1, abs=0.05)
+    assert torch.equal(branch.eval()(x), x)
+
+
+@pytest.mark.parametrize("head", ["linear", "attentive2"])
+def test_all_of_table_8_trains(head, folder, tmp_path):
+    args = arguments(
+        "classify", tmp_path / "out", encoder=folder, head=head, finetune="vjepa", drop_path=0.2, mixup=0.8,
+        cutmix=1.0, erasing=0.25, head_drop=0.5, smoothing=0.1, grid_lr=(1e-3,), train_passes=2, steps=0, epochs=1,
+    )
+    (tmp_path / "out").mkdir()
+    result, _ = probe.probe(args, CPU)
+    assert math.isfinite(result["likelihood"]) and result["steps"] == 3
+
+
+@pytest.mark.parametrize("name", [*probe.PROTOCOLS])
+def test_a_protocol_is_a_row_and_flags_win(name, capsys):
+    args = probe.parse_args(["classify", "--encoder", "e", "--protocol", name, "--workers", "3", "--epochs", "7"])
+    row = probe.PROTOCOLS[name] | {"epochs": 7, "workers": 3}
+    assert {key: getattr(args, key) for key in row} == row
+    assert f"--protocol {name}: " in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        probe.parse_args(["classify", "--protocol", "taste"])
+    assert stop.value.code == 2 and "choose from" in capsys.readouterr().err
+
+
+def test_a_fraction_has_every_class_and_draws_differ(folder, tmp_path):
+    labels = np.repeat([0, 1, 2], [100, 40, 3])
+    rows = [probe.few(labels, 0.1, seed) for seed in (0, 0, 1)]
+    assert np.bincount(labels[rows[0]]).tolist() == [10, 4, 1] and rows[0] == rows[1] != rows[2]
+    source = clips(tmp_path, "some", 6, lambda i: {})
+    args = arguments(
+        "classify", tmp_path / "out", encoder=folder, data="", train=source, val=source, head="ridge", fraction=0.5,
+        draws=3, stride=1, grid_lr=(),
+    )
+    (tmp_path / "out").mkdir()
+    result, _ = probe.draws(args, CPU)
+    assert result["n_train"] == 4 and len(result["values"]) == 3
+    assert result["value"] == pytest.approx(np.mean(result["values"]))
+
+
+@pytest.mark.parametrize("task", ["pose", "points", "boxes", "depth"])
+def test_the_released_readout_runs(task, folder, tmp_path):
+    result, _ = probe.probe(arguments(task, tmp_path, encoder=folder, readout="4ds"), CPU)
+    assert math.isfinite(result["value"])
+
+
+def test_the_released_readout_by_hand():
+    """One embedding a moment after LN, 16 of them; the projected query is added to."""
+    torch.manual_seed(0)
+    head = probe.Readout(8, (2, 1, 3), 5, width=8, heads=2, released=True)
+    z, q = torch.randn(1, 6, 8), torch.randn(1, 4, 512)
+    series = torch.nn.functional.interpolate(
+        z.view(1, 1, 2, 24), (16, 24), mode="bicubic", align_corners=False).view(1, 16, 3, 8)
+    tokens = torch.nn.functional.layer_norm(series, (8,), eps=1e-6) + head.positions.view(1, 16, 1, 8)
+    query = q @ head.project.weight.T + head.project.bias
+    k, v = (tokens.flatten(1, 2) @ head.attn.kv.weight.T + head.attn.kv.bias).chunk(2, -1)
+    parts = []
+    for part in (slice(0, 4), slice(4, 8)):
+        share = (query[..., part] @ k[..., part].transpose(1, 2) / 2).softmax(-1)
+        parts.append(share @ v[..., part])
+    x = query + torch.cat(parts, -1) @ head.attn.proj.weight.T + head.attn.proj.bias
+    want = head.linear(x + head.mlp(head.norm2(x)))
+    assert (head(z, q) - want).abs().max() < 1e-5
+    turns = np.pi * 0.5 * 2.0 ** np.arange(3)
+    features = probe.fourier(torch.tensor([0.75]), 3, released=True)
+    assert features.tolist() == pytest.approx([*np.sin(turns), *np.cos(turns)], abs=1e-5)
+
+
+def test_cls_tokens_of_frames_side_by_side(tmp_path):
+    torch.manual_seed(0)
+    encoder = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=8, size=32, tubelet=1, images=True, cls=True)
+    M.save_encoder(tmp_path / "e.safetensors", encoder, encoder.config | M.IMAGENET | {"model": None, "fps": 0.0})
+    found = {}
+    for pool in ("cls", "concat"):
+        args = arguments(
+            "classify", tmp_path, encoder=str(tmp_path / "e.safetensors"), head="linear", pool=pool, stride=4, cache_gb=0
+        )
+        train, _ = probe.open_features(args, ["classify"], CPU)
+        x, _, _ = next(train.batches(np.arange(4), 4))
+        found[pool] = x["video"]
+    assert found["concat"].shape == (4, 1, 1, 8 * 32)
+    assert torch.allclose(found["concat"].view(4, 8, 32).mean(1), found["cls"][:, 0, 0], atol=1e-6)
+
+
+def test_a_dry_run_reads_no_video_and_counts(folder, tmp_path, monkeypatch):
+    """Encoder FLOPs by the formula; what is stored, passes; then the same with nothing stored."""
+    monkeypatch.setattr(D, "eval_batches", None)
+    encoder = M.load_encoder(folder)[0]
+    flags = dict(encoder=folder, head="attentive4", epochs=4, batch_size=8, grid_lr=(), dry_run=True, tflops=1.0)
+    said, _ = probe.dry_run(arguments("classify", tmp_path, **flags), CPU)
+    assert said["tflop_a_video"] * 1e12 == pytest.approx(encoder.flops(4 * 16), rel=0.01)
+    assert said["passes"] == 24 and said["gb"] == pytest.approx(40 * 64 * 32 * 2 / 1e9)
+    assert said["value"] == pytest.approx((said["tflop_encoder"] + said["tflop_heads"]) / 3600)
+    anew, _ = probe.dry_run(arguments("classify", tmp_path, **flags, cache_gb=0.0), CPU)
+    assert anew["passes"] == 4 * 24 and anew["tflop_heads"] == said["tflop_heads"] > 0
+    for task in ("points", "boxes", "detect", "flow", "segment", "all"):
+        said, _ = probe.dry_run(arguments(task, tmp_path, **flags), CPU)
+        assert said["tflop_heads"] > 0
+    with pytest.raises(D.DataError, match="trains no head"):
+        probe.dry_run(arguments("physics", tmp_path, **flags), CPU)
 
 
 # --- tasks ---
@@ -674,7 +832,9 @@ def davis(video_data, tmp_path):
 
 def test_real_masks_through_the_segment_readout(video_data, folder, tmp_path):
     """DAVIS, split by sequence. Nothing is learned in three steps: that all works, and what the constant scores."""
-    args = arguments("segment", tmp_path / "out", encoder=folder, stride=2, **davis(video_data, tmp_path))
+    args = arguments(
+        "segment", tmp_path / "out", encoder=folder, stride=2, crop=True, **davis(video_data, tmp_path)
+    )
     result, more = probe.probe(args, CPU)
     # of the foreground, in the clips of val: the constant answer is "background"
     share = []
@@ -718,6 +878,38 @@ def test_real_flow_and_stereo_through_the_metrics(video_data, folder, tmp_path):
             arguments(task, tmp_path / "out", encoder=folder, data="", train=file, val=file), CPU
         )
         assert math.isfinite(result["value"]) and result["n_val"] == 1
+
+
+@pytest.mark.parametrize("task", ["depth", "segment", "flow", "stereo"])
+def test_tiles_of_whole_frames_are_put_together(task, folder, tmp_path, monkeypatch):
+    """An answer that is the truth under each tile scores as the truth of the whole frame, in its own pixels; the
+    constant is that of whole frames too."""
+    args = arguments(task, tmp_path, encoder=folder, world_size=50, tile=32, val_clips=3, cache_gb=0)
+    train, val = probe.open_features(args, [task], CPU)
+    view = val.of(probe.layers_of(task, args, val.config))
+    kind = probe.task_of(args, view)
+    constant, _ = probe.learn_labels(kind, train)
+    made = D.World("rooms_val", frames=8, size=50).render([0, 1, 2], kind.names)
+    corners = itertools.cycle(itertools.product(probe.starts(50, 32), probe.starts(50, 32)))
+    assert probe.starts(50, 32) == [0, 9, 18] and probe.starts(32, 32) == [0]
+    row = iter(np.repeat(range(3), 9))
+
+    def reader(task, features, head):
+        def answer(x, y):
+            top, left = next(corners)
+            i = next(row)
+            y = kind.labels({name: value[i : i + 1] for name, value in made.items()})["y"]
+            axis = -3 if task.channels == 2 else -2
+            y = y.narrow(axis, top, 32).narrow(axis + 1, left, 32)
+            return torch.nn.functional.one_hot(y, 4).float() * 99 if task.args.task == "segment" else y
+        return answer
+
+    monkeypatch.setattr(probe, "reader", reader)
+    scored, base = probe.evaluate_whole(kind, view, np.arange(3), None, constant)
+    assert only(kind.total(scored)) == pytest.approx(1.0 if kind.up else 0.0, abs=1e-5)
+    y = kind.labels(made)
+    whole = kind.score(constant(y), y).double().sum(0)
+    assert torch.allclose(base.sum(0), whole)
 
 
 # --- the whole suite, and physics on a run's folder ---
