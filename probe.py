@@ -176,28 +176,32 @@ class Args:
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     device: str = ""  # empty: cuda where there is one
     dry_run: bool = False  # what training heads would cost; reads lists and no video
-    tflops: float = 0.0  # of --dry_run: what the device computes in a second; 0: measured now
+    # of --dry_run: what the device computes in a second; a CPU core has about 0.05
+    tflops: float = 500.0
 
 
-K400 = dict(segments=8, views=3, train_passes=20)
+K400 = dict(segments=8, views=3, train_passes=20, frames=16, stride=4)
 PROTOCOLS = {
-    # Table 6, K400; SSv2: --segments 1. Table 7: ViT-L
-    "vjepa": K400 | dict(
-        head="attentive", grid_lr=(1e-3,), grid_wd=(0.01,), batch_size=256, frames=16, stride=4),
+    # Table 6, K400; SSv2: --segments 1
+    "vjepa": K400 | dict(head="attentive"),
+    # Table 7, ViT-L
     "vjepa_detect": dict(
-        layers=(18, 20, 22, 24), grid_lr=(1e-4,), grid_wd=(0.05,), batch_size=64, frames=16),
-    # Table 8, SSv2 (K400: --grid_lr 3e-4 --epochs 35 --frames 16 --segments 5)
+        layers=(18, 20, 22, 24), grid_lr=(1e-4,), grid_wd=(0.05,), batch_size=64, frames=16,
+    ),
+    # Table 8, SSv2; K400: --grid_lr 3e-4 --epochs 35 --frames 16
     "vjepa_finetune": dict(
         head="linear", finetune="vjepa", grid_lr=(1e-4,), grid_wd=(0.05,), batch_size=64,
-        epochs=20, frames=32, stride=4, size=384, views=3, train_passes=20, drop_path=0.2,
-        head_drop=0.5, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1),
-    # SALT, appendix B; SSv2: --segments 2. V-JEPA 2 has larger frames
-    "vjepa2": K400 | dict(head="attentive4", batch_size=256, frames=16, stride=4, size=256),
-    "salt": K400 | dict(head="attentive4", batch_size=256, frames=16, stride=4, size=224),
+        frames=32, stride=4, size=384, views=3, train_passes=20,
+        drop_path=0.2, head_drop=0.5,
+        mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1,
+    ),
+    # SALT, appendix B; SSv2: --segments 2
+    "vjepa2": K400 | dict(head="attentive4", size=256),
+    "salt": K400 | dict(head="attentive4", size=224),
     # A.2; A.2.1 for classify
     "4ds": dict(
-        head="readout", readout="4ds", frames=16, batch_size=32, steps=40_000, zoom=239 / 224,
-        train_passes=20, flip=False, grid_lr=(1e-4, 3e-4, 1e-3), grid_wd=(1e-4,)),
+        head="readout", readout="4ds", frames=16, zoom=239 / 224, train_passes=20, flip=False,
+    ),
     # D.2: 8 frames of the whole video, their CLS tokens side by side
     "tdv": dict(head="linear", pool="concat", frames=8, stride=100_000, short="spread"),
 }
@@ -782,6 +786,7 @@ POOLS = {
 }
 
 
+@dataclass(eq=False)
 class Features:
     """Tokens of a list's videos and their labels, by row. Those of the first `kept` rows are stored
     on disk, those of the others made anew at every use.
@@ -793,34 +798,40 @@ class Features:
     S clips are not averaged. ValueError: clips that do not fit.
     """
 
-    def __init__(self, args, encoder, config, source, clip, device, layers, names=(), form="grid",
-                 apart=False):
-        self.args = args
-        self.encoder = encoder
-        self.config = config
-        self.source = source
-        self.clip = clip
-        self.device = device
-        self.layers = layers
-        self.want = layers  # of these the batches have tokens
-        self.form = form
-        self.names = [name for name in names if name != "right"]
-        self.keys = ["video", "right"] if "right" in names else ["video"]
+    args: Args
+    encoder: nn.Module
+    config: dict
+    source: data.Source
+    clip: data.Clip
+    device: torch.device
+    layers: tuple
+    names: tuple = ()
+    form: str = "grid"
+    apart: bool = False
+
+    def __post_init__(self):
+        config = self.config
+        clip = self.clip
+        self.want = self.layers  # of these the batches have tokens
+        self.keys = ["video", "right"] if "right" in self.names else ["video"]
+        self.names = [name for name in self.names if name != "right"]
         self.tuned = None  # an encoder that is trained, instead of the given one
-        self.bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
-        self.pooled = form in POOLS
-        self.apart = apart or not self.pooled
+        self.pooled = self.form in POOLS
+        self.apart = self.apart or not self.pooled
         self.type = torch.float32 if self.pooled else torch.float16  # on disk
-        self.turns = max(1, args.train_passes) if clip.train else 1
+        self.turns = max(1, self.args.train_passes) if clip.train else 1
         self.kept = 0
         self.bad = {}
+        self.bf16 = self.args.dtype == "bf16"
+        if self.args.dtype == "auto":
+            self.bf16 = self.device.type == "cuda"
         tubelet = 1 if config.get("images") else config.get("tubelet", 1)
         if clip.frames % tubelet:
             raise ValueError(f"{clip.frames} frames do not divide into tubelets of {tubelet}")
         side = clip.size // config.get("patch", clip.size)
         self.grid = (clip.segments * clip.frames // tubelet, side, side)
         self.shape = self.blank()[0].shape                              # (V, N, D)
-        self.width = self.shape[-1] // len(layers)
+        self.width = self.shape[-1] // len(self.layers)
 
     def blank(self):
         """Tokens of a black video (1,V,N,D)."""
@@ -1487,6 +1498,11 @@ class Moments(Task):
         """(B,t,n,4*D) of the tokens that the head is given for each moment."""
         return [x["video"]]
 
+    def net(self):
+        """Of two frames, and two numbers a pixel."""
+        out = 2 * self.frames // self.grid[0]
+        return TwoFrameDPT(self.width, self.grid[1:], out, **self.wide(768, 12, 64))
+
     def ask(self, net, x, y):
         views = self.views({key: self.moments(z) for key, z in x.items()})
         if net.training:
@@ -1574,10 +1590,6 @@ class Flow(Moments):
         here = x["video"]
         return [here, torch.cat([here[:, 1:], here[:, -1:]], 1)]
 
-    def net(self):
-        out = self.channels * self.frames // self.grid[0]
-        return TwoFrameDPT(self.width, self.grid[1:], out, **self.wide(768, 12, 64))
-
     def planes(self, p):
         return p.flatten(0, -4).movedim(-1, 1)
 
@@ -1604,10 +1616,6 @@ class Stereo(Moments):
 
     def views(self, x):
         return [x["video"], x["right"]]
-
-    def net(self):
-        out = 2 * self.frames // self.grid[0]
-        return TwoFrameDPT(self.width, self.grid[1:], out, **self.wide(768, 12, 64))
 
     def loss(self, out, y):
         """Negative log-likelihood of Laplace's distribution: |d - dhat| / b + log b, out = (dhat,
@@ -2318,14 +2326,9 @@ def check_grid(args, clip, config):
 
 def task_of(args, features):
     """--task for these features, whose classes and units are not known yet."""
-    return TASKS[args.task](
-        args,
-        features.width,
-        features.config.get("heads"),
-        features.grid,
-        features.clip.frames,
-        features.clip.size,
-    )
+    clip = features.clip
+    heads = features.config.get("heads")
+    return TASKS[args.task](args, features.width, heads, features.grid, clip.frames, clip.size)
 
 
 def learn_labels(task, train):
@@ -2407,20 +2410,20 @@ def probe(args, device, opened=None):
         "saved": str(file),
         "picture": draw(task, val, scored, *first),
     }
-    details = {"constants": base, "bad_videos": bad, "tried": []}
-    for one in tried:
-        details["tried"].append({"lr": one.lr, "wd": one.wd, "held_out": one.held_out})
+    rates = [{"lr": one.lr, "wd": one.wd, "held_out": one.held_out} for one in tried]
+    details = {"constants": base, "bad_videos": bad, "tried": rates}
     if args.task == "classify":
-        confusion = confusion_of(scored, task.classes)
-        share = confusion.diagonal() / confusion.sum(1)
-        known = [value if math.isfinite(value) else None for value in share.tolist()]
-        details |= {"confusion": confusion.tolist(), "per_class": known}
-        result |= {
-            "head": args.head,
-            "majority": base[metric],
-            "chance": 1 / len(np.unique(train.source.labels)),
-        }
+        details |= by_class(scored, task.classes)
+        chance = 1 / len(np.unique(train.source.labels))
+        result |= {"head": args.head, "majority": base[metric], "chance": chance}
     return result, details
+
+
+def by_class(scored, classes):
+    confusion = confusion_of(scored, classes)
+    share = confusion.diagonal() / confusion.sum(1)
+    known = [value if math.isfinite(value) else None for value in share.tolist()]
+    return {"confusion": confusion.tolist(), "per_class": known}
 
 
 def draws(args, device):
@@ -2477,29 +2480,17 @@ def dry_run(args, device):
         heads += 3 * seen * pairs * flops_of(partial(task.ask, head, x, y))
         passes += 3 * seen * pairs if args.finetune else seen * (1 - kept)
     encoder = passes * one + len(val.source) * flops_of(val.blank) * len(val.keys)
-    rate = 1e12 * args.tflops or measured_rate(device, train.bf16)
     return {
         "metric": "hours",
-        "value": (encoder + heads) / rate / 3600,
+        "value": (encoder + heads) / (3600e12 * args.tflops),
         "passes": passes,
         "tflop_a_video": one / 1e12,
         "tflop_encoder": encoder / 1e12,
         "tflop_heads": heads / 1e12,
         "gb": stored / 1e9,
         "stored": kept,
-        "tflops": rate / 1e12,
+        "tflops": args.tflops,
     }, {}
-
-
-def measured_rate(device, bf16):
-    """FLOP/s of a product of matrices."""
-    a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    best = math.inf
-    for _ in range(5):
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * 2048**3 / best
 
 
 # --- what was trained, and features, for use ------------------------------------------------------
@@ -2513,6 +2504,9 @@ def check_place(args):
     if target in (given, given / target.name) or (out / "latest").exists():
         raise data.DataError(f"--out_dir {out}: --finetune saves {target.name} there, and there is "
                              "one: give another folder")
+
+
+SHAPE = ("width", "heads", "grid", "frames", "size", "classes")  # of a Task, after its args
 
 
 def save_head(file, task, features, best):
@@ -2532,7 +2526,7 @@ def save_head(file, task, features, best):
         "clip": asdict(features.clip),
         "names": features.source.classes,
     }
-    for name in ("width", "heads", "grid", "frames", "size", "classes"):
+    for name in SHAPE:
         about[name] = getattr(task, name)
     state = best.head.state_dict()
     if task.channels:
@@ -2554,15 +2548,7 @@ def open_head(path, device):
     except (ValueError, KeyError, OSError) as error:
         raise data.DataError(f"--head {path}: not a head that probe.py saved ({error})") from None
     flags = {name: as_flag(value) for name, value in about["args"].items()}
-    task = TASKS[about["task"]](
-        Args(**flags),
-        about["width"],
-        about["heads"],
-        tuple(about["grid"]),
-        about["frames"],
-        about["size"],
-        about["classes"],
-    )
+    task = TASKS[about["task"]](Args(**flags), *(as_flag(about[name]) for name in SHAPE))
     task.mean, task.std = (state.pop(name, None) for name in ("units.mean", "units.std"))
     if task.channels:
         task.mean = task.mean.to(device)
@@ -2626,17 +2612,11 @@ def predict(args, device):
         given = replace(task.args, data="world", train="", val="", val_clips=args.val_clips)
         _, source = lists(given, False, rooms=about["form"] == "grid")
     args = replace(args, seed=task.args.seed, dtype=task.args.dtype)
+    clip = data.Clip(**about["clip"])
+    encoder.to(device).eval()
     features = Features(
-        args,
-        encoder.to(device).eval(),
-        config,
-        source,
-        data.Clip(**about["clip"]),
-        device,
-        tuple(about["layers"]),
-        task.given,
-        about["form"],
-    )
+        args, encoder, config, source, clip, device, tuple(about["layers"]), task.given,
+        about["form"])
     answer = reader(task, features, head)
     rows = []
     answers = []
@@ -2695,17 +2675,9 @@ def export_features(args, device):
     folder = Path(args.cache_dir or Path(args.out_dir) / "features")
     for segments, rows in groups.items():
         some = rows_of(source, rows)
+        cut = replace(clip, segments=segments)
         features = Features(
-            args,
-            encoder,
-            config,
-            some,
-            replace(clip, segments=segments),
-            device,
-            layers,
-            form=form,
-            apart=args.windows > 0,
-        )
+            args, encoder, config, some, cut, device, layers, (), form, args.windows > 0)
         features.store(folder)
         for x, _, part in features.batches(np.arange(len(some)), args.micro_batch):
             for row, z in zip(part, x["video"][:, 0].cpu() if len(part) else ()):
@@ -2731,9 +2703,7 @@ def draw_neighbours(args, source, names, paths, vectors):
     queries = np.linspace(0, len(first) - 1, min(8, len(first))).astype(int)
     likeness, nearest = (x[queries] @ x.T).topk(min(6, len(first)), 1)
     rows = [names.index(paths[first[i]]) for i in nearest.flatten()]
-    clip = data.Clip(1, 1, size=112, train=False)
-    batches = data.eval_batches(source, clip, rows=rows, batch_size=16)
-    frames = torch.cat([batch["video"][:, 0] for batch in batches]).float() / 255
+    frames = frames_of(source, data.Clip(1, 1, size=112, train=False), rows)[:, 0]
     lines = []
     for some, row in zip(frames.unflatten(0, nearest.shape), rows[:: nearest.shape[1]]):
         lines.append(Row(Path(names[row]).stem[-16:], some))
@@ -2851,6 +2821,12 @@ def painted(task, p, truth):
     return truth, p, unit, dict(cmap="turbo", vmin=low, vmax=high)
 
 
+def frames_of(source, clip, rows):
+    """Videos (n,T,H,W,3) in [0,1]."""
+    batches = data.eval_batches(source, clip, rows=rows, batch_size=len(rows))
+    return next(iter(batches))["video"].float() / 255
+
+
 def quantiles(values):
     return np.nanquantile(values.numpy(), (0.02, 0.98)) if values.isfinite().any() else (0, 1)
 
@@ -2870,8 +2846,7 @@ def draw(task, features, scored, p, y, rows):
     if args.task == "pose":
         return draw_pose(args, title, y["y"].numpy(), p.numpy())
     n = min(3, len(rows))
-    batches = data.eval_batches(features.source, features.clip, rows=rows[:n], batch_size=n)
-    video = next(iter(batches))["video"].float() / 255                  # (n, T, H, W, 3)
+    video = frames_of(features.source, features.clip, rows[:n])
     # the third one is the frame whose boxes detect is given
     at = [0, task.frames // 3, task.frames // 2, task.frames - 1]
     lines = []
@@ -2963,8 +2938,7 @@ def draw_components(args, features):
     x, _, rows = next(features.batches(rows, len(rows)))
     if not len(rows):
         return None
-    batches = data.eval_batches(features.source, features.clip, rows=rows, batch_size=len(rows))
-    video = next(iter(batches))["video"].float() / 255
+    video = frames_of(features.source, features.clip, rows)
     colours = model.colours(x["video"].flatten(0, 2))
     colours = colours.unflatten(0, (len(rows), *features.grid))
     at = range(0, features.clip.frames, features.clip.frames // features.grid[0])
@@ -3074,14 +3048,8 @@ def physics(args, device):
     if not all(0 < seen < window and seen % 2 == 0 for seen in contexts) or frames < window:
         raise data.DataError(f"--context {contexts} --frames {frames}: of windows of {window} "
                              "frames an even part is seen, the rest foretold")
-    clip = data.Clip(
-        frames,
-        stride,
-        None,
-        args.size or about["size"],
-        train=False,
-        short=args.short,
-    )
+    size = args.size or about["size"]
+    clip = data.Clip(frames, stride, None, size, train=False, short=args.short)
     starts = range(0, frames - window + 1, 2)  # the paper's stride of 2
     rows = []
     for batch in dense_batches(val, clip, ("impossible", "kind"),
@@ -3421,7 +3389,7 @@ COMMANDS = {
 }
 
 POSITIVE = {"segments", "views", "epochs", "micro_batch", "train_clips", "val_clips", "holdout",
-            "grid_lr", "fraction", "draws"}  # flags that 0 does not switch off
+            "grid_lr", "fraction", "draws", "tflops"}  # flags that 0 does not switch off
 
 
 def check_flags(args):
@@ -3435,12 +3403,15 @@ def check_flags(args):
                 raise data.DataError(f"--{name} {number}: a {need} finite number is needed")
     if args.head not in HEADS and args.task != "predict":
         raise data.DataError(f"--head {args.head}: choose from {', '.join(HEADS)}")
-    if args.layers and len(args.layers) != 4:
-        raise data.DataError(f"--layers {args.layers}: four blocks are needed")
-    if args.fraction > 1 or args.fraction < 1 and args.data:
-        raise data.DataError("--fraction: a share of --train; of the world give --train_clips")
-    if (args.mixup or args.cutmix or args.erasing) and args.segments > 1:
-        raise data.DataError("--mixup, --cutmix and --erasing mix clips: --segments must be 1")
+    mixes = args.mixup or args.cutmix or args.erasing
+    for wrong, why in (
+        (len(args.layers) not in (0, 4), "--layers: four blocks are needed"),
+        (args.fraction > 1, "--fraction: a share of --train, at most 1"),
+        (args.fraction < 1 and args.data, "--fraction: of the world give --train_clips"),
+        (mixes and args.segments > 1, "--mixup, --cutmix and --erasing need --segments 1"),
+    ):
+        if wrong:
+            raise data.DataError(why)
     if args.finetune and args.task == "classify" and args.head in ("ridge", "knn"):
         raise data.DataError(f"--finetune: --head {args.head} is not trained by gradients")
 
@@ -3474,10 +3445,11 @@ def main(args):
         if ranks()[0]:  # all compute the same, and one writes it
             cache = args.cache_dir or f"{args.out_dir}/features"
             args = replace(args, cache_dir=cache, out_dir=tempfile.mkdtemp())
-        if args.task == "plot" and not has_matplotlib():
-            raise data.DataError("plot needs matplotlib: pip install matplotlib")
         if not has_matplotlib():
-            print("no pictures without matplotlib: pip install matplotlib", file=sys.stderr)
+            missing = "no pictures without matplotlib: pip install matplotlib"
+            if args.task == "plot":
+                raise data.DataError(missing)
+            print(missing, file=sys.stderr)
         command = dry_run if args.dry_run else COMMANDS[args.task]
         result, details = command(args, device)
     except (RuntimeError, ConnectionError) as error:
