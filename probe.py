@@ -138,7 +138,7 @@ class Args:
     width: int = 0
     resample: int = 0  # moments to which tokens are interpolated in time (16: 4DS's); 0: none
     readout: Literal["ours", "4ds"] = "ours"  # 4ds: as released, see Readout
-    # of depth, segment, flow and stereo: metrics of the centre crop in the encoder's pixels, instead
+    # of depth, segment, flow and stereo: metrics of the centre crop in the encoder's pixels; else
     # of whole frames in their own, of which tiles are read
     crop: bool = False
     tile: int = 0  # side in pixels; 0: as large as the centre crop that the head was trained on
@@ -186,21 +186,42 @@ PROTOCOLS = {
     "vjepa": K400 | dict(head="attentive"),
     # Table 7, ViT-L
     "vjepa_detect": dict(
-        layers=(18, 20, 22, 24), grid_lr=(1e-4,), grid_wd=(0.05,), batch_size=64, frames=16,
+        layers=(18, 20, 22, 24),
+        grid_lr=(1e-4,),
+        grid_wd=(0.05,),
+        batch_size=64,
+        frames=16,
     ),
     # Table 8, SSv2; K400: --grid_lr 3e-4 --epochs 35 --frames 16
     "vjepa_finetune": dict(
-        head="linear", finetune="vjepa", grid_lr=(1e-4,), grid_wd=(0.05,), batch_size=64,
-        frames=32, stride=4, size=384, views=3, train_passes=20,
-        drop_path=0.2, head_drop=0.5,
-        mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1,
+        head="linear",
+        finetune="vjepa",
+        grid_lr=(1e-4,),
+        grid_wd=(0.05,),
+        batch_size=64,
+        frames=32,
+        stride=4,
+        size=384,
+        views=3,
+        train_passes=20,
+        drop_path=0.2,
+        head_drop=0.5,
+        mixup=0.8,
+        cutmix=1.0,
+        erasing=0.25,
+        smoothing=0.1,
     ),
     # SALT, appendix B; SSv2: --segments 2
     "vjepa2": K400 | dict(head="attentive4", size=256),
     "salt": K400 | dict(head="attentive4", size=224),
     # A.2; A.2.1 for classify
     "4ds": dict(
-        head="readout", readout="4ds", frames=16, zoom=239 / 224, train_passes=20, flip=False,
+        head="readout",
+        readout="4ds",
+        frames=16,
+        zoom=239 / 224,
+        train_passes=20,
+        flip=False,
     ),
     # D.2: 8 frames of the whole video, their CLS tokens side by side
     "tdv": dict(head="linear", pool="concat", frames=8, stride=100_000, short="spread"),
@@ -527,28 +548,49 @@ class TwoFrameDPT(nn.Module):
 # what classify can train. pooled: it reads one vector a clip. lr, wd: its grid
 HEADS = {
     "attentive": dict(
-        pooled=False, lr=(1e-3,), wd=(0.01,),
-        build=lambda task: Attentive(task.width, task.classes, task.heads, 0)),
+        pooled=False,
+        lr=(1e-3,),
+        wd=(0.01,),
+        build=lambda task: Attentive(task.width, task.classes, task.heads, 0),
+    ),
     # V-JEPA's of ImageNet (Table 2)
     "attentive2": dict(
-        pooled=False, lr=(1e-3,), wd=(0.01,),
-        build=lambda task: Attentive(task.width, task.classes, task.heads, 1)),
+        pooled=False,
+        lr=(1e-3,),
+        wd=(0.01,),
+        build=lambda task: Attentive(task.width, task.classes, task.heads, 1),
+    ),
     "attentive4": dict(
-        pooled=False, lr=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4), wd=(0.8, 0.4, 0.1, 0.01),
-        build=lambda task: Attentive(task.width, task.classes, 16, 3)),
+        pooled=False,
+        lr=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4),
+        wd=(0.8, 0.4, 0.1, 0.01),
+        build=lambda task: Attentive(task.width, task.classes, 16, 3),
+    ),
     "linear": dict(
-        pooled=True, lr=(1e-2, 3e-3, 1e-3, 3e-4), wd=(0.1, 0.01),
-        build=lambda task: Standardised(task.width, task.classes)),
+        pooled=True,
+        lr=(1e-2, 3e-3, 1e-3, 3e-4),
+        wd=(0.1, 0.01),
+        build=lambda task: Standardised(task.width, task.classes),
+    ),
     # wd: its penalty
     "ridge": dict(
-        pooled=True, lr=(0.0,), wd=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
-        build=lambda task: Ridge(task.width, task.classes)),
+        pooled=True,
+        lr=(0.0,),
+        wd=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        build=lambda task: Ridge(task.width, task.classes),
+    ),
     "knn": dict(
-        pooled=True, lr=(0.0,), wd=(0.0,),
-        build=lambda task: Neighbours(task.width, task.classes)),
+        pooled=True,
+        lr=(0.0,),
+        wd=(0.0,),
+        build=lambda task: Neighbours(task.width, task.classes),
+    ),
     "readout": dict(
-        pooled=False, lr=(), wd=(),
-        build=lambda task: task.readout(768, 12, task.classes, queries=(1, 1, 1))),
+        pooled=False,
+        lr=(),
+        wd=(),
+        build=lambda task: task.readout(768, 12, task.classes, queries=(1, 1, 1)),
+    ),
 }
 
 # --- dense labels ---------------------------------------------------------------------------------
@@ -1831,7 +1873,7 @@ def fit(task, train, rows, pairs):
                 y = task.labels(labels)
                 for stack in stacks:
                     # what a head picks at random does not depend on the other heads
-                    torch.manual_seed(args.seed * 1_000_003 + step + 1 + 1_000_000_007 * i)
+                    torch.manual_seed(args.seed * 1_000_003 + step + 1_000_000_007 * i)
                     stack.backward(partial(loss_of, task, train, x, y, share))
             if last:
                 break
@@ -2631,8 +2673,13 @@ def predict(args, device):
         called = [int(p.argmax()) for p in answers]
         more["class"] = [about["names"][i] if about["names"] else i for i in called]
     write_table(out, more and about["names"], [names[i] for i in rows], stack(answers), **more)
-    return {"metric": "videos", "value": len(rows), "of": about["task"], "bad": len(features.bad),
-            "out": str(out)}, {"bad_videos": features.bad}
+    return {
+        "metric": "videos",
+        "value": len(rows),
+        "of": about["task"],
+        "bad": len(features.bad),
+        "out": str(out),
+    }, {"bad_videos": features.bad}
 
 
 def parts_of(source, seconds):
@@ -2690,9 +2737,16 @@ def export_features(args, device):
     picture = None
     if not args.tokens:
         picture = draw_neighbours(args, source, names, paths, torch.stack(vectors))
-    return {"metric": "videos", "value": len(set(paths)), "rows": len(paths), "bad": len(bad),
-            "shape": list(vectors[0].shape), "layer": layers[0], "out": str(out),
-            "picture": picture}, {"bad_videos": bad}
+    return {
+        "metric": "videos",
+        "value": len(set(paths)),
+        "rows": len(paths),
+        "bad": len(bad),
+        "shape": list(vectors[0].shape),
+        "layer": layers[0],
+        "out": str(out),
+        "picture": picture,
+    }, {"bad_videos": bad}
 
 
 def draw_neighbours(args, source, names, paths, vectors):
@@ -2749,8 +2803,13 @@ def figure(args, name, title, columns, rows):
     heights = [1.0 if row else 0.02 for row in rows]
     size = (1.35 * len(columns) + 0.8, 1.3 * sum(heights) + 0.6)
     shown, axes = plt.subplots(
-        len(rows), len(columns), figsize=size, squeeze=False, layout="constrained",
-        height_ratios=heights)
+        len(rows),
+        len(columns),
+        figsize=size,
+        squeeze=False,
+        layout="constrained",
+        height_ratios=heights,
+    )
     shown.suptitle(title, fontsize=9)
     bars = {}
     for line, row in zip(axes, rows):
@@ -2814,8 +2873,10 @@ def painted(task, p, truth):
         return wheel(truth, longest), wheel(p, longest), "", {}
     if name == "segment":
         unknown = truth == 255
-        return (truth.float().masked_fill(unknown, math.nan), p.argmax(-1), "class",
-                dict(cmap="tab20", vmin=0, vmax=19))
+        colours = pyplot().get_cmap("tab10" if task.classes <= 10 else "tab20", task.classes)
+        truth = truth.float().masked_fill(unknown, math.nan)
+        paint = dict(cmap=colours, vmin=-0.5, vmax=task.classes - 0.5)
+        return truth, p.argmax(-1), "class", paint
     low, high = quantiles(truth)
     unit = "disparity, pixels" if name == "stereo" else "depth, units of the labels"
     return truth, p, unit, dict(cmap="turbo", vmin=low, vmax=high)
@@ -2922,7 +2983,9 @@ def draw_pose(args, title, truth, p):
     shown.suptitle(title, fontsize=9)
     for i, axis in enumerate(axes.flat):
         axis.plot(truth[:, i], p[:, i], ".", markersize=4)
-        axis.axline((np.nanmean(truth[:, i]),) * 2, slope=1, color="0.7", linewidth=0.8)
+        both = np.concatenate([truth[:, i], p[:, i]])
+        ends = (np.nanmin(both) - 0.05, np.nanmax(both) + 0.05)
+        axis.plot(ends, ends, color="0.7", linewidth=0.8)
         axis.set_title(f"shift {'xyz'[i // 4]}" if i % 4 == 3 else f"turn {i // 4}{i % 4}",
                        fontsize=8)
     shown.supxlabel("truth")
@@ -3154,9 +3217,14 @@ def everything(args, device):
     for row in table:
         short[row["task"]] = {key: row[key] for key in ("metric", "value", "std", "constant")}
     skills = [row["skill"] for row in table if row["skill"] is not None]
-    return {"metric": "skill", "value": float(np.mean(skills)) if skills else None,
-            "tasks": short, "seeds": seeds, "table": str(out / "all.md"),
-            **pictures}, {"table": table}
+    return {
+        "metric": "skill",
+        "value": float(np.mean(skills)) if skills else None,
+        "tasks": short,
+        "seeds": seeds,
+        "table": str(out / "all.md"),
+        **pictures,
+    }, {"table": table}
 
 
 def shared(args, tasks, opened, pictures, device):
@@ -3269,8 +3337,15 @@ def runs_of(args):
     return found
 
 
-PANELS = (("step", "loss"), ("step", "lr"), ("step", "rankme"), ("step", "feature_std"),
-          ("step", "probe_acc"), ("loss", "probe_acc"), ("flops", "probe_acc"))
+PANELS = (
+    ("step", "loss"),
+    ("step", "lr"),
+    ("step", "rankme"),
+    ("step", "feature_std"),
+    ("step", "probe_acc"),
+    ("loss", "probe_acc"),
+    ("flops", "probe_acc"),
+)
 
 
 def r2(pairs):
@@ -3308,9 +3383,13 @@ def plot(args, device):
     shown.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     pairs = {run: pairs_of(steps, "loss", "probe_acc") for run, steps in found.items()}
     points = [*itertools.chain(*pairs.values())]
-    return {"metric": "r2", "value": r2(points), "points": len(points),
-            "each": {run: r2(some) for run, some in pairs.items()},
-            "picture": finish(args, "plot", shown)}, {}
+    return {
+        "metric": "r2",
+        "value": r2(points),
+        "points": len(points),
+        "each": {run: r2(some) for run, some in pairs.items()},
+        "picture": finish(args, "plot", shown),
+    }, {}
 
 
 def accuracies(run, steps):
@@ -3356,13 +3435,23 @@ def compare(args, device):
             change = "" if run == baseline else told(deltas[run].get(c), "{:+.2f}", 100)
             cells += [told(row.get(c), "{:.2f}", 100), change]
         print(f"| {Path(run).name} | {' | '.join(cells)} |")
-    return {"metric": "delta", "value": deltas, "baseline": baseline, "costs": costs}, {}
+    return {
+        "metric": "delta",
+        "value": deltas,
+        "baseline": baseline,
+        "costs": costs,
+    }, {}
 
 
 # of compare: what the log calls it, and how it is written
-COSTS = {"steps": ("step", "{}"), "FLOPs": ("flops", "{:.2e}"), "loss": ("loss", "{:.4f}"),
-         "RankMe": ("rankme", "{:.1f}"), "random": ("random_acc", "{:.3f}"),
-         "hours": ("hours", "{:.2f}")}
+COSTS = {
+    "steps": ("step", "{}"),
+    "FLOPs": ("flops", "{:.2e}"),
+    "loss": ("loss", "{:.4f}"),
+    "RankMe": ("rankme", "{:.1f}"),
+    "random": ("random_acc", "{:.3f}"),
+    "hours": ("hours", "{:.2f}"),
+}
 
 
 def hours(steps):

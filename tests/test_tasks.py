@@ -505,9 +505,8 @@ def test_cls_tokens_of_frames_side_by_side(tmp_path):
     M.save_encoder(tmp_path / "e.safetensors", encoder, encoder.config | M.IMAGENET | {"model": None, "fps": 0.0})
     found = {}
     for pool in ("cls", "concat"):
-        args = arguments(
-            "classify", tmp_path, encoder=str(tmp_path / "e.safetensors"), head="linear", pool=pool, stride=4, cache_gb=0
-        )
+        flags = dict(encoder=str(tmp_path / "e.safetensors"), head="linear", pool=pool, stride=4, cache_gb=0)
+        args = arguments("classify", tmp_path, **flags)
         train, _ = probe.open_features(args, ["classify"], CPU)
         x, _, _ = next(train.batches(np.arange(4), 4))
         found[pool] = x["video"]
