@@ -2090,7 +2090,7 @@ def whole_clip(task, features, row):
         path = source.paths[row]
         video = data.open_frames(path)
         ids = data.frame_positions(video.frames, clip)
-        frames = video.by_number(ids)
+        frames, _ = video.by_number(ids)
         _, high, wide, _ = frames.shape
         cut = data.Cut(ids, (0, 0, high, wide), (video.frames, high, wide), False)
         made = read_labels(path, features.names + features.keys[1:], cut, (wide, high))

@@ -874,10 +874,22 @@ def test_real_flow_and_stereo_through_the_metrics(video_data, folder, tmp_path):
         assert score(y["y"].nan_to_num()) == 0
         assert score(torch.zeros_like(y["y"])) == pytest.approx(length.nanmean().item(), rel=1e-4)
         assert length.nanmean() > 1
-        result, _ = probe.probe(
-            arguments(task, tmp_path / "out", encoder=folder, data="", train=file, val=file), CPU
-        )
+        args = arguments(task, tmp_path / "out", encoder=folder, data="", train=file, val=file, frames=2)
+        result, _ = probe.probe(args, CPU)
         assert math.isfinite(result["value"]) and result["n_val"] == 1
+        # in the data set's own pixels: the constant is the mean length of its own labels' deviations
+        whole = load_file(Path(D.parse_list(file).paths[0]).with_suffix(".safetensors"))[names[0]]
+        constant, _ = probe.learn_labels(*opened(args))
+        y = {"y": whole}
+        fixed = constant(y) * min(whole.shape[1:3]) * 7 / 8 / args.size
+        far = (fixed - whole).norm(dim=-1) if task == "flow" else (fixed - whole).abs()
+        assert result["constant"] == pytest.approx(far.nanmean().item(), rel=0.01)
+
+
+def opened(args):
+    train, _ = probe.open_features(args, [args.task], CPU)
+    train = train.of(probe.layers_of(args.task, args, train.config))
+    return probe.task_of(args, train), train
 
 
 @pytest.mark.parametrize("task", ["depth", "segment", "flow", "stereo"])
