@@ -966,10 +966,9 @@ class Features:
         for batch in batches:
             self.note(batch["bad"])
             columns = {name: batch[name] for name in self.names}
-            args = self.args
             if self.mixing and encode and batch["ok"].any():
-                rng = np.random.default_rng((args.seed, turn, *batch["index"].tolist()))
-                columns["other"], columns["share"] = mix(args, batch, rng)
+                rng = np.random.default_rng((self.args.seed, turn, *batch["index"].tolist()))
+                columns["other"], columns["share"] = mix(self.args, batch, rng)
             for key in self.keys if encode else ():
                 columns[key] = self.encode(batch[key], batch["flip"])
             for i, ok in enumerate(batch["ok"].tolist()):
@@ -1085,10 +1084,6 @@ def weights_hash(encoder):
 def as_flag(value):
     """What json has made of it -> a flag."""
     return tuple(value) if isinstance(value, list) else value
-
-
-def read_json(file):
-    return json.loads(file.read_text())
 
 
 def store_what_fits(args, *lists):
@@ -1881,6 +1876,9 @@ def fit(task, train, rows, pairs):
             stack.hand_out()
         optimizer.step()
         optimizer.zero_grad()
+    for one in tried:
+        for p in one.head.parameters():
+            p.data = p.data.clone()  # a view would be pickled with all heads
     return tried
 
 
@@ -2474,9 +2472,13 @@ def draws(args, device):
     result, details = runs[0]
     if len(runs) > 1:
         values = [found["value"] for found, _ in runs]
-        result |= {
-            "value": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "values": values}
+        result |= {"values": values} | mean_and_std(values)
     return result, details
+
+
+def mean_and_std(values):
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"value": float(np.mean(values)), "std": std}
 
 
 def flops_of(work):
@@ -2504,7 +2506,7 @@ def dry_run(args, device):
     kept = 0.0 if args.finetune else min(1.0, args.cache_gb * 1e9 / max(1, stored))
     passes = train.turns * n * kept
     heads = 0
-    seeds = max(1, len(args.seeds), args.draws)
+    seeds = len(args.seeds) or args.draws
     for name in tasks:
         task = task_of(replace(args, task=name), train)
         task.classes = args.classes or 1 + max(0, int(train.source.labels.max()))
@@ -2531,7 +2533,6 @@ def dry_run(args, device):
         "tflop_heads": heads / 1e12,
         "gb": stored / 1e9,
         "stored": kept,
-        "tflops": args.tflops,
     }, {}
 
 
@@ -2913,9 +2914,8 @@ def draw(task, features, scored, p, y, rows):
     lines = []
     dense = args.task not in MARKS
     if dense:
-        p = p[:n].flatten(1, 2) if task.deep else p[:n]
-        truth = y["y"][:n].flatten(1, 2) if task.deep else y["y"][:n]
-        truth, p, unit, paint = painted(task, p, truth)
+        both = [value[:n].flatten(1, 2) if task.deep else value[:n] for value in (p, y["y"])]
+        truth, p, unit, paint = painted(task, *both)
     for clip in range(n):
         lines += [None] if clip else []
         shown = video[clip, at]
@@ -2953,11 +2953,9 @@ def mark_boxes(task, p, y, clip, frame):
 
 def mark_actions(task, p, y, clip, frame):
     """In the colour of the true class, and of the one with the highest score."""
-    both = [], []
-    for thing, box in enumerate(y["boxes"][clip, frame] / task.size):
-        for found, scores in zip(both, (y["y"], p)):
-            found.append((box, int(scores[clip, thing].nan_to_num().argmax())))
-    return both
+    boxes = y["boxes"][clip, frame] / task.size
+    return [
+        [*zip(boxes, scores[clip].nan_to_num().argmax(1).tolist())] for scores in (y["y"], p)]
 
 
 MARKS = {"points": mark_points, "boxes": mark_boxes, "detect": mark_actions}
@@ -3046,7 +3044,7 @@ def is_checkpoint(path):
 
 def build(folder, random):
     """The objective that the flags in the folder's config.json ask for."""
-    head = read_json(folder / "config.json")
+    head = json.loads((folder / "config.json").read_text())
     said = head["config"]
     name = head["script"]
     if not name.isidentifier() or not (Path(__file__).parent / f"{name}.py").exists():
@@ -3112,7 +3110,7 @@ def physics(args, device):
         raise data.DataError(f"--context {contexts} --frames {frames}: of windows of {window} "
                              "frames an even part is seen, the rest foretold")
     size = args.size or about["size"]
-    clip = data.Clip(frames, stride, None, size, train=False, short=args.short)
+    clip = data.Clip(frames, stride, size=size, train=False, short=args.short)
     starts = range(0, frames - window + 1, 2)  # the paper's stride of 2
     rows = []
     for batch in dense_batches(val, clip, ("impossible", "kind"),
@@ -3264,8 +3262,7 @@ def summary(task, results):
         "metric": first["metric"],
         "better": first["better"],
         "constant": float(np.mean(constants)),
-        "value": float(np.mean(values)),
-        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        **mean_and_std(values),
         "values": values,
         "skill": float(np.mean(skills)) if skills else None,
         "skills": skills,

@@ -170,6 +170,8 @@ def test_grid_at_once_equals_each_head_alone():
 
     def trained(pairs):
         tried = probe.fit(task, features, np.arange(60), pairs)
+        for p in tried[0].head.parameters():  # no part of what holds all heads
+            assert p.untyped_storage().nbytes() == p.nbytes
         return [torch.nn.utils.parameters_to_vector(one.head.parameters()) for one in tried]
 
     together = trained(grid)

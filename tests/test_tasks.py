@@ -445,6 +445,16 @@ def test_all_of_table_8_trains(head, folder, tmp_path):
     assert math.isfinite(result["likelihood"]) and result["steps"] == 3
 
 
+@pytest.mark.parametrize("finetune", ["", "vjepa"])
+def test_the_encoder_is_compiled_where_it_is_asked_for(finetune, folder, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(M, "compile_blocks", compiled.append)
+    args = arguments("classify", tmp_path / "out", encoder=folder, head="linear", steps=1, epochs=1, compile=True)
+    (tmp_path / "out").mkdir()
+    probe.probe(dataclasses.replace(args, finetune=finetune), CPU)
+    assert len(compiled) == (2 if finetune else 1) and all(isinstance(net, M.ViT) for net in compiled)
+
+
 @pytest.mark.parametrize("name", [*probe.PROTOCOLS])
 def test_a_protocol_is_a_row_and_flags_win(name, capsys):
     args = probe.parse_args(["classify", "--encoder", "e", "--protocol", name, "--workers", "3", "--epochs", "7"])
