@@ -94,7 +94,9 @@ def cached(build):
 def settle(y, like):
     """y, computed in float32, in the precision of `like`: a net may be all bfloat16 or half. Under
     autocast y stays float32."""
-    return y if torch.is_autocast_enabled(like.device.type) else y.to(like.dtype)
+    if like.is_meta or not torch.is_autocast_enabled(like.device.type):
+        return y.to(like.dtype)
+    return y
 
 
 def axis_angles(channels, grid, scaled=0):
