@@ -3299,6 +3299,7 @@ def radar(args, table):
     axis.plot(np.linspace(0, 2 * np.pi, 99), np.zeros(99), "k--", linewidth=0.8)
     names = [f"{row['task']}\n{row['metric']} {row['value']:.3g}" for row in table]
     axis.set_xticks(angle, names, fontsize=8)
+    axis.tick_params(pad=12)
     axis.set_ylim(min(-0.1, *skill, *itertools.chain(*(row["skills"] for row in table))), 1)
     axis.set_title(f"skill of {args.encoder}: 1 is perfect, 0 (dashed) the constant", fontsize=9)
     return finish(args, "radar", shown)
