@@ -98,7 +98,8 @@ def cached(build):
 def settle(y, like):
     """y, computed in float32, in the precision of `like`: a net may be all bfloat16 or half. Under
     autocast y stays float32."""
-    return y if torch.is_autocast_enabled(like.device.type) else y.to(like.dtype)
+    keeps = like.is_meta or torch.is_autocast_enabled(like.device.type)  # meta: Plan
+    return y if keeps else y.to(like.dtype)
 
 
 def axis_angles(channels, grid, scaled=0):
@@ -1717,7 +1718,7 @@ class Meter:
     def skip(self, step, grad_norm):
         """Is loss or gradient of this step not finite? 1.0 or 0.0, on the device and the same on
         every rank. Nothing waits for it: the log reads it a step later, or when it has to."""
-        self.settle()
+        self.catch_up()
         self.step = step
         device = self.run.device
         numbers = averages([numbers for numbers, _ in self.parts])
@@ -1741,7 +1742,7 @@ class Meter:
         self.clips += self.run.args.batch_size
         return skip
 
-    def settle(self):
+    def catch_up(self):
         """What the last step was like: count, and tell of a skip."""
         if self.pending is None:
             return
@@ -1789,7 +1790,7 @@ class Meter:
         run = self.run
         due = run.stop or run.due(run.args.save_every, done) or done == run.last
         if due:
-            self.settle()
+            self.catch_up()
         if not due or self.skips:
             return False
         with torch.no_grad(), run.autocast():
@@ -1804,7 +1805,7 @@ class Meter:
         self.parts = []
         args = self.run.args
         if self.run.due(args.log_every, done):
-            self.settle()
+            self.catch_up()
         bad = self.state["bad"]
         opened = max(100, done * args.batch_size / args.clips_per_video)
         if bad > args.max_bad_fraction * opened:

@@ -27,7 +27,7 @@ BUDGETS = {
     # them; 3,250 for V-JEPA 2.1's nets (650), weights in (900) and out (1,450), typed configs (250);
     # 3,150: memory planned on the meta device and chosen by, skips without waiting, what is free in
     # containers, the screen; the scripts lost 1,050 of it
-    "model.py": 22_600,
+    "model.py": 22_650,
     # 250: --flops, --init_optimizer, --decay, hw_share, laptop_fwm; 550: V-JEPA 2.1, images
     "train_vjepa.py": 6_600,
     "train_salt.py": 3_800,
@@ -333,4 +333,4 @@ def test_budget_counts_tokens_not_lines():
     assert over_budget(source.replace("\n", ""), "train_mae4d.py") == []
     assert over_budget("'1, 2'\n" + source.replace("]", "# 1, 2\n]"), "train_mae4d.py") == []
     found = over_budget(source + " + 1", "train_mae4d.py")
-    assert found == ["train_mae4d.py:1: 3572 tokens, at most 3570 (its budget)"]
+    assert found == ["train_mae4d.py:1: 2942 tokens, at most 2940 (its budget)"]
