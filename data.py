@@ -1528,8 +1528,10 @@ def mixed_loader(sources, clip, masks=None, **flags):
     n = flags["micro_batch"]
     for turn in turns(**flags):
         batch = next(loaders[kind(turn)])
-        numbers = range(turn * n, (turn + 1) * n)  # of the whole run
-        yield batch | {"masks": masks_of(masks, flags["batch_size"], numbers)}
+        if masks:  # by numbers of the whole run
+            numbers = range(turn * n, (turn + 1) * n)
+            batch["masks"] = masks_of(masks, flags["batch_size"], numbers)
+        yield batch
 
 
 def masks_of(masks, batch_size, numbers):
