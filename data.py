@@ -62,6 +62,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 VIDEOS = {
@@ -1302,8 +1303,9 @@ class Clips(torch.utils.data.Dataset):
     """What a worker does: `dataset.__getitems__(numbers)` is one micro-batch. numbers: sample
     numbers g when there is a plan, else rows."""
 
-    def __init__(self, sources, clip, seed, plan=None, names=(), after=None):
-        """names: labels that the world renders. after: what a worker does to each batch."""
+    def __init__(self, sources, clip, seed, plan=None, names=(), after=None, masks=None):
+        """names: labels that the world renders. after: what a worker does to each batch. masks: as
+        make_loader's, of the clips with these numbers."""
         if any(len(source.paths) for source in sources):
             import_torchcodec()  # a machine without FFmpeg is told so before any work
         self.sources = sources
@@ -1312,6 +1314,7 @@ class Clips(torch.utils.data.Dataset):
         self.plan = plan
         self.names = tuple(names)
         self.after = after
+        self.masks = masks
         self.per = clip.clips if plan else 1  # numbers that share a video
         self.many = clip.segments * clip.views  # clips of a number
         self.offsets = np.cumsum([0] + [len(source) for source in sources])
@@ -1363,6 +1366,8 @@ class Clips(torch.utils.data.Dataset):
         for name in self.names:
             value = torch.stack([labels[i][name] for i in range(n)])
             out[name] = value.repeat_interleave(self.many, 0)
+        if self.masks:
+            out["masks"] = self.masks(numbers)
         out["notes"] = dict(UNSAID)
         UNSAID.clear()
         return out
@@ -1441,7 +1446,7 @@ def reason(error):
 
 def make_loader(
     sources, clip, *, seed, batch_size, micro_batch, steps, start_step=0, rank=0, ranks=1,
-    workers=0, timeout=600, own=int,
+    workers=0, timeout=600, masks=None, own=int,
 ):
     """The micro-batches of `rank` for the steps start_step to steps - 1: batch_size / ranks /
     micro_batch of them a step, in order.
@@ -1457,6 +1462,8 @@ def make_loader(
         cut   of each clip          a Cut: frame numbers, box, stored size (None: the world)
         padded                      how many clips have a frame twice
         notes {kind: text}          of what clips lose; said on stderr, once a kind
+        masks                       masks(step, batch_size, rows=) of these rows, if given: drawn by
+                                    the loader's processes
 
     A worker that is silent for `timeout` seconds, or dies, raises RuntimeError (see dead_worker).
     own: a micro-batch's number, as turns() gives it -> its number in this loader; None: not in it.
@@ -1469,7 +1476,8 @@ def make_loader(
                         "read from each video")
     if not clip.train or clip.segments * clip.views > 1:
         raise DataError("training takes random clips: train=True, segments=1, views=1")
-    dataset = Clips(sources, clip, seed, Plan(sources, seed))
+    drawn = partial(masks_of, masks, batch_size) if masks else None
+    dataset = Clips(sources, clip, seed, Plan(sources, seed), masks=drawn)
 
     def batches():
         for turn in turns(batch_size, micro_batch, steps, start_step, rank, ranks):
@@ -1488,7 +1496,7 @@ def turns(batch_size, micro_batch, steps, start_step=0, rank=0, ranks=1, **_):
         yield from range(first, first + each)
 
 
-def mixed_loader(sources, clip, **flags):
+def mixed_loader(sources, clip, masks=None, **flags):
     """make_loader's micro-batches, each of videos alone or of images alone, which are single frames
     (b,1,H,W,3). Their share of the micro-batches, evenly spread, is that of the samples. Each kind
     has `workers` processes."""
@@ -1517,7 +1525,19 @@ def mixed_loader(sources, clip, **flags):
 
     forms = zip(kinds, (clip, replace(clip, frames=1)), (of_videos, of_images))
     loaders = [part and make_loader(part, form, own=own, **flags) for part, form, own in forms]
-    return (next(loaders[kind(turn)]) for turn in turns(**flags))
+    n = flags["micro_batch"]
+    for turn in turns(**flags):
+        batch = next(loaders[kind(turn)])
+        if masks:  # by numbers of the whole run
+            numbers = range(turn * n, (turn + 1) * n)
+            batch["masks"] = masks_of(masks, flags["batch_size"], numbers)
+        yield batch
+
+
+def masks_of(masks, batch_size, numbers):
+    """Of neighbouring samples of one step."""
+    step, first = divmod(numbers[0], batch_size)
+    return masks(step, batch_size, rows=slice(first, first + len(numbers)))
 
 
 def eval_batches(
@@ -1618,7 +1638,8 @@ def dead_worker(error):
     PyTorch raises it in the main thread wherever that happens to be, or else its queue loses the
     connection; so scripts ask at their outermost level, and then leave."""
     lost = isinstance(error, ConnectionError)
-    if not lost and "DataLoader" not in str(error):
+    # what a worker raised has its own traceback
+    if not lost and ("DataLoader" not in str(error) or "Original Traceback" in str(error)):
         return None
     if os.name == "posix":
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler raises once more
@@ -1643,13 +1664,39 @@ def prepare(batch, device="cpu", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 
     """uint8 video and flip -> float32 (b,3,T,H,W) on the device, flipped and normalised there: a
     quarter of the bytes cross the bus."""
     x = batch["video"].to(device, non_blocking=True)
+    flip = batch["flip"].to(device, non_blocking=True)
     x = x.permute(0, 4, 1, 2, 3).contiguous()  # while it is bytes: 3x faster than as floats
-    # found on the CPU, so the device is not waited for
-    which = batch["flip"].nonzero().flatten().to(device, non_blocking=True)
-    x[which] = x[which].flip(-1)
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1, 1) * 255
-                 for v in (mean, std))
-    return x.float().sub_(mean).div_(std)
+    x = torch.where(flip.view(-1, 1, 1, 1, 1), x.flip(-1), x)
+    return x.float().sub_(channels(tuple(mean), device)).div_(channels(tuple(std), device))
+
+
+@lru_cache  # copied to the device once
+def channels(values, device):
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1, 1) * 255
+
+
+def ahead(batches, device):
+    """Batches on a GPU, each copied on a stream of its own while the one before is at work."""
+    stream = torch.cuda.Stream()
+
+    def copied(tensor):
+        return tensor.to(device, non_blocking=True)  # the loader has pinned it
+
+    def fetch():
+        batch = next(batches, None)
+        with torch.cuda.stream(stream):
+            for name in {"video", "flip", "masks"} & set(batch or ()):
+                batch[name] = tree_map(copied, batch[name])
+        return batch
+
+    batch = fetch()
+    while batch:
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor in tree_leaves([batch["video"], batch["flip"], batch.get("masks")]):
+            tensor.record_stream(torch.cuda.current_stream())
+        ready = batch
+        batch = fetch()
+        yield ready
 
 
 def save_png(path, image):

@@ -51,6 +51,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as dcs
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.fx.experimental import _config as fx_config
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
@@ -94,9 +98,8 @@ def cached(build):
 def settle(y, like):
     """y, computed in float32, in the precision of `like`: a net may be all bfloat16 or half. Under
     autocast y stays float32."""
-    if like.is_meta or not torch.is_autocast_enabled(like.device.type):
-        return y.to(like.dtype)
-    return y
+    keeps = like.is_meta or torch.is_autocast_enabled(like.device.type)  # meta: Plan
+    return y if keeps else y.to(like.dtype)
 
 
 def axis_angles(channels, grid, scaled=0):
@@ -181,12 +184,19 @@ def rotate(x, table, sin=None):
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(head_dim)) v for (B, heads, n, head_dim)."""
+    if q.is_meta:  # a plan: nothing but q, k, v and the result is kept
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
     B, heads, n, head_dim = q.shape
     score_bytes = B * heads * n * k.shape[2] * q.element_size()
     # with tune_cpu 1.3 to 5x as fast as the fused kernel, while the scores are small
     if q.device.type == "cpu" and (n <= 256 or score_bytes <= 2**26):
         return (q * head_dim**-0.5 @ k.transpose(2, 3)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def exact(x):
+    """No autocast for what follows."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 class Attention(nn.Module):
@@ -301,7 +311,7 @@ def run_blocks(x, blocks, rope, told, checkpoint):
     """x (B,n,D) through the blocks. told: the sizes of the groups of x, a list, or z for
     MotionBlocks. checkpoint: recompute each block in the backward pass."""
     for block in blocks:
-        if checkpoint and torch.is_grad_enabled():
+        if checkpoint and torch.is_grad_enabled() and not x.is_meta:
             x = recompute(block, x, rope, told, use_reentrant=False)
         else:
             x = block(x, rope, told)
@@ -829,18 +839,19 @@ def param_groups(module, weight_decay, factors={}):
 
 
 @torch.no_grad()
-def ema_update(targets, sources, m):
-    """targets <- m*targets + (1-m)*sources, for lists of tensors."""
-    torch._foreach_lerp_(list(targets), list(sources), 1 - m)
+def ema_update(targets, sources, m, skip=0.0):
+    """targets <- m*targets + (1-m)*sources, for lists of tensors. skip: 1.0 where they stay; a
+    tensor is not waited for."""
+    torch._foreach_lerp_(list(targets), list(sources), (1 - m) * (1 - skip))
 
 
 def shard(module, mesh=None, param_dtype=None):
     """FSDP2: every Block is one unit, the rest belongs to the root. Call after compile_blocks and
     before the optimizer is built.
 
-    param_dtype: in which weights travel and work; the shards, gradients and optimizer stay float32.
-    Autocast alone would keep a bf16 copy of every block's weights until the backward pass, on every
-    rank.
+    mesh: of two dimensions, HSDP: whole along the first, in shards along the second. param_dtype:
+    in which weights travel and work; the shards, gradients and optimizer stay float32. Autocast
+    alone would keep a bf16 copy of every block's weights until the backward pass, on every rank.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -855,6 +866,9 @@ def shard(module, mesh=None, param_dtype=None):
 def compile_blocks(module):
     """Compile every Block in place; lengths stay symbolic, so that changing mask sizes do not
     compile again. Parameter names stay as they are."""
+    # Encoder, predictor and target, with and without gradient, groups, one clip or several: more
+    # cases than the 8 after which torch gives up, and whatever comes next would not be compiled.
+    torch._dynamo.config.recompile_limit = 64
     for m in module.modules():
         if isinstance(m, Block):
             m.compile(dynamic=True)
@@ -867,23 +881,29 @@ def compile_blocks(module):
 #   forward(x, ...) -> loss, metrics    one micro-batch; without masks: the product's tokens (B,N,D)
 #   product                             the encoder that is exported and probed
 #   schedules(step) -> {"lr": ...}      the rates, functions of the step alone
-#   after_step(...)                     after every optimizer step that was taken: EMA
-#   flops(...)                          of one clip, forward and backward
+#   after_step(step, skip)              after every optimizer step, taken or skipped: EMA
+#   cost(step)                          FLOPs of a step, forward and backward
 #   surprise(x, context)                for probe.py physics
+#
+# and, where masks are drawn, masks(step, B, rows=) -> what forward() takes after x. It is called in
+# loader processes, so it holds no weights.
 #
 # Only the scripts know more of it.
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
+# dense bf16
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 POSITIVE = {  # flags that 0 does not switch off
     "steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "prototypes",
     "log_every", "save_every", "keep", "timeout", "ce_rows", "temp", "tau", "temporal_keep",
     "levels",
 }
+# of a step's line, which log.jsonl has whole
+SHOWN = ("step", "loss", "lr", "grad_norm", "rankme", "clips_per_s", "wait_pct", "eta")
 SHARES = {"ema", "final_ema", "max_bad_fraction", "betas", "temporal_keep", "motion_uniform"}
 FREE = {  # flags that a resumed run may change
     "out_dir", "resume", "stop_at", "workers", "timeout", "micro_batch", "save_every", "keep",
-    "log_every", "probe_every", "sample_every", "compile", "fsdp", "checkpoint", "wandb",
-    "max_bad_fraction", "max_skips", "dry_run", "new_data",
+    "log_every", "probe_every", "sample_every", "compile", "fsdp", "shard_ranks", "checkpoint",
+    "wandb", "max_bad_fraction", "max_skips", "dry_run", "new_data",
 }
 
 
@@ -935,6 +955,13 @@ def say(text):
 def launch(main, args):
     """Run main(args). What can be foreseen ends in one line, all else in a traceback."""
     keep_console()
+    if os.name == "posix":
+        import resource
+
+        # each loader process wants some files
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < 4096 <= hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
     poison = Path(args.out_dir) / "poison.txt"
     try:
         check_ranges(args)
@@ -954,7 +981,9 @@ def launch(main, args):
         leave(error, 2)
     except Stop as error:
         leave(error, 1)
-    except (RuntimeError, ConnectionError) as error:
+    except (RuntimeError, ConnectionError, MemoryError) as error:
+        if no_memory(error):
+            leave(f"out of memory{Plan.advice}. {first_cause(error)}", 1)
         why = data.dead_worker(error)
         if not why:
             raise
@@ -969,8 +998,21 @@ def launch(main, args):
 
 
 def leave(error, status):
+    """Of what the user must mend one rank tells: torchrun ends the others before they speak."""
+    if status == 2 and os.environ.get("RANK", "0") != "0":
+        time.sleep(10)
     print(f"error: {error}", file=sys.stderr, flush=True)
+    # torchrun repeats it below its own traceback
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        told = {"message": f"error: {error}", "timestamp": int(time.time())}
+        Path(file).write_text(json.dumps(told))
     sys.exit(status)
+
+
+def no_memory(error):
+    """CUDA's, numpy's, or what a CPU says."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "t allocate memory" in str(error)
 
 
 def first_cause(error):
@@ -979,7 +1021,7 @@ def first_cause(error):
         error = next(iter(error.failures.values()))[0]
     while error.__context__:
         error = error.__context__
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[-300:]
 
 
 def check_ranges(args):
@@ -1087,19 +1129,22 @@ class Run:
         self.rank = int(os.environ.get("RANK", 0))
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
         self.last = min(args.steps, args.stop_at or args.steps)
+        self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks of this machine
         self.workers = args.workers
         if args.workers < 0:
-            self.workers = data.idle_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            self.workers = data.idle_cores(self.neighbours)
 
         if args.batch_size % (self.ranks * max(1, args.micro_batch)):
             raise UserError(f"--batch_size {args.batch_size} is not a multiple of {self.ranks} "
                             f"rank(s) x --micro_batch {args.micro_batch or 1}")
         self.per_rank = args.batch_size // self.ranks
-        self.micro = args.micro_batch or self.per_rank
-        self.rows = slice(self.rank * self.per_rank, (self.rank + 1) * self.per_rank)
+        self.micro = args.micro_batch or self.per_rank  # until fit() has looked
+        self.first = self.rank * self.per_rank  # of this rank's rows in a batch
         if self.micro % args.clips_per_video:
             raise UserError(f"--clips_per_video {args.clips_per_video} does not divide the "
                             f"{self.micro} clips of a forward pass")
+        if args.shard_ranks and self.ranks % args.shard_ranks:
+            raise UserError(f"--shard_ranks {args.shard_ranks} does not divide {self.ranks} ranks")
         if args.wandb and not importlib.util.find_spec("wandb"):
             raise UserError("--wandb needs: pip install wandb")
 
@@ -1112,33 +1157,112 @@ class Run:
             self.device = torch.device("cpu")
             tune_cpu()
             backend = "gloo"
+        self.half = args.dtype == "bf16"
+        if self.half and backend == "gloo" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.half = args.dry_run
+        self.room = memory(self.device, self.neighbours)
+        if args.dry_run and backend == "gloo":
+            self.room = 0.9 * 80e9  # an H100's
         if "RANK" in os.environ and not args.dry_run and not dist.is_initialized():
             patience = datetime.timedelta(seconds=max(1800, args.timeout))
             dist.init_process_group(backend, timeout=patience)
 
     def autocast(self):
-        enabled = self.args.dtype == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
-    def activations(self, values, kept=1):
-        """Bytes that autograd keeps of a forward pass: of each clip `values`, `kept` times, or once
-        with --checkpoint."""
-        kept = 1 if self.args.checkpoint else kept
-        return self.micro * values * kept * (2 if self.args.dtype == "bf16" else 4)
+    # memory
+
+    def fit(self, objective, masks=None, extra=0):
+        """Plan a step, and choose --micro_batch where it is 0: the most clips that fit on every
+        rank. A resumed run on as many ranks keeps what it had."""
+        self.plan = Plan(self, objective, masks, extra)
+        sizes = self.plan.sizes
+        before = self.broadcast(self.before())
+        terms = getattr(objective, "by_pass", ())
+        if not self.args.micro_batch and before in sizes:
+            self.micro = before
+        elif not self.args.micro_batch:
+            if terms:
+                raise UserError(f"--micro_batch must be given: the value of {' and '.join(terms)} "
+                                "depends on the clips of a forward pass")
+            fitting = [n for n in sizes if self.plan.fits(n)]
+            self.micro = min(self.gather(fitting[0] if fitting else sizes[-1]))
+        self.plan.tell()
+        need = self.plan.shared(self.micro) * self.neighbours
+        if need > shared_memory() and not self.args.dry_run:
+            raise UserError(
+                f"the loader wants {need / 2**20:.0f} MiB of /dev/shm, which has "
+                f"{shared_memory() / 2**20:.0f}: fewer --workers, a smaller --micro_batch, "
+                "docker run --shm-size")
+
+    def before(self):
+        """The clips of a forward pass of the run that is resumed, or None."""
+        file = self.out / "config.json"
+        if not self.args.resume or not file.exists() or not (self.out / "latest").exists():
+            return None
+        try:
+            head = json.loads(file.read_text())
+        except ValueError:  # open() says so
+            return None
+        return head["config"].get("micro_batch") if head.get("ranks") == self.ranks else None
+
+    def wrap(self, objective):
+        """The objective on its device -> what is called, trained and saved: compiled, sharded or
+        one of several equal ones, as the flags say."""
+        args = self.args
+        whole = self.ranks == 1 or not args.fsdp
+        if whole:  # else block by block: all of it might not fit
+            objective.to(self.device)
+            if self.device.type == "cuda" and not args.micro_batch:
+                self.try_out(objective)
+        if args.compile:
+            compile_blocks(objective)
+        if whole:
+            return DDP(objective, gradient_as_bucket_view=True) if self.ranks > 1 else objective
+        mesh = None
+        if args.shard_ranks:
+            shape = (self.ranks // args.shard_ranks, args.shard_ranks)
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("copies", "shards"))
+        return shard(objective, mesh, torch.bfloat16 if self.half else None)
+
+    def try_out(self, objective):
+        """CUDA: one step of what was planned, alone, beside what the optimizer will hold. Where it
+        does not fit, the next smaller number of clips."""
+        moments = torch.empty(8 * self.plan.trained, dtype=torch.uint8, device=self.device)
+        sizes = [n for n in self.plan.sizes if n <= self.micro]
+        objective.eval()
+        for self.micro in sizes:
+            try:
+                with self.autocast():
+                    loss, _ = objective(*self.plan.example(self.micro, self.device))
+                loss.backward()
+                break
+            except torch.OutOfMemoryError:
+                if self.micro == sizes[-1]:
+                    raise
+            finally:
+                loss = None
+                objective.zero_grad()
+                torch.cuda.empty_cache()
+        objective.train()
+        del moments
+        self.micro = min(self.gather(self.micro))
+        self.plan.tell()
+        self.write_head()
 
     # between ranks
 
     def broadcast(self, value):
         """Rank 0's value on all ranks; also a barrier."""
         box = [value]
-        if self.ranks > 1:
+        if dist.is_initialized():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def gather(self, value):
         """The values of all ranks in a list, on all ranks."""
         values = [value] * self.ranks
-        if self.ranks > 1:
+        if dist.is_initialized():
             dist.all_gather_object(values, value)
         return values
 
@@ -1151,25 +1275,18 @@ class Run:
         """Was any rank? The same on all ranks."""
         return any(self.gather(self.asked))
 
-    def mean(self, values):
-        """{name: number} -> {name: its mean over the ranks}, the same floats on all of them."""
-        total = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
-        if self.ranks > 1:
-            dist.all_reduce(total)
-        return dict(zip(values, (total / self.ranks).tolist()))
-
     # the out directory
 
     def sources(self):
         """The lists of --data. One rank looks for their files."""
         return [data.parse_list(spec, look=self.rank == 0) for spec in self.args.data]
 
-    def open(self, script, sources):
+    def open(self, script, sources, title=""):
         """Take the out directory, write config.json and the first log line, listen to signals."""
         files = (script, data.__file__, __file__)
         code = b"".join(Path(file).read_bytes() for file in files)
         cuda = self.device.type == "cuda"
-        config = json.loads(json.dumps(vars(self.args)))
+        config = json.loads(json.dumps(vars(self.args) | {"micro_batch": self.micro}))
         if self.rank == 0:
             config |= data.fingerprint(sources)
         head = {
@@ -1182,9 +1299,11 @@ class Run:
             "ranks": self.ranks,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
         }
+        self.head = head
         error = self.broadcast(self.claim(head) if self.rank == 0 else None)
         if error:
             raise UserError(error)
+        self.banner(sources, title)
         if self.rank == 0 and self.args.wandb:
             import wandb
             wandb.init(project=self.args.wandb, config=head["config"])
@@ -1193,6 +1312,27 @@ class Run:
             # nohup ignores this one
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.on_signal)
+
+    def banner(self, sources, title):
+        """What is trained on what, and where it goes."""
+        args = self.args
+        plan = self.plan
+        videos = sum(map(len, sources))
+        self.say(f"{title}{plan.name} {args.model}: {plan.trained / 1e6:.4g}M parameters trained, "
+                 f"{plan.frozen / 1e6:.4g}M frozen; {videos:,} videos of {' '.join(args.data)}")
+        if args.dtype == "bf16" and not self.half:
+            self.say("in fp32: this CPU has no bf16, which would take a hundred times as long")
+        passes = self.per_rank // self.micro
+        self.say(f"{args.steps:,} steps of {args.batch_size:,} clips: {self.ranks} rank(s) x "
+                 f"{passes} x --micro_batch {self.micro}; {plan.flops:.3g} FLOPs a step, "
+                 f"{plan.flops * args.steps:.3g} in all")
+        self.say(f"{self.out}: log.jsonl, samples/, encoder.safetensors; python probe.py plot "
+                 f"--runs {self.out}")
+
+    def write_head(self):
+        self.head["config"]["micro_batch"] = self.micro
+        if self.rank == 0:
+            write(self.out / "config.json", json.dumps(self.head, indent=1))
 
     def claim(self, head):
         """Rank 0: lock the folder and write config.json -> None, or why it cannot be taken."""
@@ -1209,7 +1349,9 @@ class Run:
             error = self.mixes(head["config"], file) if file.exists() else None
             if error:
                 return error
-            write(file, json.dumps(head, indent=1))
+            if self.args.resume and not (self.out / "latest").exists():
+                self.say(f"--resume: {self.out} has no checkpoint, so this run starts afresh")
+            self.write_head()
             log = self.out / "log.jsonl"
             log.touch()
             text = log.read_text()
@@ -1251,14 +1393,16 @@ class Run:
         return None
 
     def log(self, line, show=True):
-        """Add a line to log.jsonl and show it."""
+        """Add a line to log.jsonl and show it, or of a step's line SHOWN and how long to go."""
         if self.rank > 0:
             return
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         if show:
+            names = SHOWN if "loss" in line else line
             words = []
-            for name, value in line.items():
+            for name in names:
+                value = line.get(name)
                 value = f"{value:.4g}" if isinstance(value, float) else value
                 if value is not None:
                     words.append(f"{name} {value}")
@@ -1279,20 +1423,27 @@ class Run:
             scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip,
             clips=args.clips_per_video, short=args.short, **more)
 
-    def loader(self, sources, clip, first):
-        """This rank's micro-batches, from step `first` on."""
+    def loader(self, sources, clip, first, masks=None):
+        """This rank's micro-batches, from step `first` on, each with its masks."""
         args = self.args
         make = data.mixed_loader if getattr(args, "stills", False) else data.make_loader
-        return iter(make(
+        batches = iter(make(
             sources, clip, seed=args.seed, batch_size=args.batch_size, micro_batch=self.micro,
             rank=self.rank, ranks=self.ranks, workers=self.workers, timeout=args.timeout,
-            start_step=first, steps=self.last))
+            start_step=first, steps=self.last, masks=masks))
+        if self.device.type == "cuda":
+            batches = data.ahead(batches, self.device)
+        return batches
 
     def steps(self, first):
         """The numbers of the steps to take: none where a signal has come before the first."""
         numbers = range(first, first if self.told() else self.last)
         quiet = self.rank > 0 or not sys.stderr.isatty()
-        return tqdm(numbers, initial=first, total=self.args.steps, disable=quiet)
+        # what lives now lives on: the collector need not walk through it (0.1 s) ever again
+        gc.collect()
+        gc.freeze()
+        self.bar = tqdm(numbers, initial=first, total=self.args.steps, disable=quiet)
+        return self.bar
 
     def due(self, every, done):
         """Is it time, after `done` steps, for what happens every so many and at the end?"""
@@ -1301,6 +1452,11 @@ class Run:
     def probes(self, done):
         """Is it time for a probe before the last one?"""
         return self.due(self.args.probe_every, done) and done < self.args.steps
+
+    def looks(self, done):
+        """Is it time for the features' rank in the log? On one rank, each hundred steps or so."""
+        every = self.args.log_every * max(1, 100 // self.args.log_every)
+        return self.rank == 0 and self.due(every, done)
 
     def finish(self, line):
         """The last line on stdout, one JSON object."""
@@ -1421,7 +1577,7 @@ class Run:
         cannot be read, or has no finite features, counts as wrong. All ranks take part. {} where a
         signal cuts it short.
         """
-        self.say("probing ...")
+        self.say("probing ..." if step else "probing the random weights ...")
 
         def read(x):
             if self.told():
@@ -1519,7 +1675,8 @@ class Meter:
         self.state |= state
         self.skips = 0
         self.parts = []
-        self.warned = False
+        self.pending = None
+        self.fresh = True
         self.restart()
 
     def restart(self):
@@ -1527,16 +1684,17 @@ class Meter:
         self.since = time.perf_counter()
         self.flops_before = self.state["flops"]
         self.clips = 0
-        self.waited = 0.0
+        self.waits = []
 
     def next(self, loader):
-        """The loader's next batch, on the clock."""
-        begin = time.perf_counter()
+        """The loader's next batch, on the clock: what the device waits for it."""
+        if self.fresh:  # probes and processes that start are no training
+            self.restart()
+        begin = moment(self.run.device)
         batch = next(loader)
-        self.waited += time.perf_counter() - begin
+        self.waits.append((begin, moment(self.run.device)))
         share = batch["padded"] / len(batch["path"])
-        if share > 0.1 and not self.warned:
-            self.warned = True
+        if share > 0.1 and self.fresh:
             self.run.say(f"warning: in {share:.0%} of the first clips frames repeat, as their "
                          "videos are too short or too slow: --short says what else; python data.py "
                          "check")
@@ -1544,39 +1702,78 @@ class Meter:
 
     def add(self, loss, metrics, batch, **per_clip):
         """One micro-batch: its scalars, its files, and what a clip of it cost (flops=...)."""
-        numbers = {"loss": loss.detach(), **metrics}
+        numbers = {}
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            numbers[name] = torch.as_tensor(value, device=self.run.device).double()
         self.parts.append((numbers, batch))
         for name, cost in per_clip.items():
             self.state[name] += cost * self.run.micro * self.run.ranks
+        passes = self.run.per_rank // self.run.micro
+        seconds = time.perf_counter() - self.since
+        if self.fresh and self.run.device.type == "cpu" and passes * seconds > 60:
+            step = datetime.timedelta(seconds=round(passes * seconds))
+            self.run.say(f"the first of {passes} micro-batches took {seconds:.3g} s: a step {step}")
+        self.fresh = False
 
-    def sound(self, grad_norm):
-        """Are loss and gradient of this step finite? The answer is the same on every rank."""
-        means = averages([numbers for numbers, _ in self.parts])
-        means["bad"] = sum(len(batch["bad"]) for _, batch in self.parts)
-        means["padded"] = sum(batch["padded"] for _, batch in self.parts)
-        means["asked"] = self.run.asked
-        means = self.run.mean(means)
+    def skip(self, step, grad_norm):
+        """Is loss or gradient of this step not finite? 1.0 or 0.0, on the device and the same on
+        every rank. Nothing waits for it: the log reads it a step later, or when it has to."""
+        self.catch_up()
+        self.step = step
+        device = self.run.device
+        numbers = averages([numbers for numbers, _ in self.parts])
+        counts = {
+            "bad": sum(len(batch["bad"]) for _, batch in self.parts),
+            "padded": sum(batch["padded"] for _, batch in self.parts),
+            "asked": self.run.asked,
+        }
+        told = torch.tensor([float(v) for v in counts.values()], dtype=torch.float64)
+        if device.type == "cuda":
+            told = told.pin_memory().to(device, non_blocking=True)
+        means = torch.cat([torch.stack([*numbers.values()]), told])
+        if self.run.ranks > 1:
+            dist.all_reduce(means)
+        means = means / self.run.ranks
+        skip = 1 - torch.isfinite(means.sum() + grad_norm).float()
+        found = torch.cat([means, torch.stack([grad_norm, skip]).double()])
+        names = [*numbers, *counts, "grad_norm", "skip"]
+        self.pending = (names, found.to("cpu", non_blocking=True), self.parts)
+        self.copied = moment(device)
+        self.clips += self.run.args.batch_size
+        return skip
+
+    def catch_up(self):
+        """What the last step was like: count, and tell of a skip."""
+        if self.pending is None:
+            return
+        if self.run.device.type == "cuda":
+            self.copied.synchronize()
+        names, found, parts = self.pending
+        self.pending = None
+        means = dict(zip(names, found.tolist()))
         for name in ("bad", "padded"):
             self.state[name] += round(means.pop(name) * self.run.ranks)
         asked = means.pop("asked") > 0
-        self.clips += self.run.args.batch_size
-        if not math.isfinite(grad_norm + sum(means.values())):
+        self.grad_norm = means.pop("grad_norm")
+        if means.pop("skip"):
             self.skips += 1
             self.state["skipped"] += 1
-            return False
-        Run.stop = asked  # a signal on one rank stops them all after this step, which can be saved
-        self.state["window"].append(means)
-        self.skips = 0
-        return True
+            self.report_skip(parts)
+        else:
+            # a signal on one rank stops them all after a step that can be saved
+            Run.stop = asked
+            self.state["window"].append(means)
+            self.skips = 0
 
-    def report_skip(self, step):
+    def report_skip(self, parts):
         """Log the files of a step that was skipped; too many in a row end the run."""
+        step = self.step
         suspects = []
-        for numbers, batch in self.parts:
+        for numbers, batch in parts:
             if not math.isfinite(numbers["loss"]):
                 suspects += batch["path"]
         if not suspects:
-            for _, batch in self.parts:
+            for _, batch in parts:
                 suspects += batch["path"]
         paths = sorted(set(sum(self.run.gather(suspects), [])))
         reason = "loss or gradient is not finite"
@@ -1592,6 +1789,8 @@ class Meter:
         have a finite loss, on all ranks."""
         run = self.run
         due = run.stop or run.due(run.args.save_every, done) or done == run.last
+        if due:
+            self.catch_up()
         if not due or self.skips:
             return False
         with torch.no_grad(), run.autocast():
@@ -1605,6 +1804,8 @@ class Meter:
         """Forget the micro-batches; too many unreadable videos end the run."""
         self.parts = []
         args = self.run.args
+        if self.run.due(args.log_every, done):
+            self.catch_up()
         bad = self.state["bad"]
         opened = max(100, done * args.batch_size / args.clips_per_video)
         if bad > args.max_bad_fraction * opened:
@@ -1612,26 +1813,30 @@ class Meter:
                        f"--max_bad_fraction {args.max_bad_fraction}; "
                        f"all of them: python data.py check {' '.join(args.data)}")
 
-    def line(self, done, rates, grad_norm, health):
+    def line(self, done, rates, health):
         """The log line: means of the loss terms since the last one, rates, health, speed."""
+        run = self.run
         window = self.state["window"]
         seconds = time.perf_counter() - self.since
         speed = (self.state["flops"] - self.flops_before) / seconds  # FLOP/s of all ranks
         line = {"step": done} | averages(window) | rates
-        line["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
+        line["grad_norm"] = self.grad_norm if math.isfinite(self.grad_norm) else None
         line |= health
         kept = ("flops", "ledger", "random_acc")
         line |= {name: self.state[name] for name in kept if name in self.state}
+        left = seconds * (run.args.steps - done) * run.args.batch_size / self.clips
         line |= {
             "clips_per_s": self.clips / seconds,
             "tflops": speed / 1e12,
-            "mfu": mfu(speed / self.run.ranks, self.run.device),
-            "wait_pct": 100 * self.waited / seconds,
-            "peak_gb": peak_gb(self.run.device),
+            **mfu(speed / run.ranks, run.device),
+            "wait_pct": 100 * sum(between(*times) for times in self.waits) / seconds,
+            "peak_gb": peak_gb(run.device),
             "bad": self.state["bad"],
-            "padded_pct": 100 * self.state["padded"] / (done * self.run.args.batch_size),
+            "padded_pct": 100 * self.state["padded"] / (done * run.args.batch_size),
+            "eta": str(datetime.timedelta(seconds=round(left))),
         }
         self.state["loss"] = line["loss"]
+        run.bar.set_postfix(loss=f"{line['loss']:.4g}", refresh=False)
         window.clear()
         self.restart()
         return line
@@ -1646,8 +1851,22 @@ def averages(rows):
     """[{name: number}] -> {name: mean}"""
     means = {}
     for name in rows[0]:
-        means[name] = sum(float(row[name]) for row in rows) / len(rows)
+        means[name] = sum(row[name] for row in rows) / len(rows)
     return means
+
+
+def moment(device):
+    """Now: on a GPU an event, which nothing waits for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(begin, end):
+    """Seconds between two moments. On a GPU: those of the device, which are over."""
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
 
 
 def set_rates(optimizer, rates):
@@ -1658,28 +1877,28 @@ def set_rates(optimizer, rates):
 
 
 def sync_gradients(net, on):
-    """Gradients travel between the ranks in the last micro-batch of a step only."""
-    if hasattr(net, "set_requires_gradient_sync"):  # FSDP2
-        net.set_requires_gradient_sync(on)
+    """DDP: gradients travel between the ranks in the last micro-batch of a step only. FSDP2 must
+    not wait: its gradients would be whole on every rank until then. It shards those of each
+    micro-batch; HSDP's copies exchange theirs in the last."""
+    if hasattr(net, "set_requires_all_reduce"):  # FSDP2
+        net.set_requires_all_reduce(on)
     elif hasattr(net, "require_backward_grad_sync"):  # DDP
         net.require_backward_grad_sync = on
 
 
 def clip_gradients(module, most):
-    """-> the gradient's norm before clipping. most: 0 clips nothing."""
+    """-> the gradient's norm before clipping, on the device. most: 0 clips nothing."""
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), most or math.inf)
-    if hasattr(norm, "full_tensor"):  # FSDP2
-        norm = norm.full_tensor()
-    return float(norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
 
 
 def mfu(flops_per_s, device):
-    """Share of this GPU's dense bf16 peak; None on other devices."""
+    """{"mfu": share of this GPU's dense bf16 peak}, where that is known."""
     if device.type == "cuda":
         for name, peak in PEAK_FLOPS.items():
             if name in torch.cuda.get_device_name():
-                return flops_per_s / peak
-    return None
+                return {"mfu": flops_per_s / peak}
+    return {}
 
 
 def peak_gb(device):
@@ -1720,30 +1939,211 @@ def days(flops, gpus):
     return flops / (gpus * 0.5 * PEAK_FLOPS["H100"]) / 86400
 
 
-def dry_run(run, objective, flops, activations, total=None, **more):
-    """Sizes of an objective on the meta device -> the last line on stdout, one JSON object.
-
-    flops: of a step. activations: bytes that autograd keeps of the clips of one forward pass.
-    total: FLOPs of the run, if not flops times --steps. The memory is an estimate for one GPU: 16
-    bytes a trained parameter (float32 weight, gradient, Adam's two moments), 4 a frozen one, shared
-    by the ranks under --fsdp, and the activations.
+def memory(device, neighbours):
+    """Bytes that this process may plan with: of the GPU nine tenths of what is free; on a CPU, of
+    what the machine, a container or `ulimit -v` leave, eight, shared by the ranks of the machine.
     """
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.mem_get_info(device)[0]
+    free = [math.inf]
+    if Path("/proc/meminfo").exists():
+        words = Path("/proc/meminfo").read_text().split()
+        free.append(1024 * int(words[words.index("MemAvailable:") + 1]))
+        free += cgroup_memory()
+    if os.name == "posix":
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            free.append((most - pages * resource.getpagesize()) * neighbours)
+    return 0.8 * min(free) / neighbours
+
+
+CGROUPS = {  # of both versions: limit, what is used, and what of that is a cache of files
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def cgroup_memory(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """Bytes that each group of processes around this one has left: a container's, a SLURM job's."""
+    left = []
+    lines = Path(own).read_text().splitlines() if Path(own).exists() else []
+    for line in lines:
+        _, kind, path = line.split(":", 2)
+        if kind not in CGROUPS:
+            continue
+        limit, used, cache = CGROUPS[kind]
+        top = Path(root, kind)
+        folder = top / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            file = group / limit
+            if group.is_relative_to(top) and file.exists() and file.read_text().strip().isdigit():
+                stat = (group / "memory.stat").read_text().split()
+                held = int((group / used).read_text()) - int(stat[stat.index(cache) + 1])
+                left.append(int(file.read_text()) - held)
+    return left
+
+
+def shared_memory():
+    """Free bytes of /dev/shm, where loader processes leave their batches."""
+    if not os.path.isdir("/dev/shm"):
+        return math.inf
+    space = os.statvfs("/dev/shm")
+    return space.f_bavail * space.f_frsize
+
+
+class Plan:
+    """What a step of an objective needs: FLOPs of all ranks, and bytes of each, term by term."""
+    advice = ""  # of this process, should memory run out
+
+    def __init__(self, run, objective, masks=None, extra=0):
+        """masks: as the loader's; None where forward() takes sample numbers. extra: bytes that are
+        at work for a moment."""
+        args = run.args
+        self.run = run
+        self.extra = extra
+        self.name = type(objective).__name__
+        each = args.clips_per_video
+        self.sizes = [n for n in range(run.per_rank, 0, -1) if run.per_rank % n == n % each == 0]
+        self.clip_bytes = 3 * args.frames * args.size**2
+        self.flops = sum(objective.cost(step) for step in range(8)) / 8
+        self.trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+        self.frozen = count(objective) - self.trained
+        blocks = [count(module) for module in objective.modules() if isinstance(module, Block)]
+        self.block = max(blocks, default=0)
+        self.rest = count(objective) - sum(blocks)
+        self.masks = None
+        if masks:
+            several = [masks(step, args.batch_size, rows=slice(0, 1)) for step in range(8)]
+            self.masks = max(several, key=lambda ids: sum(i.numel() for i in tree_leaves(ids)))
+        self.kept_bytes(objective)
+
+    def example(self, clips, device):
+        """What forward() takes, for so many clips, with the most tokens of eight steps."""
+        args = self.run.args
+        x = torch.zeros(clips, 3, args.frames, args.size, args.size, device=device)
+        if self.masks is None:
+            return x, torch.arange(clips)
+        repeated = tree_map(lambda ids: ids.repeat(clips, 1).to(device), tuple(self.masks))
+        return x, *repeated
+
+    def kept_bytes(self, objective):
+        """kept: what autograd keeps of a clip; lean: with --checkpoint, with the block that is
+        recomputed. Found on the meta device, where nothing is computed."""
+        state = {}
+        for name, value in [*objective.named_parameters(), *objective.named_buffers()]:
+            state[name] = value.detach().to("meta").requires_grad_(value.requires_grad)
+        own = {value.untyped_storage()._cdata for value in state.values()}
+        kept = {}
+        after = [0]  # each block
+        inputs = []  # of those that keep anything
+
+        def size(value):
+            # float32 under autocast: norms and residuals are, what products read is bf16
+            narrow = value.dtype == torch.float32 and self.run.half
+            return value.untyped_storage().nbytes() * (0.6 if narrow else 1)
+
+        def pack(value):
+            storage = value.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = (size(value), storage)  # held, or another gets its address
+            return value
+
+        def note(module, given, output):
+            after.append(sum(pair[0] for pair in kept.values()))
+            if after[-1] > after[-2]:
+                inputs.append(size(given[0]))
+
+        hooks = []
+        for module in objective.modules():
+            if isinstance(module, Block):
+                hooks.append(module.register_forward_hook(note))
+        objective.eval()
+        with (torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value),
+              fx_config.patch(meta_nonzero_assume_all_nonzero=True)):
+            torch.func.functional_call(objective, state, self.example(1, "meta"))
+        objective.train()
+        for hook in hooks:
+            hook.remove()
+        self.kept = sum(pair[0] for pair in kept.values())
+        self.lean = self.kept - after[-1] + sum(inputs) + max(np.diff(after), default=0).item()
+
+    def terms(self, clips, shards=None, checkpoint=None):
+        """{term: bytes} of a rank with so many clips in a forward pass; by the flags, or others."""
+        args = self.run.args
+        if shards is None:
+            shards = (args.shard_ranks or self.run.ranks) if args.fsdp else 1
+        size = 2 if self.run.half else 4
+        whole = (4 - size) * self.trained  # autocast's copies
+        if shards > 1:
+            # the block at work and the next one, the gradients of one, also as they are reduced,
+            # in float32; and the parameters outside blocks
+            whole = size * (2 * self.block + self.rest) + (4 + size) * max(self.block, self.rest)
+        lean = args.checkpoint if checkpoint is None else checkpoint
+        return {
+            "weights": 4 * (self.trained + self.frozen) // shards,
+            "gradients": 4 * self.trained // shards,
+            "optimizer": 8 * self.trained // shards,
+            "whole": whole,
+            "activations": int(clips * (self.lean if lean else self.kept)) + self.extra,
+            "clips": 6 * clips * self.clip_bytes,
+        }
+
+    def total(self, clips, **other):
+        return sum(self.terms(clips, **other).values())
+
+    def shared(self, clips):
+        """Bytes of /dev/shm: two batches of each loader process, and the one that is read."""
+        return clips * self.clip_bytes * (2 * self.run.workers + 1) if self.run.workers else 0
+
+    def fits(self, clips):
+        """Into memory, and what the loader shares into /dev/shm; on a CPU this is the same."""
+        run = self.run
+        shared = self.shared(clips)
+        used = self.total(clips) + (shared if run.device.type == "cpu" else 0)
+        return used <= run.room and shared * run.neighbours <= shared_memory()
+
+    def tell(self):
+        """The choice and the plan; what would save how much, should memory run out."""
+        run = self.run
+        now = self.total(run.micro)
+        terms = self.terms(run.micro).items()
+        parts = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in terms)
+        run.say(f"--micro_batch {run.micro} of {run.per_rank} clips a rank: {now / 2**30:.3g} GiB "
+                f"planned ({parts}), {run.room / 2**30:.3g} free")
+        fewer = [n for n in self.sizes if n < run.micro]
+        others = {f"--micro_batch {n}": self.total(n) for n in fewer[:1]}
+        if not run.args.checkpoint:
+            others["--checkpoint"] = self.total(run.micro, checkpoint=True)
+        ranks = max(8, 2 * run.ranks)
+        others[f"--fsdp on {ranks} ranks"] = self.total(run.micro, shards=ranks)
+        saved = [f"{name} saves {(now - size) / 2**30:.2g} GiB" for name, size in others.items()]
+        Plan.advice = f", {now / 2**30:.3g} GiB planned: {', '.join(saved)}"
+        if now > run.room:
+            run.say(f"warning: more than is free{Plan.advice}")
+
+
+def dry_run(run, objective, total=None, **more):
+    """--dry_run: sizes -> the last line on stdout, one JSON object. total: FLOPs of the run, if not
+    those of a step times --steps."""
     args = run.args
-    total = flops * args.steps if total is None else total
-    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    frozen = count(objective) - trained
-    shards = run.ranks if args.fsdp else 1
-    memory = (16 * trained + 4 * frozen) // shards + activations
+    plan = run.plan
+    total = plan.flops * args.steps if total is None else total
+    memory = plan.total(run.micro)
     if run.rank == 0:
-        print(f"{args.model}: {flops / args.batch_size / 1e12:.3g} TFLOP a clip; "
+        print(f"{args.model}: {plan.flops / args.batch_size / 1e12:.3g} TFLOP a clip; "
               f"{memory / 2**30:.3g} GiB a GPU; {days(total, run.ranks):.3g} days on {run.ranks} "
               f"GPU(s) at 50 % of an H100's or H200's 989 bf16 TFLOP/s")
         print(json.dumps({
-            "params": trained,
+            "params": plan.trained,
             "params_encoder": count(objective.encoder),
-            "flops_per_step": flops,
-            "flops_per_clip": flops / args.batch_size,
+            "flops_per_step": plan.flops,
+            "flops_per_clip": plan.flops / args.batch_size,
+            "micro_batch": run.micro,
             "bytes_per_gpu": memory,
+            "memory": plan.terms(run.micro),
             "gpus": run.ranks,
             "days": days(total, run.ranks),
             **more,
@@ -1848,7 +2248,10 @@ def some_rows(tokens, most=2048):
 def rankme(features):
     """Effective rank of features (n,D): exp of the entropy of the normalised singular values.
     Falls towards 1 in a collapse (Garrido et al., 2023)."""
-    s = torch.linalg.svdvals(features.double())
+    x = features.double()
+    # the eigenvalues of the smaller product are the squares, ten times as fast
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     p = s / s.sum() + 1e-7
     return torch.exp(-(p * p.log()).sum()).item()
 

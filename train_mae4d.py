@@ -28,6 +28,7 @@ import inspect
 import math
 import os
 import sys
+from functools import partial
 from typing import Literal
 
 import tyro
@@ -70,7 +71,7 @@ class Args:
     steps: int = 488_282
     flops: float = 0.0                  # > 0: as many steps as this many FLOPs pay for
     batch_size: int = 2048              # clips of a step, over all ranks
-    micro_batch: int = 0                # clips of a forward pass on a rank; 0: all at once
+    micro_batch: int = 0                # clips of a forward pass on a rank; 0: what fits
     lr: float = 1e-4
     final_lr: float = 0.0               # cosine (the paper gives only the peak and the warm-up)
     warmup: int = 10_000                # steps, from 0
@@ -85,6 +86,7 @@ class Args:
     dtype: Literal["bf16", "fp32"] = "bf16"         # bf16 or fp32
     compile: bool = False
     fsdp: bool = False                  # shard weights, gradients and optimizer over the ranks
+    shard_ranks: int = 0                # --fsdp in groups of so many, copies between; 0: all
     checkpoint: bool = False            # recompute activations in the backward pass
     resume: bool = False                # go on from the newest checkpoint in out_dir
     new_data: bool = False              # --resume though --data holds other files
@@ -153,13 +155,12 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
 from model import IMAGENET, SIZES, LatentGridDecoder, Meter, Run, ViT, block_flops, budgeted
-from model import clip_gradients, compile_blocks, construct, count, days, dry_run, enlarge, health
-from model import launch, load_start, param_groups, patches, probe_lists, readout_layer, save_rows
-from model import set_rates, shard, some_rows, split_time, sync_gradients, unpatch, warmup_decay
+from model import clip_gradients, construct, days, dry_run, enlarge, health, launch, load_start
+from model import param_groups, patches, probe_lists, readout_layer, save_rows, set_rates
+from model import some_rows, split_time, sync_gradients, unpatch, warmup_decay
 
 RGB = dict(mean=[0.0] * 3, std=[1.0] * 3)  # of raw pixels, in [0,1]
 
@@ -195,6 +196,9 @@ class MAE4D(nn.Module):
         depth = shape["depth"]
         if not 0 < args.dec_blocks <= depth:
             raise ValueError(f"--dec_blocks {args.dec_blocks}: the encoder has {depth}")
+        # masks(step, B, rows=) -> ids (b,K) that are kept, of these rows of the batch; a function
+        # of the seed and the step
+        self.masks = partial(kept, args.mask, args.seed, self.encoder.grid)
         self.alone = depth - args.dec_blocks  # blocks that see the kept tokens only
         self.layers = {  # blocks after which probes read
             "layer": readout_layer(depth, args.readout),
@@ -217,7 +221,7 @@ class MAE4D(nn.Module):
             return self.encoder(x, blocks=self.layers["layer_classify"])
         z = self.encoder(x, keep, blocks=self.alone)  # (B,K,D)
         shared = self.encoder.blocks[self.alone:]
-        rgbhat = self.decoder(z, shared, self.args.checkpoint).float()  # (B,n,P)
+        rgbhat = self.decoder(z, shared, self.encoder.checkpoint).float()  # (B,n,P)
         frames, pixels = self.args.out_patch
         if reconstruct:
             return unpatch(rgbhat, self.decoder.grid, frames, pixels)
@@ -231,14 +235,6 @@ class MAE4D(nn.Module):
         mean = x.new_tensor(self.pixels["mean"]).view(3, 1, 1, 1)
         std = x.new_tensor(self.pixels["std"]).view(3, 1, 1, 1)
         return x * std + mean
-
-    def masks(self, step, batch_size, rows=None):
-        """Ids (b,K) that are kept at one step, of these rows (a slice) of the batch; a function of
-        the seed and the step."""
-        a = self.args
-        keep, _ = data.sample_masks(
-            [a.mask], a.seed, step, batch_size, self.encoder.grid, rows=rows)
-        return keep[0]
 
     def schedules(self, step):
         """Functions of the step alone."""
@@ -257,13 +253,20 @@ class MAE4D(nn.Module):
     def cost(self, step):
         """FLOPs of a step, over all ranks."""
         batch = self.args.batch_size
-        return batch * self.flops(self.masks(step, batch, rows=slice(0, 1)).shape[1])
+        keep = self.masks(step, batch, rows=slice(0, 1))[0]
+        return batch * self.flops(keep.shape[1])
 
     def surprise(self, x, context):
         """(B,): error in decoding what follows the first `context` frames of x."""
         keep, _ = split_time(self.encoder, x, context)
         error = self(x, keep, reconstruct=True) - self.raw(x)
         return error[:, :, context:].abs().mean((1, 2, 3, 4))
+
+
+def kept(mask, seed, grid, step, batch_size, rows=None):
+    """((b,K),): the ids that a mask keeps."""
+    keep, _ = data.sample_masks([mask], seed, step, batch_size, grid, rows=rows)
+    return (keep[0],)
 
 
 def picture(path, x, keep, decoded, grid):
@@ -283,30 +286,6 @@ def picture(path, x, keep, decoded, grid):
     save_rows(path, rows)
 
 
-def bytes_per_gpu(args, objective, kept, gpus, micro):
-    """Bytes on each GPU with --fsdp, for `micro` clips of so many kept tokens.
-
-    state: float32 weights, gradients and Adam's two moments, sharded. whole: the weights of two
-    blocks, the one at work and the next. activations: what autograd keeps.
-    """
-    e = objective.encoder
-    size = 2 if args.dtype == "bf16" else 4
-    joined = kept + objective.decoder.latents.shape[1]
-    tokens = kept * objective.alone + joined * args.dec_blocks  # of all blocks
-    # of a token in a block: 10 values a channel and 2 of the MLP's, and in bf16 float32 residuals
-    token = (10 * e.width + 2 * e.mlp) * size
-    if args.dtype == "bf16":
-        token += 4 * e.width
-    activations = tokens * token
-    if args.checkpoint:  # a float32 value a channel, and all the rest for one block
-        activations = tokens * 4 * e.width + joined * token
-    return {
-        "state": 16 * count(objective) // gpus,
-        "whole": 2 * size * count(e.blocks[0]) if gpus > 1 else 0,
-        "activations": micro * activations,
-    }
-
-
 # --- the run --------------------------------------------------------------------------------------
 
 def build(args):
@@ -314,52 +293,42 @@ def build(args):
     return MAE4D(args)
 
 
-def plan(run, objective, kept):
+def plan(run, objective):
     """--dry_run: memory and time on 8, 64 and 256 GPUs, and the JSON line for this many ranks."""
-    args = run.args
-    flops = objective.flops(kept) * args.batch_size
     for gpus in (8, 64, 256):
-        memory = bytes_per_gpu(args, objective, kept, gpus, micro=1)
+        memory = run.plan.terms(1, shards=gpus)
         parts = " + ".join(f"{size / 2**30:.2f} GiB {name}" for name, size in memory.items())
         if run.rank == 0:
-            print(f"{args.model} on {gpus:3d} GPUs at --micro_batch 1: {parts}; "
-                  f"{days(flops * args.steps, gpus):.3g} days at 50 % of an H100's or H200's "
-                  "989 bf16 TFLOP/s")
-    memory = bytes_per_gpu(args, objective, kept, run.ranks if args.fsdp else 1, run.micro)
-    dry_run(run, objective, flops, memory["whole"] + memory["activations"])
+            print(f"{run.args.model} on {gpus:3d} GPUs with --fsdp at --micro_batch 1: {parts}; "
+                  f"{days(run.plan.flops * run.args.steps, gpus):.3g} days at 50 % of an H100's or "
+                  "H200's 989 bf16 TFLOP/s")
+    dry_run(run, objective)
 
 
 def main(args):
+    sketch = construct(build, dataclasses.replace(args, dry_run=True))
     if args.flops:
-        args = budgeted(args, (1.0, construct(build, dataclasses.replace(args, dry_run=True))))
+        args = budgeted(args, (1.0, sketch))
     run = Run(args, later=LATER)
+    run.fit(sketch, sketch.masks)
+    if args.dry_run:
+        return plan(run, sketch)
     objective = construct(build, args)
     grid = objective.encoder.grid
-    # in every run: a --mask that cannot be drawn is told before the folder is taken
-    kept = objective.masks(0, min(args.batch_size, 64)).shape[1]
-    if args.dry_run:
-        return plan(run, objective, kept)
     lists = probe_lists(args)
     clip = run.clip(zoom=args.zoom)
     sources = run.sources()
     run.continue_from(objective)
     run.open(__file__, sources)
 
-    objective.to(run.device)
-    net = objective  # what is called and saved, wrapped on several ranks
-    if args.compile:
-        compile_blocks(objective)
-    if args.fsdp and run.ranks > 1:
-        net = shard(objective, param_dtype=torch.bfloat16 if args.dtype == "bf16" else None)
-    elif run.ranks > 1:
-        net = DDP(objective, gradient_as_bucket_view=True)
+    net = run.wrap(objective)  # what is called, trained and saved
     groups = param_groups(objective, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
     meter = Meter(run, run.load(net, optimizer) if args.resume else {})
     first = done = meter.state.pop("step", 0)
     if first == 0 and not args.init:  # before learning: what it has to beat
         meter.state["random_acc"] = run.accuracy(net, lists, clip, **objective.pixels)
-    loader = run.loader(sources, clip, first)
+    loader = run.loader(sources, clip, first, objective.masks)
 
     for step in run.steps(first):
         torch.manual_seed(args.seed * 1_000_003 + step)  # no random state outlives a step
@@ -369,38 +338,36 @@ def main(args):
         set_rates(optimizer, rates)
 
         # 2. forward and backward, a micro-batch at a time
-        keep = objective.masks(step, args.batch_size, run.rows)  # (b,K)
         for start in range(0, run.per_rank, run.micro):
             batch = meter.next(loader)
             x = data.prepare(batch, run.device, **objective.pixels)  # (b,3,T,H,W)
-            context = keep[start : start + run.micro].to(run.device)
+            keep = batch["masks"][0]  # (b,K)
             sync_gradients(net, start + run.micro == run.per_rank)
             with run.autocast():
-                loss, metrics = net(x, context)
+                loss, metrics = net(x, keep)
             (loss * (run.micro / run.per_rank)).backward()
             tokens = metrics.pop("tokens")
-            meter.add(loss, metrics, batch, flops=objective.flops(context.shape[1]))
+            meter.add(loss, metrics, batch, flops=objective.flops(keep.shape[1]))
 
         # 3. the step; where a loss or gradient is not finite, all ranks skip it alike
         grad_norm = clip_gradients(objective, args.clip_grad)
-        if meter.sound(grad_norm):
-            optimizer.step()
-        else:
-            meter.report_skip(step)
+        skip = meter.skip(step, grad_norm)  # 1.0 or 0.0, on the device
+        optimizer.found_inf = skip
+        optimizer.step()
         optimizer.zero_grad()
         done = step + 1
         meter.after_step(done)
 
         # 4. log, pictures, checkpoint, probe
         if run.due(args.log_every, done) and meter.state["window"]:
-            run.log(meter.line(done, rates, grad_norm, health(tokens)))
+            run.log(meter.line(done, rates, health(tokens) if run.looks(done) else {}))
         if run.due(args.sample_every, done):
             with torch.no_grad(), run.autocast():
-                decoded = net(x[:3], context[:3], reconstruct=True)
+                decoded = net(x[:3], keep[:3], reconstruct=True)
             if run.rank == 0:
                 file = run.out / "samples" / f"step_{done:08d}.png"
-                picture(file, objective.raw(x[:3]), context[:3], decoded, grid)
-        if meter.saves(done, net, x, context):
+                picture(file, objective.raw(x[:3]), keep[:3], decoded, grid)
+        if meter.saves(done, net, x, keep):
             run.save(done, net, optimizer, meter.state)
             run.export(objective, done, **objective.pixels, **objective.layers)
         if run.stop:

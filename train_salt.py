@@ -81,7 +81,7 @@ class Args:
     split: tuple[float, ...] = (1 / 6, 5 / 6)       # share of each stage; two students: three
     stage: int = 0                      # run this one only, counted from 1; 0: all
     batch_size: int = 3072              # clips of a step, over all ranks
-    micro_batch: int = 0                # clips of a forward pass on a rank; 0: all at once
+    micro_batch: int = 0                # clips of a forward pass on a rank; 0: what fits
     lr: float = 6.25e-4
     start_lr: float = 2e-4
     final_lr: float = 1e-6
@@ -98,6 +98,7 @@ class Args:
     dtype: Literal["bf16", "fp32"] = "bf16"         # bf16 or fp32
     compile: bool = False
     fsdp: bool = False                  # shard weights, gradients and optimizer over the ranks
+    shard_ranks: int = 0                # --fsdp in groups of so many, copies between; 0: all
     checkpoint: bool = False            # recompute activations in the backward pass
     resume: bool = False                # go on from the newest checkpoint in out_dir
     new_data: bool = False              # --resume though --data holds other files
@@ -164,14 +165,12 @@ if __name__ == "__main__":
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
 from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT
-from model import budgeted, clip_gradients, compile_blocks, construct, cosine, count, dry_run
-from model import gather, health, latent_surprise, launch, load_encoder, numbered, param_groups
-from model import patches, probe_lists, rankme, set_rates, shard, some_rows, sync_gradients
-from model import warmup_decay
+from model import budgeted, clip_gradients, construct, cosine, count, dry_run, gather, health
+from model import latent_surprise, launch, load_encoder, numbered, param_groups, patches
+from model import probe_lists, rankme, set_rates, some_rows, sync_gradients, warmup_decay
 
 
 # --- SALT -----------------------------------------------------------------------------------------
@@ -197,6 +196,11 @@ class MaskedPrediction(nn.Module):
         if args.mask_tokens > len(args.masks):
             raise ValueError(f"--mask_tokens {args.mask_tokens}: at most one for each of the "
                              f"{len(args.masks)} --masks")
+        # masks(step, B, rows=) -> keep, pred: an entry a mask, ids (b,K) and (b,M), of these rows
+        # of the batch; a function of the seed and the step
+        self.masks = partial(
+            data.sample_masks, args.masks, args.seed, grid=self.encoder.grid, aspect=args.aspect,
+            trim=args.trim, bucket=args.bucket)
 
     @property
     def product(self):
@@ -209,13 +213,6 @@ class MaskedPrediction(nn.Module):
         metrics = {f"loss_{name}": loss.detach() for name, loss in zip(names, losses)}
         metrics |= {"tokens": some_rows(torch.cat(z, 1)), "targets": some_rows(h)}
         return sum(losses) / len(losses), metrics
-
-    def masks(self, step, batch_size, rows=None):
-        """keep, pred of one step: an entry a mask, ids (b,K) and (b,M), of these rows (a slice) of
-        the batch; a function of the seed and the step."""
-        a = self.args
-        return data.sample_masks(
-            a.masks, a.seed, step, batch_size, self.encoder.grid, a.aspect, a.trim, a.bucket, rows)
 
     def schedules(self, step):
         """Functions of the step alone; nothing is stretched."""
@@ -255,11 +252,6 @@ class MaskedPrediction(nn.Module):
         predictor = 6 * count(self.predictor) * (tokens_of(keep) + tokens_of(pred))
         return encoder + predictor + 2 * count(self.teacher) * math.prod(self.encoder.grid)
 
-    def values(self, kept, hidden):
-        """Of one clip with so many kept and hidden tokens: tokens x channels, over all blocks."""
-        encoder = kept * self.encoder.width * len(self.encoder.blocks)
-        return encoder + (kept + hidden) * self.args.pred_width * self.args.pred_depth
-
     def surprise(self, x, context):
         """(B,): error in foretelling what follows the first `context` frames of x."""
         return latent_surprise(self.encoder, self.predictor, self.targets, x, context)
@@ -267,6 +259,7 @@ class MaskedPrediction(nn.Module):
 
 class VPixel(MaskedPrediction):
     """Stage 1: pixels of hidden patches from visible ones, under V-JEPA's masks (section 2.2)."""
+    title = "a teacher from pixels"
 
     def __init__(self, args):
         super().__init__(args, out_width=3 * args.tubelet * args.patch**2)
@@ -295,6 +288,7 @@ class VPixel(MaskedPrediction):
 
 class Student(MaskedPrediction):
     """Stages 2 and on: the features of a frozen teacher, of any width, on the student's grid."""
+    title = "a student of the frozen teacher"
 
     def __init__(self, args, teacher, config):
         """config: load_encoder's, which says what pixels the teacher was trained on."""
@@ -422,15 +416,15 @@ def teacher_file(args, stage):
 
 
 def sketch(args):
-    """[(number, its arguments, objective on the meta device, masks of eight steps)] of every stage:
-    what a user can get wrong in any of them is told before the first one trains."""
+    """[(number, its arguments, objective on the meta device)] of every stage: what a user can get
+    wrong in any of them is told before the first one trains."""
     rows = []
     teacher = None
     for number, a in stages(args):
         make = partial(build, stage=number, teacher=teacher)
         objective = construct(make, dataclasses.replace(a, dry_run=True))
-        samples = [objective.masks(step, min(a.batch_size, 64)) for step in range(8)]
-        rows.append((number, a, objective, samples))
+        objective.cost(0)  # also a mask that cannot be drawn
+        rows.append((number, a, objective))
         teacher = (objective.product, IMAGENET)
     return rows
 
@@ -440,25 +434,21 @@ def plan(run, rows):
     FLOPs of all, one JSON line."""
     counted = 0.0
     ledger = 0.0
-    for number, args, objective, samples in rows:
+    for number, args, objective in rows:
+        run.fit(objective, objective.masks)
         clips = args.steps * args.batch_size
         tokens = math.prod(objective.encoder.grid)
         nets = [count(net) for net in (objective.encoder, objective.predictor, objective.teacher)]
         said = published(*nets, tokens, clips)
-        flops = sum(objective.flops(*masks) for masks in samples) / len(samples)
-        counted += flops * clips
+        flops = run.plan.flops * args.steps
+        counted += flops
         ledger += said
         if run.rank == 0:
             sizes = ", ".join(f"{size / 1e6:.4g}M" for size in nets)
             print(f"stage {number}: {args.model}, {args.steps} steps, {clips / 1e6:.4g}M clips of "
                   f"{tokens} tokens; encoder, predictor, teacher of {sizes} parameters: "
-                  f"{said:.3g} FLOPs by Appendix F, {flops * clips:.3g} counted")
-    # of the last stage, which the loop left in samples, objective and flops
-    kept = max(tokens_of(keep) for keep, _ in samples)
-    hidden = max(tokens_of(pred) for _, pred in samples)
-    activations = run.activations(objective.values(kept, hidden), 18)
-    dry_run(run, objective, flops * args.batch_size, activations, total=counted,
-            flops_total=counted, ledger_total=ledger)
+                  f"{said:.3g} FLOPs by Appendix F, {flops:.3g} counted")
+    dry_run(run, objective, total=counted, flops_total=counted, ledger_total=ledger)
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -467,7 +457,7 @@ def main(args):
     sketches = sketch(args)
     if args.flops:
         shares = [args.split[number - 1] for number, *_ in sketches]
-        objectives = [objective for _, _, objective, _ in sketches]
+        objectives = [objective for _, _, objective in sketches]
         args = budgeted(args, *zip(shares, objectives))
         sketches = sketch(args)
     run = Run(args)
@@ -490,20 +480,13 @@ def train(args, number, before):
     """One stage -> its last line. before: that of the stage before."""
     run = Run(args, free=("stage",))
     objective = construct(partial(build, stage=number), args)
+    run.fit(objective, objective.masks)
     lists = probe_lists(args)
     clip = run.clip()
     sources = run.sources()
-    run.open(__file__, sources)
-    run.say(f"stage {number} of {len(args.split)}: {type(objective).__name__}, {args.steps} steps")
+    run.open(__file__, sources, f"stage {number} of {len(args.split)}, {objective.title}: ")
 
-    objective.to(run.device)
-    net = objective  # what is called and saved, wrapped on several ranks
-    if args.compile:
-        compile_blocks(objective)
-    if args.fsdp and run.ranks > 1:
-        net = shard(objective, param_dtype=torch.bfloat16 if args.dtype == "bf16" else None)
-    elif run.ranks > 1:
-        net = DDP(objective, gradient_as_bucket_view=True)
+    net = run.wrap(objective)  # what is called, trained and saved
     groups = param_groups(objective, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
     costs = {"flops": before["flops"], "ledger": before["ledger"]}  # go on over the stages
@@ -511,7 +494,7 @@ def train(args, number, before):
     first = done = meter.state.pop("step", 0)
     if first == 0:  # before learning: what it has to beat
         meter.state["random_acc"] = run.accuracy(net, lists, clip)
-    loader = run.loader(sources, clip, first)
+    loader = run.loader(sources, clip, first, objective.masks)
 
     for step in run.steps(first):
         torch.manual_seed(args.seed * 1_000_003 + step)  # no random state outlives a step
@@ -521,39 +504,37 @@ def train(args, number, before):
         set_rates(optimizer, rates)
 
         # 2. forward and backward, a micro-batch at a time
-        keep, pred = objective.masks(step, args.batch_size, run.rows)  # [(b,K)], [(b,M)]
         for start in range(0, run.per_rank, run.micro):
             batch = meter.next(loader)
             x = data.prepare(batch, run.device)  # (b,3,T,H,W)
-            part = slice(start, start + run.micro)
-            context = [ids[part].to(run.device) for ids in keep]
-            hidden = [ids[part].to(run.device) for ids in pred]
+            keep, pred = batch["masks"]  # [(b,K)], [(b,M)]
             sync_gradients(net, start + run.micro == run.per_rank)
             with run.autocast():
-                loss, metrics = net(x, context, hidden)
+                loss, metrics = net(x, keep, pred)
             (loss * (run.micro / run.per_rank)).backward()
             tokens = metrics.pop("tokens")
             targets = metrics.pop("targets")
-            meter.add(loss, metrics, batch, flops=objective.flops(context, hidden),
-                      ledger=objective.ledger(context, hidden))
+            meter.add(loss, metrics, batch, flops=objective.flops(keep, pred),
+                      ledger=objective.ledger(keep, pred))
 
         # 3. the step; where a loss or gradient is not finite, all ranks skip it alike
         grad_norm = clip_gradients(objective, args.clip_grad)
-        if meter.sound(grad_norm):
-            optimizer.step()
-        else:
-            meter.report_skip(step)
+        skip = meter.skip(step, grad_norm)  # 1.0 or 0.0, on the device
+        optimizer.found_inf = skip
+        optimizer.step()
         optimizer.zero_grad()
         done = step + 1
         meter.after_step(done)
 
         # 4. log, pictures, checkpoint, probe
         if run.due(args.log_every, done) and meter.state["window"]:
-            ranks = health(tokens) | {"rankme_targets": rankme(targets)}
-            run.log(meter.line(done, rates, grad_norm, ranks))
+            ranks = {}
+            if run.looks(done):
+                ranks = health(tokens) | {"rankme_targets": rankme(targets)}
+            run.log(meter.line(done, rates, ranks))
         if run.due(args.sample_every, done):
-            run.mask_picture(net, x, context, objective.encoder.grid, done)
-        if meter.saves(done, net, x, context, hidden):
+            run.mask_picture(net, x, keep, objective.encoder.grid, done)
+        if meter.saves(done, net, x, keep, pred):
             run.save(done, net, optimizer, meter.state)
             run.export(objective, done)
         if run.stop:

@@ -91,7 +91,7 @@ class Args:
     steps: int = 200_000
     flops: float = 0.0                  # > 0: as many steps as this many FLOPs pay for
     batch_size: int = 16                # clips of a step, over all ranks
-    micro_batch: int = 0                # clips of a forward pass on a rank; 0: all at once
+    micro_batch: int = 0                # clips of a forward pass on a rank; 0: what fits
     lr: float = 1e-4
     final_lr: float = 1e-9              # cosine
     horizon: int = 0                    # of rate and EMA; 0: --steps (the official one: 3,000,000)
@@ -110,6 +110,7 @@ class Args:
     dtype: Literal["bf16", "fp32"] = "bf16"         # bf16 or fp32
     compile: bool = False
     fsdp: bool = False                  # shard weights, gradients and optimizer over the ranks
+    shard_ranks: int = 0                # --fsdp in groups of so many, copies between; 0: all
     checkpoint: bool = False            # recompute activations in the backward pass
     resume: bool = False                # go on from the newest checkpoint in out_dir
     new_data: bool = False              # --resume though --data holds other files
@@ -189,14 +190,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
 from model import IMAGENET, SIZES, Meter, MotionEncoder, Run, UserError, ViT, budgeted
-from model import clip_gradients, colours, compile_blocks, construct, cosine, dry_run, ema_update
-from model import enlarge, init_weights, launch, linear_probe, load_start, param_groups
-from model import health, probe_lists, save_rows, set_rates, shard, sync_gradients, to_unit
-from model import rotate, warmup_decay
+from model import clip_gradients, colours, construct, cosine, dry_run, ema_update, enlarge, exact
+from model import health, init_weights, launch, linear_probe, load_start, param_groups
+from model import probe_lists, rotate, save_rows, set_rates, sync_gradients, to_unit, warmup_decay
 
 # rows of the centres
 CLS = 0
@@ -328,23 +327,22 @@ class TDV(nn.Module):
             self.centres[kind], weight.flatten(), self.args.temp, self.args.ce_rows)
         rows = weight.numel()
         sums = torch.cat([mean * rows, mean.new_tensor([rows])])  # (K+1,)
-        if torch.is_grad_enabled():  # a step
+        if self.training and torch.is_grad_enabled():  # a step
             self.logit_sums[kind].append(sums)
         return loss, entropy
 
     @torch.no_grad()
-    def after_step(self, step, taken=True):
-        """Teacher and centres follow; after a step that was not taken they stay."""
-        if taken:
-            ema = self.schedules(step)["ema"]
-            ema_update(self.target.parameters(), self.encoder.parameters(), ema)
-            ema_update(self.target_head.parameters(), self.head.parameters(), ema)
-            if self.args.centre:
-                self.move_centres()
+    def after_step(self, step, skip=0.0):
+        """Teacher and centres follow; after a step that was skipped they stay."""
+        ema = self.schedules(step)["ema"]
+        ema_update(self.target.parameters(), self.encoder.parameters(), ema, skip)
+        ema_update(self.target_head.parameters(), self.head.parameters(), ema, skip)
+        if self.args.centre:
+            self.move_centres(skip)
         for sums in self.logit_sums:
             sums.clear()
 
-    def move_centres(self):
+    def move_centres(self, skip):
         """By a tenth, towards the mean logits over all micro-batches and ranks."""
         for centre, sums in zip(self.centres, self.logit_sums):
             if not sums:
@@ -352,8 +350,8 @@ class TDV(nn.Module):
             total = sum(sums)  # (K+1,): logits, and how many tokens' they are
             if dist.is_initialized():
                 dist.all_reduce(total)
-            if total[-1] > 0:
-                centre.lerp_(total[:-1] / total[-1], 0.1)
+            stays = (total[-1] == 0) | (torch.as_tensor(skip, device=total.device) > 0)
+            centre.copy_(torch.where(stays, centre, centre.lerp(total[:-1] / total[-1], 0.1)))
 
     def schedules(self, step):
         """Functions of the step alone."""
@@ -436,19 +434,6 @@ class TDV(nn.Module):
             if p.ndim == 2 and p.shape[1] > 1:
                 weights += p.numel()
         return 2 * tokens * weights
-
-    def values(self):
-        """What autograd keeps of one clip, in units of Run.activations: tokens times channels, once
-        a block; the teacher keeps nothing."""
-        blocks = len(self.encoder.blocks)
-        if self.motion is not None:
-            blocks = 2 * blocks + len(self.motion.blocks)
-        return self.kept_by(blocks * (self.args.frames - 1))
-
-    def kept_by(self, blocks):
-        """Values of so many blocks, each on one frame's tokens."""
-        tokens = 1 + math.prod(self.encoder.grid[1:])
-        return blocks * tokens * self.encoder.width
 
 
 def images(x):
@@ -598,7 +583,7 @@ class Views(TDV):
         special = (dict(blur=1.0), dict(blur=0.1, solarise=0.2))
         wide = []
         local = []
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would place pixels wrongly
+        with exact(x):  # bf16 would place pixels wrongly
             for view in (0, 1):
                 wide.append(augment(
                     image, u[view], a.size, a.global_scale, crop=view < a.random_crops,
@@ -624,10 +609,6 @@ class Views(TDV):
         student = self.encoder.flops(n, n, *[small] * a.local_crops)
         student += self.head_flops(tokens + a.local_crops)
         return a.frames * (3 * student + self.target.flops(n, n) + self.head_flops(tokens))
-
-    def values(self):
-        """Of the two global views alone."""
-        return self.kept_by(2 * len(self.encoder.blocks) * self.args.frames)
 
 
 # random streams, with data.py's 0 to 3: default_rng([seed, stream, ...]) never meets another's
@@ -909,29 +890,22 @@ def check(args):
 
 def main(args):
     check(args)
+    sketch = construct(build, dataclasses.replace(args, dry_run=True))
     if args.flops:
-        args = budgeted(args, (1.0, construct(build, dataclasses.replace(args, dry_run=True))))
+        args = budgeted(args, (1.0, sketch))
     run = Run(args, free=("ce_rows",))
-    objective = construct(build, args)
+    # bytes: four float32 arrays of logits in ChunkedCE
+    run.fit(sketch, extra=16 * args.ce_rows * args.prototypes)
     if args.dry_run:
-        # bytes: four float32 arrays of logits in ChunkedCE
-        logits = 16 * args.ce_rows * args.prototypes
-        memory = run.activations(objective.values(), 18) + logits
-        return dry_run(run, objective, objective.flops() * args.batch_size, memory)
+        return dry_run(run, sketch)
+    objective = construct(build, args)
     lists = probe_lists(args)
     clip = run.clip()
     sources = run.sources()
     run.continue_from(objective)
     run.open(__file__, sources)
 
-    objective.to(run.device)
-    net = objective  # what is called and saved, wrapped on several ranks
-    if args.compile:
-        compile_blocks(objective)
-    if args.fsdp and run.ranks > 1:
-        net = shard(objective, param_dtype=torch.bfloat16 if args.dtype == "bf16" else None)
-    elif run.ranks > 1:
-        net = DDP(objective, gradient_as_bucket_view=True)
+    net = run.wrap(objective)  # what is called, trained and saved
     groups = param_groups(objective, args.weight_decay, {"motion.": args.motion_lr})
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
     state = run.load(net, optimizer) if args.resume else {}
@@ -963,19 +937,18 @@ def main(args):
 
         # 3. the step; where a loss or gradient is not finite, all ranks skip it alike
         grad_norm = clip_gradients(objective, args.clip_grad)
-        taken = meter.sound(grad_norm)
-        if taken:
-            optimizer.step()
-        else:
-            meter.report_skip(step)
-        objective.after_step(step, taken)
+        skip = meter.skip(step, grad_norm)  # 1.0 or 0.0, on the device
+        optimizer.found_inf = skip
+        optimizer.step()
         optimizer.zero_grad()
+        objective.after_step(step, skip)
         done = step + 1
         meter.after_step(done)
 
         # 4. log, pictures, checkpoint, probes
         if run.due(args.log_every, done) and meter.state["window"]:
-            line = meter.line(done, rates, grad_norm, health(tokens, correction=0))
+            ranks = health(tokens, correction=0) if run.looks(done) else {}
+            line = meter.line(done, rates, ranks)
             if line.get("still"):  # the share of the change that motion explains
                 line["recovered"] = 1 - line["mse"] / line["still"]
             run.log(line)

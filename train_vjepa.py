@@ -32,6 +32,7 @@ import inspect
 import math
 import os
 import sys
+from functools import partial
 from typing import Literal
 
 import tyro
@@ -84,7 +85,7 @@ class Args:
     steps: int = 90_000
     flops: float = 0.0                  # > 0: as many steps as this many FLOPs pay for
     batch_size: int = 3072              # clips of a step, over all ranks
-    micro_batch: int = 0                # clips of a forward pass on a rank; 0: all at once
+    micro_batch: int = 0                # clips of a forward pass on a rank; 0: what fits
     lr: float = 6.25e-4
     start_lr: float = 2e-4
     final_lr: float = 1e-6
@@ -105,6 +106,7 @@ class Args:
     dtype: Literal["bf16", "fp32"] = "bf16"         # bf16 or fp32
     compile: bool = False
     fsdp: bool = False                  # shard weights, gradients and optimizer over the ranks
+    shard_ranks: int = 0                # --fsdp in groups of so many, copies between; 0: all
     checkpoint: bool = False            # recompute activations in the backward pass
     resume: bool = False                # go on from the newest checkpoint in out_dir
     new_data: bool = False              # --resume though --data holds other files
@@ -167,7 +169,8 @@ PRESETS = {
 FWM_PAPER = dict(
     data=("ucf101.csv:0.2", "ssv2.csv:0.6", "imagenet100.csv:0.2"), model="vit_b", stride=2,
     pos="rope", pred_depth=8, pred_width=256, pred_heads=8, distance=True,
-    steps=30_000, batch_size=32, lr=6e-4, start_lr=1e-4, warmup=300, final_weight_decay=0.04,
+    steps=30_000, batch_size=32, micro_batch=8, lr=6e-4, start_lr=1e-4, warmup=300,
+    final_weight_decay=0.04,
     ema=0.99925, final_ema=0.99925, stretch=1.0, out_dir="out/fwm_paper",
 )
 FWM_UCF = FWM_PAPER | dict(data=("ucf101.csv",), out_dir="out/fwm_ucf")
@@ -213,7 +216,7 @@ for base, rows in ((FWM_UCF, ROWS_UCF), (FWM_PAPER, ROWS_PAPER)):
 PRESETS["kin_anneal"] |= dict(anneal=True)
 # the paper's weight of static, 0.05, empties the appearance half at this size
 PRESETS["laptop_fwm"] = LAPTOP | dict(
-    terms=("static:0.01", "orth:0.01", "hw:1.0", "ld:1.0"), distance=True,
+    terms=("static:0.01", "orth:0.01", "hw:1.0", "ld:1.0"), distance=True, micro_batch=16,
     out_dir="out/laptop_fwm")
 for name in ("future_predictive", "motion_future"):
     PRESETS[name] |= dict(temporal_keep=0.5)
@@ -262,14 +265,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
 from model import SIZES, Meter, Predictor, Run, UserError, ViT
-from model import budgeted, clip_gradients, compile_blocks, construct, cosine, dry_run, ema_update
-from model import gather, health, latent_surprise, launch, linear, load_start, numbered
-from model import param_groups, probe_lists, set_rates, shard, some_rows, sync_gradients
-from model import warmup_decay
+from model import budgeted, clip_gradients, construct, cosine, dry_run, ema_update, exact, gather
+from model import health, latent_surprise, launch, linear, load_start, numbered, param_groups
+from model import probe_lists, set_rates, some_rows, sync_gradients, warmup_decay
 
 
 # --- V-JEPA ---------------------------------------------------------------------------------------
@@ -308,6 +309,11 @@ class VJEPA(nn.Module):
         if args.mask_tokens > len(args.masks):
             raise ValueError(f"--mask_tokens {args.mask_tokens}: at most one for each of the "
                              f"{len(args.masks)} --masks")
+        # masks(step, B, rows=) -> keep, pred: an entry a mask, ids (b,K) and (b,M), of these rows
+        # of the batch; a function of the seed and the step
+        self.masks = partial(
+            data.sample_masks, args.masks, args.seed, grid=self.encoder.grid, aspect=args.aspect,
+            trim=args.trim, bucket=args.bucket)
 
     @property
     def product(self):
@@ -355,14 +361,6 @@ class VJEPA(nn.Module):
             metrics["loss_context"] = dense.detach()
         return loss, metrics | {"tokens": some_rows(h)}
 
-    def masks(self, step, batch_size, rows=None, grid=None, temporal_keep=1.0):
-        """keep, pred of one step: an entry a mask, ids (b,K) and (b,M), of these rows (a slice) of
-        the batch; a function of the seed and the step."""
-        a = self.args
-        return data.sample_masks(
-            a.masks, a.seed, step, batch_size, grid or self.encoder.grid, a.aspect, a.trim,
-            a.bucket, rows, temporal_keep)
-
     def place(self, keep, pred, x, step, row):
         """The masks of the clips x, whose first is `row` of the batch, as they were drawn, or of
         images on their own grid. Notes step and grid: forward() has no other way to know."""
@@ -371,15 +369,15 @@ class VJEPA(nn.Module):
         if self.args.stills and x.shape[2] == 1:
             self.grid = (1, *self.grid[1:])
             rows = slice(row, row + len(x))
-            keep, pred = self.masks(step, self.args.batch_size, rows, self.grid)
+            keep, pred = self.masks(step, self.args.batch_size, rows=rows, grid=self.grid)
             keep = [ids.to(x.device) for ids in keep]
             pred = [ids.to(x.device) for ids in pred]
         return keep, pred
 
-    def after_step(self, step):
-        """The target follows the encoder, after every optimizer step that was taken."""
+    def after_step(self, step, skip=0.0):
+        """The target follows the encoder, but not after a step that was skipped."""
         ema = self.schedules(step)["ema"]
-        ema_update(self.target.parameters(), self.encoder.parameters(), ema)
+        ema_update(self.target.parameters(), self.encoder.parameters(), ema, skip)
 
     def schedules(self, step):
         """Functions of the step alone, all of them stretched (appendix A)."""
@@ -407,14 +405,6 @@ class VJEPA(nn.Module):
         """FLOPs of a step, over all ranks."""
         batch = self.args.batch_size
         return batch * self.flops(*self.masks(step, batch, rows=slice(0, 1)))
-
-    def values(self, keep, pred):
-        """What a block hands on, summed over the blocks: tokens x channels of one clip. What
-        autograd keeps is a multiple of it (--dry_run)."""
-        kept = sum(ids.shape[1] for ids in keep)
-        hidden = sum(ids.shape[1] for ids in pred)
-        encoder = kept * self.encoder.width * len(self.encoder.blocks)
-        return encoder + (kept + hidden) * self.args.pred_width * self.args.pred_depth
 
     def surprise(self, x, context):
         """(B,): error in foretelling what follows the first `context` frames of x."""
@@ -484,7 +474,7 @@ def orth(s):
     appearance = appearance - appearance.mean(0)
     dynamics = dynamics - dynamics.mean(0)
     # a sum of many small products of either sign: not in bf16
-    with torch.autocast(s.z.device.type, enabled=False):
+    with exact(s.z):
         return (appearance.T @ dynamics / len(appearance)).square().mean()
 
 
@@ -530,7 +520,7 @@ def sigreg(s, directions=64):
     seed = torch.Generator().manual_seed(s.fwm.args.seed * 1_000_003 + s.fwm.step)
     axes = torch.randn(s.z.shape[-1], directions, generator=seed)
     axes = F.normalize(axes, dim=0).to(s.z.device)
-    with torch.autocast(s.z.device.type, enabled=False):
+    with exact(s.z):
         along = s.z.flatten(0, 2) @ axes  # (n,directions)
         knots = torch.linspace(-3, 3, 17, device=s.z.device)
         distances = []
@@ -616,6 +606,11 @@ class FWM(VJEPA):
     def __init__(self, args):
         super().__init__(args)
         self.weights = parse_terms(args.terms)
+        # V-JEPA's, or Future-Predictive: the context lies in the first share of the slices, and
+        # all that is not context is predicted
+        self.masks = partial(self.masks, temporal_keep=args.temporal_keep)
+        # terms whose value depends on the clips of a forward pass: --micro_batch must be given
+        self.by_pass = sorted({"orth", "sigreg"} & set(self.weights))
         # all but hw read what the encoder makes of the full clip
         self.full_pass = bool(set(self.weights) - {"hw"})
         self.check()
@@ -687,11 +682,6 @@ class FWM(VJEPA):
         """What the heads of ld and ac see: with static or orth on, the second half."""
         return z.chunk(2, -1)[1] if self.factorised else z
 
-    def masks(self, step, batch_size, rows=None, grid=None):
-        """V-JEPA's, or Future-Predictive: the context lies in the first share of the slices, and
-        all that is not context is predicted."""
-        return super().masks(step, batch_size, rows, grid, self.args.temporal_keep)
-
     def place(self, keep, pred, x, step, row):
         """Motion-guided: blocks lie where the clips move."""
         keep, pred = super().place(keep, pred, x, step, row)
@@ -704,10 +694,6 @@ class FWM(VJEPA):
         """V-JEPA's, and the encoder's full pass; the heads, under a hundredth, do not count."""
         full = self.target.flops(math.prod(self.grid))
         return super().flops(keep, pred) + (3 * full if self.full_pass else 0)
-
-    def values(self, keep, pred):
-        full = math.prod(self.encoder.grid) * self.encoder.width * len(self.encoder.blocks)
-        return super().values(keep, pred) + (full if self.full_pass else 0)
 
 
 def motion_map(x, tubelet, patch):
@@ -784,34 +770,24 @@ def build(args):
 
 
 def main(args):
+    sketch = construct(build, dataclasses.replace(args, dry_run=True))
     if args.flops:
-        args = budgeted(args, (1.0, construct(build, dataclasses.replace(args, dry_run=True))))
+        args = budgeted(args, (1.0, sketch))
     run = Run(args)
     if args.init_optimizer and not (os.path.isdir(args.init) or args.dry_run):
         raise UserError("--init_optimizer goes on from a run: give its folder as --init, or say "
                         "--no-init_optimizer")
-    objective = construct(build, args)
-    # for --dry_run; a mask that cannot be drawn ends every run here, before anything is written
-    samples = [objective.masks(step, min(args.batch_size, 64)) for step in range(8)]
+    run.fit(sketch, sketch.masks)
     if args.dry_run:
-        flops = sum(objective.flops(*masks) for masks in samples) / len(samples)
-        memory = run.activations(max(objective.values(*masks) for masks in samples), 16)
-        return dry_run(run, objective, flops * args.batch_size, memory)
+        return dry_run(run, sketch)
+    objective = construct(build, args)
     lists = probe_lists(args)
     clip = run.clip()
     sources = run.sources()
     run.continue_from(objective)
     run.open(__file__, sources)
 
-    objective.to(run.device)
-    # net is called, trained and saved; objective is the module inside: its methods, its export
-    net = objective
-    if args.compile:
-        compile_blocks(objective)
-    if args.fsdp and run.ranks > 1:
-        net = shard(objective, param_dtype=torch.bfloat16 if args.dtype == "bf16" else None)
-    elif run.ranks > 1:
-        net = DDP(objective, gradient_as_bucket_view=True)
+    net = run.wrap(objective)  # what is called, trained and saved
     groups = param_groups(objective, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
     meter = Meter(run, run.load(net, optimizer) if args.resume else {})
@@ -820,7 +796,7 @@ def main(args):
         run.carry_optimizer(net, optimizer)
     if first == 0 and not args.init:  # before learning: what it has to beat
         meter.state["random_acc"] = run.accuracy(net, lists, clip)
-    loader = run.loader(sources, clip, first)
+    loader = run.loader(sources, clip, first, objective.masks)
 
     for step in run.steps(first):
         torch.manual_seed(args.seed * 1_000_003 + step)  # no random state outlives a step
@@ -830,39 +806,34 @@ def main(args):
         set_rates(optimizer, rates)
 
         # 2. forward and backward, a micro-batch at a time
-        keep, pred = objective.masks(step, args.batch_size, run.rows)  # [(b,K)], [(b,M)]
         for start in range(0, run.per_rank, run.micro):
             batch = meter.next(loader)
             x = data.prepare(batch, run.device)  # (b,3,T,H,W)
-            part = slice(start, start + run.micro)
-            context = [ids[part].to(run.device) for ids in keep]
-            hidden = [ids[part].to(run.device) for ids in pred]
-            context, hidden = objective.place(context, hidden, x, step, run.rows.start + start)
+            keep, pred = objective.place(*batch["masks"], x, step, run.first + start)
             sync_gradients(net, start + run.micro == run.per_rank)
             with run.autocast():
-                loss, metrics = net(x, context, hidden)
+                loss, metrics = net(x, keep, pred)  # [(b,K)], [(b,M)]
             (loss * (run.micro / run.per_rank)).backward()
             tokens = metrics.pop("tokens")  # (n,D) of the targets, for health()
-            meter.add(loss, metrics, batch, flops=objective.flops(context, hidden))
+            meter.add(loss, metrics, batch, flops=objective.flops(keep, pred))
 
         # 3. the step; where a loss or gradient is not finite, all ranks skip it alike
         grad_norm = clip_gradients(objective, args.clip_grad)
-        if meter.sound(grad_norm):
-            optimizer.step()
-            objective.after_step(step)
-        else:
-            meter.report_skip(step)
+        skip = meter.skip(step, grad_norm)  # 1.0 or 0.0, on the device
+        optimizer.found_inf = skip
+        optimizer.step()
         optimizer.zero_grad()
+        objective.after_step(step, skip)
         done = step + 1
         meter.after_step(done)
 
         # 4. log, pictures, checkpoint, probe
         # the window is empty where every step since the last line was skipped
         if run.due(args.log_every, done) and meter.state["window"]:
-            run.log(meter.line(done, rates, grad_norm, health(tokens)))
+            run.log(meter.line(done, rates, health(tokens) if run.looks(done) else {}))
         if run.due(args.sample_every, done):
-            run.mask_picture(net, x, context, objective.grid, done)
-        if meter.saves(done, net, x, context, hidden):
+            run.mask_picture(net, x, keep, objective.grid, done)
+        if meter.saves(done, net, x, keep, pred):
             run.save(done, net, optimizer, meter.state)
             run.export(objective, done)
         if run.stop:

@@ -50,7 +50,6 @@ import train_tdv as T
 import train_vjepa as V
 
 ROOT = Path(V.__file__).parent
-H100_FLOPS = 989e12  # a second, dense bfloat16
 IMAGENET = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
 
 
@@ -134,7 +133,6 @@ class Step:
         if isinstance(self.objective, T.TDV):
             return ()
         masks = self.objective.masks(0, self.args.batch)
-        masks = (masks,) if torch.is_tensor(masks) else masks
         return torch.utils._pytree.tree_map(lambda ids: ids.to(self.device), tuple(masks))
 
     def begin(self, name):
@@ -297,7 +295,7 @@ def step(args):
         "seconds": round(seconds, 4),
         "clips_per_s": round(args.batch / seconds, 2),
         "tflops": round(flops / 1e12, 3),
-        "mfu": round(flops / H100_FLOPS, 3) if device.type == "cuda" else None,
+        **M.mfu(flops, device),  # by the peak of this card, where that is known
         "split": jobs["ours"].split(),
         "peak_gb": peak_gb(device),
     }
@@ -314,7 +312,9 @@ def gpu(args):
     rows = []
     for compiled in ([], ["--compile"]):
         command = [sys.executable, __file__, "step", *flags, *compiled]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}:\n{done.stderr}")
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(rows[-1], flush=True)
     return {"rows": rows, "device": torch.cuda.get_device_name(), "torch": torch.__version__}

@@ -43,7 +43,7 @@ AT_STEP = (
     "def forward(self, x, keep=None, pred=None):\n"
     "    out = old(self, x, keep, pred)\n"
     "    if keep is None: return out\n"
-    "    step = self.step\n"
+    "    step = getattr(self, 'step', -1)\n"  # the plan's pass
     "    rank = os.environ.get('RANK', '0')\n"
     "{}\n"
     "    return out\n"
@@ -409,6 +409,40 @@ def test_a_killed_loader_process_ends_the_run_with_one_line(start, tmp_path):
     err = process.communicate(timeout=30)[1]
     assert process.returncode == 1
     one_line(err, "a loader process died or hangs", "--resume")
+
+
+def test_what_a_loader_process_raises_is_told_as_what_it_is(train):
+    wrong = "def batch(self, numbers):\n    return {}['colour']\nD.Clips.batch = batch\n"
+    status, err = train("--workers", 1, code=wrong)
+    assert status == 1 and "KeyError: 'colour'" in err and "dies or hangs" not in err
+
+
+def test_out_of_memory_is_one_line_that_says_what_would_help(train, tmp_path):
+    """Promise: and --micro_batch 0 fits. Injected: a limit on the process's memory, as `ulimit -v` sets it."""
+    limit = (
+        "import resource\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "most = pages * 4096 + 800 * 2**20\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
+    )
+    flags = ("--batch_size", 512, "--workers", 0, "--steps", 1)
+    status, err = train(*flags, "--micro_batch", 512, code=limit)
+    assert status == 1
+    words = ("--micro_batch 256 saves", "--checkpoint saves", "ranks saves", "GiB planned")
+    one_line(err, "error: out of memory", "warning: more than is free", *words)
+    status, err = train(*flags, "--resume", code=limit)
+    assert status == 0, err[-2000:]
+    chosen = json.loads((tmp_path / "out" / "config.json").read_text())["config"]["micro_batch"]
+    assert 16 <= chosen <= 256
+
+
+def test_an_error_that_all_ranks_meet_is_told_once_and_last(train):
+    """Promise: under torchrun one line from one rank, and again below torchrun's own traceback."""
+    status, err = train("--lr", "nan", ranks=2)
+    assert status == 1
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+        "error: --lr nan: a positive finite number is needed"]
+    assert "error: --lr nan" in err.partition("ChildFailedError")[2]
 
 
 def test_a_hanging_loader_process_ends_the_run_after_timeout(start, tmp_path):

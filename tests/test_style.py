@@ -24,16 +24,18 @@ SLACK = 1.05
 BUDGETS = {
     # the run, said once: log, checkpoints, meter, probes, pictures, dry run; 750 for faults as users
     # meet them: consoles, signals to groups, checkpoints that are good, run folders with code in
-    # them; 3,250 for V-JEPA 2.1's nets (650), weights in (900) and out (1,450), typed configs (250)
-    "model.py": 19_450,
+    # them; 3,250 for V-JEPA 2.1's nets (650), weights in (900) and out (1,450), typed configs (250);
+    # 3,150: memory planned on the meta device and chosen by, skips without waiting, what is free in
+    # containers, the screen; the scripts lost 1,050 of it
+    "model.py": 22_650,
     # 250: --flops, --init_optimizer, --decay, hw_share, laptop_fwm; 550: V-JEPA 2.1, images
-    "train_vjepa.py": 6_800,
-    "train_salt.py": 4_050,
-    "train_tdv.py": 8_000,
-    "train_mae4d.py": 3_400,
+    "train_vjepa.py": 6_600,
+    "train_salt.py": 3_800,
+    "train_tdv.py": 7_800,
+    "train_mae4d.py": 2_800,
     # far over the 16,000 of the plan: any container right, lists that share memory, names, datasets,
-    # what is lost is told; 320 for micro-batches of images alone
-    "data.py": 24_920,
+    # what is lost is told; 320 for micro-batches of images alone; 320 for masks by the loader
+    "data.py": 25_240,
     # far over the 17,000 of the plan: heads, features and predictions as files, ranks; 3,000 for
     # protocols, V-JEPA's fine-tuning, whole frames by tiles, 4DS's readout as released, few labels,
     # the cost beforehand, figures with titles and units; item by item in assets/probes.md
@@ -327,9 +329,9 @@ def test_tests_may_be_wider():
 
 
 def test_budget_counts_tokens_not_lines():
-    source = "x = [\n" + "1,\n" * 1783 + "]"  # 3,570 tokens
+    source = "x = [\n" + "1,\n" * 1468 + "]"  # 2,940 tokens
     assert over_budget(source, "train_mae4d.py") == []
     assert over_budget(source.replace("\n", ""), "train_mae4d.py") == []
     assert over_budget("'1, 2'\n" + source.replace("]", "# 1, 2\n]"), "train_mae4d.py") == []
     found = over_budget(source + " + 1", "train_mae4d.py")
-    assert found == ["train_mae4d.py:1: 3572 tokens, at most 3570 (its budget)"]
+    assert found == ["train_mae4d.py:1: 2942 tokens, at most 2940 (its budget)"]

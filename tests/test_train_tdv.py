@@ -242,7 +242,7 @@ def test_head_loss_and_centre_equal_lightlys(monkeypatch):
         assert abs(ours.item() - want.item()) < 1e-5, step
         sums = out(objective.target_head, torch.cat(h)).sum(0)
         objective.logit_sums[0][:] = [torch.cat([sums, torch.tensor([12.0])])]
-        objective.after_step(0, True)
+        objective.after_step(0)
     assert (objective.centres[0] - cls.center.flatten()).abs().max() < 1e-5
 
 
@@ -292,10 +292,10 @@ def test_centres_and_teacher_move_once_a_step_and_not_on_a_skipped_one():
             want.append(0.1 * (t @ W.T).flatten(0, -2).mean(0))
     before = [p.clone() for p in objective.target.parameters()]
     objective(x * float("nan"))
-    objective.after_step(0, False)
+    objective.after_step(0, torch.tensor(1.0))
     assert objective.centres.abs().max() == 0 and all(map(torch.equal, before, objective.target.parameters()))
     objective(x[:2]), objective(x[2:])
-    objective.after_step(0, True)
+    objective.after_step(0)
     assert all((c - w).abs().max() < 1e-6 for c, w in zip(objective.centres, want))
     moved = zip(objective.target.parameters(), before, objective.encoder.parameters())
     assert all(torch.allclose(t, 0.99 * b + 0.01 * e, atol=1e-7) for t, b, e in moved)
@@ -359,7 +359,7 @@ def three_steps(flags):
         found.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-        objective.after_step(step, True)
+        objective.after_step(step)
     return objective, before, copy.deepcopy(objective.state_dict()), found
 
 

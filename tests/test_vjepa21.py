@@ -147,7 +147,7 @@ def setting(frames=8, B=2, **changes):
             # the predictor's mask tokens and all vectors start at 0 or next to it
             p.add_(0.1 * torch.randn_like(p) if "token" in name or "mod_embed" in name else 0.03 * torch.randn_like(p))
     x = torch.randn(B, 3, frames, args.size, args.size)
-    keep, pred = objective.masks(0, args.batch_size, slice(0, B))
+    keep, pred = objective.masks(0, args.batch_size, rows=slice(0, B))
     return objective, x, *objective.place(keep, pred, x, 0, 0)
 
 
