@@ -658,8 +658,10 @@ def in_clip(name, value, cut, size):
             at = (corner[side] + centres / scale[side]) * value.shape[axis] / cut.shape[axis]
             value = value.index_select(axis, at.long())
     if name in ("right", "impossible"):
-        whole = torch.equal(size, torch.tensor([width, height]))
-        return value if whole else data.crop_resize(value, cut.box, int(size[0]))
+        value = value[:, top : top + height, left : left + width]
+        if size.tolist() == [width, height]:
+            return value
+        return data.crop_resize(value, (0, 0, height, width), int(size[0]))
     if name == "flow":  # the last frame may be repeated
         steps = torch.from_numpy(np.diff(cut.ids) == 1)[:, None, None, None]
         return torch.where(steps, value * scale, math.nan)
