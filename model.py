@@ -36,6 +36,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, wraps
@@ -842,7 +843,9 @@ def param_groups(module, weight_decay, factors={}):
 def ema_update(targets, sources, m, skip=0.0):
     """targets <- m*targets + (1-m)*sources, for lists of tensors. skip: 1.0 where they stay; a
     tensor is not waited for."""
-    torch._foreach_lerp_(list(targets), list(sources), (1 - m) * (1 - skip))
+    share = (1 - m) * (1 - skip)
+    for target, source in zip(targets, sources):  # _foreach_lerp_ takes a number: a wait
+        target.lerp_(source, share)
 
 
 def shard(module, mesh=None, param_dtype=None):
@@ -1664,6 +1667,9 @@ def tensors_of(net, optimizer):
     }
 
 
+COUNTED = {"bad", "padded", "flops", "ledger"}  # over all ranks
+
+
 class Meter:
     """What a run counts. `state` is saved with each checkpoint and goes on after --resume:
     FLOPs, unreadable videos, the last loss, and the terms of the steps since the last log line."""
@@ -1675,6 +1681,7 @@ class Meter:
         self.state |= state
         self.skips = 0
         self.parts = []
+        self.costs = Counter()
         self.pending = None
         self.fresh = True
         self.restart()
@@ -1705,9 +1712,10 @@ class Meter:
         numbers = {}
         for name, value in {"loss": loss.detach(), **metrics}.items():
             numbers[name] = torch.as_tensor(value, device=self.run.device).double()
-        self.parts.append((numbers, batch))
+        # without its pixels: they would stay on the device
+        self.parts.append((numbers, {name: batch[name] for name in ("path", "bad", "padded")}))
         for name, cost in per_clip.items():
-            self.state[name] += cost * self.run.micro * self.run.ranks
+            self.costs[name] += cost * self.run.micro
         passes = self.run.per_rank // self.run.micro
         seconds = time.perf_counter() - self.since
         if self.fresh and self.run.device.type == "cpu" and passes * seconds > 60:
@@ -1721,22 +1729,23 @@ class Meter:
         self.catch_up()
         self.step = step
         device = self.run.device
-        numbers = averages([numbers for numbers, _ in self.parts])
-        counts = {
+        means = averages([numbers for numbers, _ in self.parts])
+        sums = {
             "bad": sum(len(batch["bad"]) for _, batch in self.parts),
             "padded": sum(batch["padded"] for _, batch in self.parts),
             "asked": self.run.asked,
+            **self.costs,
         }
-        told = torch.tensor([float(v) for v in counts.values()], dtype=torch.float64)
+        told = torch.tensor(list(sums.values()), dtype=torch.float64)
         if device.type == "cuda":
             told = told.pin_memory().to(device, non_blocking=True)
-        means = torch.cat([torch.stack([*numbers.values()]), told])
+        found = torch.cat([torch.stack([*means.values()]), told])
         if self.run.ranks > 1:
-            dist.all_reduce(means)
-        means = means / self.run.ranks
-        skip = 1 - torch.isfinite(means.sum() + grad_norm).float()
-        found = torch.cat([means, torch.stack([grad_norm, skip]).double()])
-        names = [*numbers, *counts, "grad_norm", "skip"]
+            dist.all_reduce(found)
+        found[: len(means)] /= self.run.ranks
+        skip = 1 - torch.isfinite(found.sum() + grad_norm).float()
+        found = torch.cat([found, torch.stack([grad_norm, skip]).double()])
+        names = [*means, *sums, "grad_norm", "skip"]
         self.pending = (names, found.to("cpu", non_blocking=True), self.parts)
         self.copied = moment(device)
         self.clips += self.run.args.batch_size
@@ -1751,17 +1760,17 @@ class Meter:
         names, found, parts = self.pending
         self.pending = None
         means = dict(zip(names, found.tolist()))
-        for name in ("bad", "padded"):
-            self.state[name] += round(means.pop(name) * self.run.ranks)
-        asked = means.pop("asked") > 0
+        for name in COUNTED & means.keys():
+            self.state[name] += round(means.pop(name))
         self.grad_norm = means.pop("grad_norm")
-        if means.pop("skip"):
+        skipped = means.pop("skip")
+        # a signal on one rank stops them all after a step that can be saved
+        Run.stop = means.pop("asked") > 0 and not skipped
+        if skipped:
             self.skips += 1
             self.state["skipped"] += 1
             self.report_skip(parts)
         else:
-            # a signal on one rank stops them all after a step that can be saved
-            Run.stop = asked
             self.state["window"].append(means)
             self.skips = 0
 
@@ -1803,6 +1812,7 @@ class Meter:
     def after_step(self, done):
         """Forget the micro-batches; too many unreadable videos end the run."""
         self.parts = []
+        self.costs = Counter()
         args = self.run.args
         if self.run.due(args.log_every, done):
             self.catch_up()

@@ -314,6 +314,8 @@ class VJEPA(nn.Module):
         self.masks = partial(
             data.sample_masks, args.masks, args.seed, grid=self.encoder.grid, aspect=args.aspect,
             trim=args.trim, bucket=args.bucket)
+        if args.stills:  # masks that an image cannot have are told before the first comes
+            self.masks(0, 1, grid=(1, *self.grid[1:]))
 
     @property
     def product(self):

@@ -597,6 +597,13 @@ def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tra
     assert sorted(losses(out)) == [1, 2, 4, 5]
 
 
+def test_a_signal_before_a_skipped_step_saves_after_the_next_one(train, tmp_path):
+    """Injected: a signal in step 2, a loss that is not finite in step 3."""
+    fault = "    if step == 2: V.Run.signalled = True\n    if step == 3: out = (out[0] / 0, out[1])"
+    status, err = train("--steps", 9, "--log_every", 9, code=AT_STEP.format(fault))
+    assert status == 0 and M.newest(tmp_path / "out").name in ("step_00000005", "step_00000006"), err[-3000:]
+
+
 def test_many_skips_in_a_row_end_the_run(train, tmp_path):
     """Promise: --max_skips skipped steps in a row stop the run, naming step and files."""
     status, err = train(

@@ -1,6 +1,7 @@
 """The run: what a step needs of memory against what it holds, the choice of --micro_batch, what is said on the way."""
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,17 @@ def test_the_dry_run_warns_where_the_plan_exceeds_the_device(call, capsys):
     V.main(V.parse_args(["--dry_run", "--batch_size", "3072"]))
     plan = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert 0 < plan["micro_batch"] < 3072 and plan["bytes_per_gpu"] < 80e9
+
+
+def test_a_step_keeps_no_pixels_of_its_micro_batches():
+    """They lie on the device, and the files of a step are told when the next one is over."""
+    meter = M.Meter(M.Run(V.parse_args([str(flag) for flag in TINY])), {})
+    batch = {"video": torch.zeros(2), "path": ["a"], "bad": [], "padded": 0}
+    video = weakref.ref(batch["video"])
+    meter.add(torch.tensor(1.0), {}, batch)
+    meter.skip(0, torch.tensor(1.0))
+    del batch
+    assert video() is None
 
 
 # --- the screen -----------------------------------------------------------------------------------

@@ -102,6 +102,9 @@ def test_ema_moves_the_target_by_one_minus_m_of_the_way():
     objective.after_step(0)
     for k, v in objective.target.state_dict().items():
         torch.testing.assert_close(v - before[k], torch.full_like(v, 0.1), atol=1e-5, rtol=0)
+    # whether the step was skipped is a tensor that nothing reads: on the meta device nothing could
+    weights = [torch.zeros(2, device="meta")]
+    M.ema_update(weights, weights, 0.9, skip=torch.zeros((), device="meta"))
 
 
 @pytest.mark.parametrize(

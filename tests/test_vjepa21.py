@@ -277,8 +277,15 @@ def test_ranks_with_another_kind_each(run, mixture, tmp_path):
         status, last, err = run("train_vjepa.py", *flags, "--fsdp", "--out_dir", out, ranks=ranks)
         assert status == 0 and last["steps"] == 2, err[-2000:]
         lines = map(json.loads, (out / "log.jsonl").read_text().splitlines()[1:])
-        got.append([line["loss"] for line in lines])
+        got.append([(line["loss"], line["flops"] / 1e9) for line in lines])
+    # the FLOPs are those of both kinds, not rank 0's twice
     assert np.abs(np.array(got[0]) - got[1]).max() < 1e-5, got
+
+
+def test_masks_that_no_image_can_have_are_refused_before_the_first_comes():
+    args = V.parse_args(["--preset", "laptop", "--stills", "--masks", "causal:0.5"])
+    with pytest.raises(M.UserError, match="causal"):
+        M.construct(V.build, args)
 
 
 def test_a_mixture_trains(mixture, tmp_path):
