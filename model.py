@@ -40,7 +40,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, wraps
-from itertools import cycle, repeat
+from itertools import chain, cycle, repeat
 from pathlib import Path
 
 import numpy as np
@@ -333,12 +333,15 @@ def unpatch(x, grid, a, p):
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def touch(x, *unused):
-    """x, with gradients of 0 for what this kind of clip does not use: DDP waits for every
-    parameter."""
+def tell_kind(net, x, still, *unused):
+    """x plus the vector of images or of clips, and gradients of 0 for what this kind does not use:
+    DDP waits for every parameter."""
+    kinds = [net.video_mod_embed, net.img_mod_embed]
+    kind, other = reversed(kinds) if still else kinds
+    x = x + kind.to(x.dtype)
     if not torch.is_grad_enabled():
         return x
-    return x + 0 * sum(p.sum() for p in unused).to(x.dtype)
+    return x + 0 * sum(p.sum() for p in (other, *unused)).to(x.dtype)
 
 
 def learned(*shape, std=0.02):
@@ -377,10 +380,7 @@ def check_divides(name, value, by, divisor):
 
 def interleave(firsts, seconds):
     """The first of each list, the second of each ..., one sequence."""
-    parts = []
-    for pair in zip(firsts, seconds):
-        parts += pair
-    return torch.cat(parts, 1)
+    return torch.cat(list(chain(*zip(firsts, seconds))), 1)
 
 
 def level_ends(depth, levels):
@@ -455,16 +455,7 @@ class ViT(nn.Module):
             raise ValueError(f"there are {depth} blocks, and levels {levels}")
         if images and tubelet > 1:
             raise ValueError(f"an image encoder has tubelets of 1 frame, not {tubelet}")
-        self.width = width
-        self.heads = heads
-        self.mlp = mlp
-        self.patch = patch
-        self.tubelet = tubelet
-        self.pos = pos
-        self.rope_quirk = rope_quirk
-        self.rope_scaled = rope_scaled
-        self.images = images
-        self.levels = levels
+        vars(self).update(self.config)  # self.width ...
         self.checkpoint = checkpoint
         self.grid = (frames // tubelet, size // patch, size // patch)
         # an image encoder's frames share their positions
@@ -531,8 +522,9 @@ class ViT(nn.Module):
             raise ValueError(f"clips are (B,3,T,H,W), not {tuple(x.shape)}")
         B, _, T, H, W = x.shape
         embed = self.patch_embed
-        if T == 1 and self.patch_embed_img is not None:
-            embed = self.patch_embed_img
+        idle = self.patch_embed_img
+        if T == 1 and idle is not None:
+            embed, idle = idle, embed
         a, p, _ = embed.proj.kernel_size
         if T % a or H % p or W % p:
             raise ValueError(f"clip of {T} frames, {H}x{W} px does not divide into tubelets of {a} "
@@ -542,13 +534,8 @@ class ViT(nn.Module):
         lengths = [math.prod(grid)] if keeps is None else [k.shape[1] for k in keeps]
 
         x = embed(x, ids)                                               # (B, n, D)
-        if self.patch_embed_img is not None:
-            kind = self.video_mod_embed
-            unused = [self.img_mod_embed, *self.patch_embed_img.parameters()]
-            if T == 1:
-                kind = self.img_mod_embed
-                unused = [self.video_mod_embed, *self.patch_embed.parameters()]
-            x = touch(x + kind.to(x.dtype), *unused)
+        if idle is not None:
+            x = tell_kind(self, x, T == 1, *idle.parameters())
         if fill is not None:
             hidden, values = fill
             x = torch.where(hidden[..., None], values.to(x.dtype), x)
@@ -652,15 +639,14 @@ class MotionEncoder(ViT):
 
     def __init__(self, *, condition="xattn", cls_condition=True, **shape):
         super().__init__(**shape, images=True, cls=True, tubelet=1)
-        c = self.config
         self.cls_condition = cls_condition
         self.condition = condition
         self.blocks = nn.ModuleList([
-            MotionBlock(self.width, self.heads, self.mlp, condition, c["act"], c["eps"])
+            MotionBlock(self.width, self.heads, self.mlp, condition, self.act, self.eps)
             for _ in self.blocks
         ])
         self.proj = nn.Linear(self.width, self.width)
-        init_weights(self, self.blocks, c["init_std"])
+        init_weights(self, self.blocks, self.init_std)
         nn.init.zeros_(self.proj.weight)
         if condition == "adaln_zero":
             for block in self.blocks:
@@ -752,9 +738,7 @@ class Predictor(nn.Module):
         x = interleave(x.split(K, 1), tokens)                           # (B, n, Dp)
         ids = interleave(keep, pred)                                    # (B, n)
         if self.img_mod_embed is not None:
-            kinds = (self.img_mod_embed, self.video_mod_embed)
-            kind, other = kinds if grid[0] == 1 else kinds[::-1]
-            x = touch(x + kind.to(x.dtype), other)
+            x = tell_kind(self, x, grid[0] == 1)
         rope = None
         if self.pos == "sincos":
             x = x + settle(sincos_table(self.width, grid, x.device)[ids], x)
@@ -763,16 +747,18 @@ class Predictor(nn.Module):
                 ids, self.width // self.heads, grid, self.rope_quirk, x, self.rope_scaled)
         lengths = [k + m for k, m in zip(K, M)]
         x = run_blocks(x, self.predictor_blocks, rope, lengths, self.checkpoint)
-        groups = x.split(lengths, 1)
-        hidden = torch.cat([group[:, k:] for group, k in zip(groups, K)], 1)
-        zhat = self.predictor_proj(self.predictor_norm(hidden)).split(M, 1)
+        parts = x.split(list(chain(*zip(K, M))), 1)
+
+        def read(proj, parts):
+            x = proj(self.predictor_norm(torch.cat(parts, 1)))
+            return list(x.split([part.shape[1] for part in parts], 1))
+
+        zhat = read(self.predictor_proj, parts[1::2])
         if not context:
-            return list(zhat)
+            return zhat
         if self.predictor_proj_context is None:
-            return list(zhat), []
-        seen = torch.cat([group[:, :k] for group, k in zip(groups, K)], 1)
-        seen = self.predictor_proj_context(self.predictor_norm(seen)).split(K, 1)
-        return list(zhat), list(seen)
+            return zhat, []
+        return zhat, read(self.predictor_proj_context, parts[::2])
 
     def flops(self, *groups):
         """Forward FLOPs of one clip for groups of (K, M) context and predicted tokens."""
@@ -798,9 +784,8 @@ class LatentGridDecoder(nn.Module):
     def __init__(self, *, width, frames, size, patch=(2, 16), init_std=0.02):
         super().__init__()
         a, p = patch
-        if frames % a or size % p:
-            raise ValueError(f"not divisible: frames {frames} or size {size} by the output patch "
-                             f"{a}x{p}x{p}")
+        check_divides("frames", frames, "output patch", a)
+        check_divides("size", size, "output patch", p)
         self.patch = (a, p)
         self.grid = (frames // a, size // p, size // p)
         n = math.prod(self.grid)
@@ -1200,12 +1185,11 @@ class Run:
 
     def before(self):
         """The clips of a forward pass of the run that is resumed, or None."""
-        file = self.out / "config.json"
-        if not self.args.resume or not file.exists() or not (self.out / "latest").exists():
+        if not self.args.resume or not (self.out / "latest").exists():
             return None
         try:
-            head = json.loads(file.read_text())
-        except ValueError:  # open() says so
+            head = json.loads((self.out / "config.json").read_text())
+        except (OSError, ValueError):  # open() says so
             return None
         return head["config"].get("micro_batch") if head.get("ranks") == self.ranks else None
 
@@ -1213,14 +1197,14 @@ class Run:
         """The objective on its device -> what is called, trained and saved: compiled, sharded or
         one of several equal ones, as the flags say."""
         args = self.args
-        whole = self.ranks == 1 or not args.fsdp
-        if whole:  # else block by block: all of it might not fit
+        sharded = args.fsdp and self.ranks > 1
+        if not sharded:  # else block by block: all of it might not fit
             objective.to(self.device)
             if self.device.type == "cuda" and not args.micro_batch:
                 self.try_out(objective)
         if args.compile:
             compile_blocks(objective)
-        if whole:
+        if not sharded:
             return DDP(objective, gradient_as_bucket_view=True) if self.ranks > 1 else objective
         mesh = None
         if args.shard_ranks:
@@ -1516,7 +1500,8 @@ class Run:
         if differ:
             raise UserError(f"--init {folder}: that run had other flags: {', '.join(differ[:3])}")
         read_checkpoint({"model": state}, found)  # into the objective's own tensors
-        check_finite(state, f"--init {folder}")
+        if bad := not_finite(state):
+            raise UserError(f"--init {folder}: not finite {', '.join(bad[:3])}")
 
     def carry_optimizer(self, net, optimizer):
         """--init_optimizer, after continue_from: the moments of --init's run too. A fresh Adam's
@@ -1534,15 +1519,12 @@ class Run:
 
     def export(self, objective, step, **notes):
         """encoder.safetensors, for probes and for sharing; all ranks take part."""
-        state = dict(objective.product.state_dict())
-        for name, value in state.items():
-            if hasattr(value, "full_tensor"):  # FSDP2
-                state[name] = value.full_tensor()
+        product = objective.product
+        state = {name: whole(value) for name, value in product.state_dict().items()}
         if self.rank == 0:
             args = self.args
-            said = {"model": args.model, **IMAGENET, **notes}
-            said |= {"stride": args.stride, "fps": args.fps, "step": step}
-            config = objective.product.config | said
+            config = product.config | {"model": args.model, **IMAGENET, **notes}
+            config |= {"stride": args.stride, "fps": args.fps, "step": step}
             save_encoder(self.out / "encoder.safetensors", state, config)
         self.broadcast(None)  # whoever reads it next, on any rank, finds it
 
@@ -1777,14 +1759,9 @@ class Meter:
     def report_skip(self, parts):
         """Log the files of a step that was skipped; too many in a row end the run."""
         step = self.step
-        suspects = []
-        for numbers, batch in parts:
-            if not math.isfinite(numbers["loss"]):
-                suspects += batch["path"]
-        if not suspects:
-            for _, batch in parts:
-                suspects += batch["path"]
-        paths = sorted(set(sum(self.run.gather(suspects), [])))
+        suspects = [part for part in parts if not math.isfinite(part[0]["loss"])] or parts
+        files = set(chain(*[batch["path"] for _, batch in suspects]))
+        paths = sorted(set().union(*self.run.gather(files)))
         reason = "loss or gradient is not finite"
         self.run.log({"step": step, "skipped": reason, "files": paths[:100]})
         if self.skips >= self.run.args.max_skips:
@@ -1898,8 +1875,12 @@ def sync_gradients(net, on):
 
 def clip_gradients(module, most):
     """-> the gradient's norm before clipping, on the device. most: 0 clips nothing."""
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), most or math.inf)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
+    return whole(torch.nn.utils.clip_grad_norm_(module.parameters(), most or math.inf))
+
+
+def whole(tensor):
+    """Of all shards (FSDP2)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def mfu(flops_per_s, device):
@@ -2086,17 +2067,17 @@ class Plan:
         if shards is None:
             shards = (args.shard_ranks or self.run.ranks) if args.fsdp else 1
         size = 2 if self.run.half else 4
-        whole = (4 - size) * self.trained  # autocast's copies
+        copies = (4 - size) * self.trained  # autocast's
         if shards > 1:
             # the block at work and the next one, the gradients of one, also as they are reduced,
             # in float32; and the parameters outside blocks
-            whole = size * (2 * self.block + self.rest) + (4 + size) * max(self.block, self.rest)
+            copies = size * (2 * self.block + self.rest) + (4 + size) * max(self.block, self.rest)
         lean = args.checkpoint if checkpoint is None else checkpoint
         return {
             "weights": 4 * (self.trained + self.frozen) // shards,
             "gradients": 4 * self.trained // shards,
             "optimizer": 8 * self.trained // shards,
-            "whole": whole,
+            "whole": copies,
             "activations": int(clips * (self.lean if lean else self.kept)) + self.extra,
             "clips": 6 * clips * self.clip_bytes,
         }
@@ -2224,12 +2205,16 @@ def save_rows(path, rows):
     data.save_png(path, image.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
 
 
+def colour_frames(x):
+    """A normalised clip (3,T,H,W) -> RGB in [0,1], (T,H,W,3)."""
+    x = x.permute(1, 2, 3, 0).float().cpu()
+    return x * torch.tensor(IMAGENET["std"]) + torch.tensor(IMAGENET["mean"])
+
+
 def mask_rows(x, keep, tokens, grid):
     """One clip x (3,T,H,W), a frame a slice: the clip, what each mask leaves of it, keep [(K,)],
     and the first three principal components of its tokens (N,D)."""
-    mean = torch.tensor(IMAGENET["mean"])
-    std = torch.tensor(IMAGENET["std"])
-    clip = x.permute(1, 2, 3, 0).float().cpu() * std + mean  # (T,H,W,3)
+    clip = colour_frames(x)
     clip = clip[:: len(clip) // grid[0]]  # (t,H,W,3)
     size = clip.shape[1]
     rows = [clip]
@@ -2515,33 +2500,26 @@ def apply_override(config, override, *needed):
     return config
 
 
-def check_finite(state, what):
-    bad = [name for name, value in state.items() if not value.isfinite().all()]
-    if bad:
-        raise UserError(f"{what}: not finite {', '.join(bad[:3])}")
+def not_finite(state):
+    return [name for name, value in state.items() if not value.isfinite().all()]
 
 
 def fill(module, state):
     """Load state into module (on the meta device) strictly, as float32 copies."""
-    wanted = module.state_dict()
-    misshaped = []
-    for name, value in wanted.items():
-        if name in state and state[name].shape != value.shape:
-            ours = tuple(value.shape)
-            misshaped.append(f"{name} {tuple(state[name].shape)} instead of {ours}")
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in state.items()}
     faults = {
-        "missing": [name for name in wanted if name not in state],
-        "unexpected": [name for name in state if name not in wanted],
-        "wrong shape": misshaped,
+        "missing": [name for name in ours if name not in theirs],
+        "unexpected": [name for name in theirs if name not in ours],
+        "wrong shape": [f"{name} {theirs[name]} instead of {shape}" for name, shape in ours.items()
+                        if theirs.get(name, shape) != shape],
+        "not finite": not_finite(state),
     }
     complaints = []
     for fault, names in faults.items():
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             complaints.append(f"{fault} {names[0]}{more}")
-    bad = [name for name, value in state.items() if not value.isfinite().all()]
-    if bad and not complaints:
-        complaints = [f"not finite {bad[0]}"]
     if complaints:
         raise ValueError("; ".join(complaints))
     state = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
@@ -2949,14 +2927,12 @@ def run_part(folder, part):
     """The state of one module of the objective, from a run's newest whole checkpoint; {} if it has
     none of this name."""
     found = newest(folder)
-    there = CheckpointReader(found).read_metadata().state_dict_metadata
-    prefix = f"model.{part}."
     state = {}
-    for name, value in there.items():
-        if name.startswith(prefix):
-            state[name.removeprefix("model.")] = torch.empty(value.size)
-    read_checkpoint({"model": state}, found)
-    return {name.removeprefix(f"{part}."): value for name, value in state.items()}
+    for name, value in CheckpointReader(found).read_metadata().state_dict_metadata.items():
+        if name.startswith(f"model.{part}."):
+            state[name.removeprefix(f"model.{part}.")] = torch.empty(value.size)
+    read_checkpoint({"model": {part: state}}, found)
+    return state
 
 
 def hf_kind(config):

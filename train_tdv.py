@@ -193,9 +193,10 @@ import torch.nn.functional as F
 
 import data
 from model import IMAGENET, SIZES, Meter, MotionEncoder, Run, UserError, ViT, budgeted
-from model import clip_gradients, colours, construct, cosine, dry_run, ema_update, enlarge, exact
-from model import health, init_weights, launch, linear_probe, load_start, param_groups
-from model import probe_lists, rotate, save_rows, set_rates, sync_gradients, to_unit, warmup_decay
+from model import clip_gradients, colour_frames, colours, construct, cosine, dry_run, ema_update
+from model import enlarge, exact, health, init_weights, launch, linear_probe, load_start
+from model import param_groups, probe_lists, rotate, save_rows, set_rates, sync_gradients, to_unit
+from model import warmup_decay
 
 # rows of the centres
 CLS = 0
@@ -784,9 +785,7 @@ def picture(path, x, teacher, attention, moved):
     frames, size = x.shape[1:3]
     side = math.isqrt(teacher.shape[1])
     grid = (frames, side, side)
-    mean = torch.tensor(IMAGENET["mean"])
-    std = torch.tensor(IMAGENET["std"])
-    rows = [x.permute(1, 2, 3, 0).float().cpu() * std + mean]  # (T,H,W,3)
+    rows = [colour_frames(x)]  # (T,H,W,3)
     rows.append(enlarge(colours(teacher.flatten(0, 1)), grid, size))
     rows.append(enlarge(shades(attention.float().mean(1)), grid, size))
     if moved is not None:
