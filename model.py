@@ -333,6 +333,12 @@ def unpatch(x, grid, a, p):
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
+def add_kinds(net, stills):
+    """Vectors of images and of clips (V-JEPA 2.1)."""
+    for name in ("img_mod_embed", "video_mod_embed"):
+        setattr(net, name, learned(1, 1, net.width, std=1e-6) if stills else None)
+
+
 def tell_kind(net, x, still, *unused):
     """x plus the vector of images or of clips, and gradients of 0 for what this kind does not use:
     DDP waits for every parameter."""
@@ -468,8 +474,7 @@ class ViT(nn.Module):
         self.level_norms = nn.ModuleList([LayerNorm(width, eps=eps) for _ in range(levels - 1)])
         self.patch_embed_img = PatchEmbed(width, patch, 1, highpass) if stills else None
         init_weights(self, self.blocks, init_std)
-        self.img_mod_embed = learned(1, 1, width, std=1e-6) if stills else None
-        self.video_mod_embed = learned(1, 1, width, std=1e-6) if stills else None
+        add_kinds(self, stills)
         self.cls_token = learned(1, 1, width) if cls else None
         n = math.prod(self.table_grid)
         self.pos_embed = learned(1, n, width) if pos == "learned" else None
@@ -715,8 +720,7 @@ class Predictor(nn.Module):
         self.predictor_proj = nn.Linear(width, out_width)
         self.predictor_proj_context = nn.Linear(width, out_width) if context else None
         init_weights(self, blocks, init_std)
-        self.img_mod_embed = learned(1, 1, width, std=1e-6) if stills else None
-        self.video_mod_embed = learned(1, 1, width, std=1e-6) if stills else None
+        add_kinds(self, stills)
 
     def forward(self, z, keep, pred, grid=None, context=False):
         """z list of (B,K_i,in_width), keep list of (B,K_i), pred list of (B,M_i) -> list of
@@ -1019,10 +1023,10 @@ def check_ranges(args):
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, (int, float)):
                 continue
-            bad = not 0 <= number < math.inf and not (name == "workers" and number == -1)
+            least = -1 if name == "workers" else 0
+            most = 1 if name in SHARES else sys.float_info.max
+            bad = not least <= number <= most or (name == "betas" and number == 1)
             bad = bad or (name in POSITIVE and number == 0)
-            bad = bad or (name in SHARES and number > 1)
-            bad = bad or (name == "betas" and number == 1)
             if bad:
                 raise UserError(f"--{name} {number}: {need} is needed")
     if args.model not in SIZES:
@@ -2474,9 +2478,7 @@ def load_predictor(path, **override):
             config["predictor_heads"] = said.get("pred_heads") or config["heads"]
         if not state:
             raise ValueError("holds no predictor")
-        for name in ("frames", "size"):
-            if name in override:
-                config[name] = override.pop(name)
+        config |= {name: override.pop(name) for name in ("frames", "size") if name in override}
         config = apply_override(predictor_shapes_config(state, config), override)
         with torch.device("meta"):
             predictor = Predictor(**config)
@@ -2726,15 +2728,14 @@ def predictor_shapes_config(state, config):
         state, f"predictor_embed.{'0.' if hidden else ''}weight", "predictor_proj.weight",
         "predictor_blocks.0.mlp.fc1.weight", "predictor_norm.weight")
     side = config["size"] // config["patch"]
+    shared = ("pos", "rope_quirk", "rope_scaled", "eps")
     return dict(
         in_width=embed.shape[-1], out_width=len(proj), width=len(norm), hidden=hidden,
         context="predictor_proj_context.weight" in state, stills="img_mod_embed" in state,
         depth=depth_of(state, "predictor_blocks"), mlp=len(fc1), heads=config["predictor_heads"],
         grid=[config["frames"] // config["tubelet"], side, side],
-        pos=config["pos"], rope_quirk=config.get("rope_quirk", False),
-        rope_scaled=config.get("rope_scaled", 0),
         mask_tokens=sum(name.startswith("mask_tokens.") for name in state),
-        eps=config.get("eps", 1e-6),
+        **{name: config[name] for name in shared if name in config},
     )
 
 
@@ -2952,16 +2953,11 @@ def hf_state(kind, encoder, predictor):
     """Their names and tensors: q, k and v apart, CLS's position 0, layer scales of 1."""
     ours = {}
     for name, value in (encoder.state_dict() | predictor).items():
-        if name.startswith(("level_norms.", "mask_tokens.")):
-            continue
-        parts = [(name, value)]
         if ".qkv." in name:
-            parts = zip([name.replace("qkv", part) for part in ("query", "key", "value")],
-                        value.chunk(3))
-        for part, tensor in parts:
-            # a key's bias adds the same to a token's scores for all others: softmax ignores it
-            if kind != "videomae" or not part.endswith(".key.bias"):
-                ours[part] = tensor
+            for part, rows in zip(("query", "key", "value"), value.chunk(3)):
+                ours[name.replace("qkv", part)] = rows
+        elif not name.startswith(("level_norms.", "mask_tokens.")):
+            ours[name] = value
     if predictor:
         tokens = [value for name, value in predictor.items() if name.startswith("mask_tokens.")]
         ours["mask_tokens"] = torch.stack(tokens)
@@ -2970,9 +2966,13 @@ def hf_state(kind, encoder, predictor):
     if kind == "dinov2":
         ours["pos_embed"] = F.pad(ours["pos_embed"], (0, 0, 1, 0))
         ours["mask_token"] = torch.zeros(1, encoder.width)
-        for i in range(len(encoder.blocks)):
+    for i in range(encoder.depth):
+        if kind == "dinov2":
             for scale in (1, 2):
                 ours[f"blocks.{i}.ls{scale}.gamma"] = torch.ones(encoder.width)
+        elif kind == "videomae":
+            # it adds the same to a token's scores for all others: softmax ignores it
+            del ours[f"blocks.{i}.attn.key.bias"]
     state = {}
     for name, value in ours.items():
         for here, there in HF[kind][1].items():
@@ -2999,11 +2999,13 @@ def save_hf(folder, encoder, predictor=None, about={}):
     hf |= {theirs: config[ours] for ours, theirs in entries.items()}
     if config["act"] == "gelu_tanh":
         hf["hidden_act"] = "gelu_pytorch_tanh"
-    state = {}
+    state = predictor.state_dict() if predictor is not None and kind == "vjepa2" else {}
+    if {"predictor_embed.0.weight", "predictor_proj_context.weight"} & state.keys():
+        say(f"note: without a predictor: {model_class}'s has one level, and none for the context")
+        state = {}
     if kind == "vjepa2":
         hf["pred_num_hidden_layers"] = 0
-        if predictor is not None:
-            state = predictor.state_dict()
+        if state:
             hf |= {"pred_hidden_size": predictor.width, "pred_num_attention_heads": predictor.heads,
                    "pred_num_hidden_layers": len(predictor.predictor_blocks),
                    "pred_mlp_ratio": ratio(predictor.mlp, predictor.width),

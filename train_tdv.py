@@ -351,8 +351,8 @@ class TDV(nn.Module):
             total = sum(sums)  # (K+1,): logits, and how many tokens' they are
             if dist.is_initialized():
                 dist.all_reduce(total)
-            stays = (total[-1] == 0) | (torch.as_tensor(skip, device=total.device) > 0)
-            centre.copy_(torch.where(stays, centre, centre.lerp(total[:-1] / total[-1], 0.1)))
+            stays = (total[-1] == 0) | (skip > 0)
+            centre.lerp_(torch.where(stays, centre, total[:-1] / total[-1]), 0.1)
 
     def schedules(self, step):
         """Functions of the step alone."""

@@ -248,6 +248,17 @@ OUT = {
 }
 
 
+@pytest.mark.parametrize("more", [dict(in_width=128, hidden=64), dict(in_width=64, context=True)])
+def test_a_predictor_that_transformers_does_not_have_is_left_out(more, tmp_path, capsys):
+    """V-JEPA 2.1's, of several levels or of the context too: its tensors under their names would be spare or wrong."""
+    encoder = M.ViT(**{**TINY, **OUT["VJEPA2Model"]})
+    predictor = M.Predictor(**more, out_width=64, width=48, depth=1, heads=4, grid=encoder.grid, rope_quirk=True)
+    encoder.save_hf(tmp_path, predictor)
+    assert "without a predictor" in capsys.readouterr().err
+    assert not [name for name in M.read_safetensors(tmp_path / "model.safetensors")[0] if "predictor" in name]
+    assert json.loads((tmp_path / "config.json").read_text())["pred_num_hidden_layers"] == 0
+
+
 @pytest.mark.parametrize("kind", OUT)
 def test_transformers_loads_what_we_save(kind, tmp_path):
     """save_hf: AutoModel takes the folder without a missing or a spare key and gives our features (2e-5), and so does
