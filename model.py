@@ -354,6 +354,11 @@ def learned(*shape, std=0.02):
     return nn.Parameter(std * torch.randn(*shape))
 
 
+def each_frame(x):
+    """(B,3,T,H,W) -> (B*T,3,1,H,W): each frame a clip."""
+    return x.transpose(1, 2).flatten(0, 1)[:, :, None]
+
+
 class PatchEmbed(nn.Module):
     """Tubelet embedding. The weight has Conv3d's shape and name, but only the kept patches are
     multiplied. highpass: see ViT."""
@@ -493,8 +498,7 @@ class ViT(nn.Module):
             if keep is not None or fill is not None:
                 raise ValueError("an image encoder sees whole frames: no keep, and fill for clips "
                                  "of one frame only")
-            frames = x.transpose(1, 2).flatten(0, 1)[:, :, None]        # (B*T, 3, 1, H, W)
-            z = self(frames, blocks=blocks).unflatten(0, (len(x), -1))  # (B, T, 1+h*w, D)
+            z = self(each_frame(x), blocks=blocks).unflatten(0, (len(x), -1))  # (B, T, 1+h*w, D)
             if self.cls_token is None:
                 return z.flatten(1, 2)
             return torch.cat([z[:, :, 0], z[:, :, 1:].flatten(1, 2)], 1)
@@ -1179,7 +1183,6 @@ class Run:
                                 "depends on the clips of a forward pass")
             fitting = [n for n in sizes if self.plan.fits(n)]
             self.micro = min(self.gather(fitting[0] if fitting else sizes[-1]))
-        self.plan.tell()
         need = self.plan.shared(self.micro) * self.neighbours
         if need > shared_memory() and not self.args.dry_run:
             raise UserError(
@@ -1313,6 +1316,7 @@ class Run:
                  f"{plan.frozen / 1e6:.4g}M frozen; {videos:,} videos of {' '.join(args.data)}")
         if args.dtype == "bf16" and not self.half:
             self.say("in fp32: this CPU has no bf16, which would take a hundred times as long")
+        plan.tell()
         passes = self.per_rank // self.micro
         self.say(f"{args.steps:,} steps of {args.batch_size:,} clips: {self.ranks} rank(s) x "
                  f"{passes} x --micro_batch {self.micro}; {plan.flops:.3g} FLOPs a step, "
@@ -2125,6 +2129,7 @@ def dry_run(run, objective, total=None, **more):
     those of a step times --steps."""
     args = run.args
     plan = run.plan
+    plan.tell()
     total = plan.flops * args.steps if total is None else total
     memory = plan.total(run.micro)
     if run.rank == 0:
@@ -3047,16 +3052,16 @@ def save_meta(path, encoder, predictor=None):
     if config["pos"] == "rope" and config["levels"] == 1 and not config["rope_quirk"]:
         raise ValueError("V-JEPA 2 has tiled rope frequencies: --rope_quirk in training")
     last = "norm." if config["levels"] == 1 else "norms_block.3."
-    file = {}
-    for part, module in (("target_encoder", encoder), ("predictor", predictor)):
-        state = {}
-        if module is not None and config["pos"] == "sincos":
+    file = {"target_encoder": {}, "predictor": {}}
+    for state, module in zip(file.values(), (encoder, predictor)):
+        if module is None:
+            continue
+        if config["pos"] == "sincos":
             name = "pos_embed" if module is encoder else "predictor_pos_embed"
             state[name] = sincos_table(module.width, encoder.grid)[None]
-        for name, value in () if module is None else module.state_dict().items():
+        for name, value in module.state_dict().items():
             name = re.sub(r"^norm\.", last, name.replace("level_norms", "norms_block"))
             state[name] = value.cpu()
-        file[part] = state
     file["encoder"] = file["target_encoder"]
     temp = Path(f"{path}.tmp")
     torch.save(file, temp)

@@ -194,7 +194,7 @@ import torch.nn.functional as F
 import data
 from model import IMAGENET, SIZES, Meter, MotionEncoder, Run, UserError, ViT, budgeted
 from model import clip_gradients, colour_frames, colours, construct, cosine, dry_run, ema_update
-from model import enlarge, exact, health, init_weights, launch, linear_probe, load_start
+from model import each_frame, enlarge, exact, health, init_weights, launch, linear_probe, load_start
 from model import param_groups, probe_lists, rotate, save_rows, set_rates, sync_gradients, to_unit
 from model import warmup_decay
 
@@ -377,7 +377,7 @@ class TDV(nn.Module):
 
         # a hook, as FSDP gathers a block's weights in its own forward only
         with self.target.blocks[-1].attn.register_forward_hook(record):
-            self.target(images(x))
+            self.target(each_frame(x))
         q, k = seen[0].unbind(2)  # (B*T,1+n,heads,head_dim)
         scores = torch.einsum("fhd,fnhd->fhn", q[:, 0].float(), k.float())
         return (scores * q.shape[-1] ** -0.5).softmax(-1)[:, :, 1:]
@@ -437,14 +437,9 @@ class TDV(nn.Module):
         return 2 * tokens * weights
 
 
-def images(x):
-    """(B,3,T,H,W) -> (B*T,3,1,H,W): each frame a clip."""
-    return x.transpose(1, 2).flatten(0, 1)[:, :, None]
-
-
 def pairs(x):
     """(B,3,T,H,W) -> each frame, and the next one: (F,3,1,H,W), F = B*(T-1)."""
-    return images(x[:, :, :-1]), images(x[:, :, 1:])
+    return each_frame(x[:, :, :-1]), each_frame(x[:, :, 1:])
 
 
 def mean_square(error, weight):
@@ -577,7 +572,7 @@ class Views(TDV):
         a = self.args
         mean = x.new_tensor(IMAGENET["mean"]).view(3, 1, 1)
         std = x.new_tensor(IMAGENET["std"]).view(3, 1, 1)
-        image = images(x)[:, :, 0] * std + mean  # (F,3,H,W) in [0,1]
+        image = each_frame(x)[:, :, 0] * std + mean  # (F,3,H,W) in [0,1]
         u = view_numbers(a.seed, index, x.shape[2], 2 + a.local_crops)
         u = u.flatten(0, 1).unbind(1)  # a view: (F,16)
         # of the two global views: shares that are blurred and solarised (DINO)
