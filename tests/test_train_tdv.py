@@ -207,12 +207,21 @@ class Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+@pytest.fixture
+def stubs(monkeypatch):
+    """For one test alone: whoever looks for torchvision later would find it."""
+    monkeypatch.setattr(sys, "meta_path", [Stub(), *sys.meta_path])
+    yield
+    for name, module in list(sys.modules.items()):
+        if isinstance(getattr(getattr(module, "__spec__", None), "loader", None), Stub):
+            del sys.modules[name]
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_head_loss_and_centre_equal_lightlys(monkeypatch):
+def test_head_loss_and_centre_equal_lightlys(stubs):
     """DINO's head, its loss over pairs of views, its centre after two steps, and iBOT's loss of masked patches,
     against `lightly`: 1e-5."""
     pytest.importorskip("lightly", reason="pip install --no-deps lightly")
-    monkeypatch.setattr(sys, "meta_path", [Stub(), *sys.meta_path])
     from lightly.loss.dino_loss import DINOLoss
     from lightly.loss.ibot_loss import IBOTPatchLoss
     from lightly.models.modules.heads import DINOProjectionHead
