@@ -1692,7 +1692,7 @@ def ahead(batches, device):
     batch = fetch()
     while batch:
         torch.cuda.current_stream().wait_stream(stream)
-        for tensor in tree_leaves([batch["video"], batch["flip"], batch.get("masks")]):
+        for tensor in tree_leaves([batch["video"], batch["flip"], batch.get("masks", [])]):
             tensor.record_stream(torch.cuda.current_stream())
         ready = batch
         batch = fetch()
