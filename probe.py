@@ -37,6 +37,7 @@ big as a small encoder: without a GPU give it one --grid_lr and one --grid_wd.
 A new task is one class, below Task.
 """
 import argparse
+import contextlib
 import copy
 import csv
 import functools
@@ -132,7 +133,8 @@ class Args:
     batch_size: int = 0
     seed: int = 0  # random weights, held-out videos, order, initial heads
     # tasks of space and time (4DS, appendix A), and all
-    # 0: 40,000, fine-tuning 20,000, on the world 600; the first tenth, at most 1000, warms up
+    # 0: 40,000, fine-tuning 20,000, on the world 600; the first tenth, at most 1000, warms up (of
+    # fine-tuning 15 %, at most 3000)
     steps: int = 0
     # of the readout; 0: the paper's (768 to 1024), on the world 128 and for convolutions 64
     width: int = 0
@@ -1064,9 +1066,9 @@ class Features:
         file = open_file(self.file(row, turn))
         ok = file.get_tensor("ok")
         i = int(row % self.each)
-        if not ok[i]:
-            return None
         names = [*self.names, *self.keys] if encode else self.names
+        if names and not ok[i]:
+            return None
         place = int(ok[:i].sum())
         return {name: file.get_slice(name)[place] for name in names}
 
@@ -1178,8 +1180,10 @@ class Task:
         """Batch size, steps and warm-up: 4DS's (A.2)."""
         few = 20_000 if self.args.finetune else 40_000
         steps = self.args.steps or (600 if self.args.data else few)
-        most = 3000 if self.args.finetune else 1000
-        return self.args.batch_size or 32, steps, min(most, steps // 10)
+        warmup = min(1000, steps // 10)
+        if self.args.finetune:
+            warmup = min(3000, steps * 3 // 20)
+        return self.args.batch_size or 32, steps, warmup
 
     def output(self, net, x, y):
         """ask, in the units of the labels."""
@@ -1836,6 +1840,7 @@ def fit(task, train, rows, pairs):
     args = task.args
     if args.finetune and len(pairs) > 1:
         return [fit(task, train, rows, [pair])[0] for pair in pairs]
+    train.tuned = None  # what the pair before has trained
     start = pooled_features(train, rows) if train.pooled else ()
     tried = []
     groups = []
@@ -1978,7 +1983,8 @@ class Stack:
     def hand_out(self):
         """The gradients, to each head its own."""
         for name, value in self.params.items() if len(self.heads) > 1 else ():
-            for head, own in zip(self.heads, value.grad):
+            # none where no clip of the batch could be read
+            for head, own in zip(self.heads, () if value.grad is None else value.grad):
                 head.get_parameter(name).grad = own
             value.grad = None
 
@@ -2080,22 +2086,31 @@ def reader(task, features, head):
 
 
 def whole_clip(task, features, row):
-    """A clip that is not cut, {key: (T,H,W,3)}, and its labels in its own pixels."""
+    """A clip that is not cut, {key: (T,H,W,3)}, its labels, and the height and width of its centre
+    crop, all in its own pixels, which may not be square."""
     source = features.source
     clip = features.clip
+    names = features.names + features.keys[1:]
     if source.split:
-        world = data.World(source.split, frames=clip.frames, size=task.args.world_size)
-        made = world.render([row], features.names + features.keys[1:])
+        high = wide = task.args.world_size
+        made = data.World(source.split, frames=clip.frames, size=high).render([row], names)
+        box = data.view_box(high, wide, 0, 1)
     else:
         path = source.paths[row]
         video = data.open_frames(path)
-        ids = data.frame_positions(video.frames, clip)
-        frames, _ = video.by_number(ids)
+        if isinstance(video, data.Pictures) and video.frames == 1:
+            clip = replace(clip, short="repeat")
+        frames = None
+        while frames is None:
+            with contextlib.suppress(data.Recount):
+                ids = data.frame_positions(video.frames, clip)
+                frames, _ = video.by_number(ids)
         _, high, wide, _ = frames.shape
+        ((box,),) = data.stored_boxes(video, (high, wide), clip, [None])
         cut = data.Cut(ids, (0, 0, high, wide), (video.frames, high, wide), False)
-        made = read_labels(path, features.names + features.keys[1:], cut, (wide, high))
+        made = read_labels(path, names, cut, (wide, high))
         made = {name: value[None] for name, value in (made | {"video": frames}).items()}
-    return {key: made.pop(key)[0] for key in features.keys}, made
+    return {key: made.pop(key)[0] for key in features.keys}, made, box[2:]
 
 
 def starts(length, side):
@@ -2114,24 +2129,28 @@ def evaluate_whole(task, features, rows, head, constant):
     scored = [], []
     for row in rows:
         try:
-            clips, labels = whole_clip(task, features, row)
+            clips, labels, crop = whole_clip(task, features, row)
         except data.DAMAGE as error:
             features.note([(features.source.paths[row], data.reason(error))])
             continue
         y = task.labels({name: value.to(features.device) for name, value in labels.items()})
         y = {"y": y["y"].flatten(0, -4 if task.channels > 1 else -3)}   # (n, H, W, ...)
         high, wide = clips["video"].shape[1:3]
-        side = min(task.args.tile or data.view_box(high, wide, 0, 1)[2], high, wide)
-        scale = side / size if task.pixels else 1.0
+        share = min((task.args.tile or crop[0]) / crop[0], high / crop[0], wide / crop[1])
+        h, w = [round(share * side) for side in crop]
+        scale = torch.ones(1)
+        if task.pixels:
+            scale = torch.tensor([w / size, h / size])[: task.channels]
+        scale = scale.to(features.device)
         total = 0
-        for top, left in itertools.product(starts(high, side), starts(wide, side)):
+        for top, left in itertools.product(starts(high, h), starts(wide, w)):
             x = {}
             for key, clip in clips.items():
-                cut = data.crop_resize(clip, (top, left, side, side), size)
+                cut = data.crop_resize(clip, (top, left, h, w), size)
                 x[key] = features.wanted(features.encode(cut[None], still))
-            p = resize(task.planes(answer(x, {})), (side, side))        # (n, C, side, side)
-            p = torch.cat([scale * p, torch.ones_like(p[:, :1])], 1)
-            total = total + F.pad(p, (left, wide - left - side, top, high - top - side))
+            p = resize(task.planes(answer(x, {})), (h, w))              # (n, C, h, w)
+            p = torch.cat([scale[:, None, None] * p, torch.ones_like(p[:, :1])], 1)
+            total = total + F.pad(p, (left, wide - left - w, top, high - top - h))
         p = (total[:, :-1] / total[:, -1:]).movedim(1, -1)
         fixed = constant(y)
         if fixed.dim() < p.dim():
@@ -2425,7 +2444,11 @@ def probe(args, device, opened=None):
     file = Path(args.out_dir) / (f"head_{args.task}.safetensors" if opened else "head.safetensors")
     save_head(file, task, val, best)
     tiles = task.dense and not args.crop and (args.world_size or not args.data)
-    (scored,), first = evaluate_heads(task, val, rows[:3] if tiles else rows, [best])
+    shown = rows
+    if tiles:  # crops are for the picture only
+        names = names_of(val.source)
+        shown = np.array([row for row in rows if names[row] not in val.bad][:3])
+    (scored,), first = evaluate_heads(task, val, shown, [best])
     if tiles:
         scored, base = evaluate_whole(task, val, rows, best.head, constant)
         base = task.total(base)
@@ -2464,8 +2487,7 @@ def probe(args, device, opened=None):
 def by_class(scored, classes):
     confusion = confusion_of(scored, classes)
     share = confusion.diagonal() / confusion.sum(1)
-    known = [value if math.isfinite(value) else None for value in share.tolist()]
-    return {"confusion": confusion.tolist(), "per_class": known}
+    return {"confusion": confusion.tolist(), "per_class": share.tolist()}
 
 
 def draws(args, device):
@@ -2649,7 +2671,7 @@ def predict(args, device):
     out = open_out(args, ".csv", ".npz")
     task, head, about = open_head(args.head, device)
     where = args.encoder or about["encoder"]
-    encoder, config = load(replace(args, encoder=where, seed=task.args.seed))
+    encoder, config = load(replace(task.args, encoder=where))
     if weights_hash(encoder) != about["encoder_hash"]:
         raise data.DataError(f"--encoder {where}: not the weights that {args.head} was trained on")
     source = data.parse_list(args.data)
@@ -2728,6 +2750,7 @@ def export_features(args, device):
         cut = replace(clip, segments=segments)
         features = Features(
             args, encoder, config, some, cut, device, layers, (), form, args.windows > 0)
+        features.videos = len({*names})  # all of a group's may be damaged
         features.store(folder)
         for x, _, part in features.batches(np.arange(len(some)), args.micro_batch):
             for row, z in zip(part, x["video"][:, 0].cpu() if len(part) else ()):
@@ -2736,6 +2759,8 @@ def export_features(args, device):
                 windows += range(len(z))
                 paths += [names[rows[row]]] * len(z)
         bad |= features.bad
+    if not vectors:
+        raise data.DataError(f"{source.name}: no video can be read")
     write_table(out, None, paths, torch.stack(vectors), window=windows)
     picture = None
     if not args.tokens:
@@ -3115,6 +3140,7 @@ def physics(args, device):
     clip = data.Clip(frames, stride, size=size, train=False, short=args.short)
     starts = range(0, frames - window + 1, 2)  # the paper's stride of 2
     rows = []
+    bad = {}
     for batch in dense_batches(val, clip, ("impossible", "kind"),
                                batch_size=args.micro_batch, workers=args.workers):
         windows = list(itertools.product(starts, contexts))
@@ -3128,7 +3154,10 @@ def physics(args, device):
         if not rows:
             picture = draw_pairs(args, batch["video"], batch["impossible"])
         rows.append(torch.stack([*pair, batch["kind"].float()], 1)[ok])
+        bad |= dict(batch["bad"])
     possible, impossible, kind = torch.cat(rows).double().T
+    if not len(kind):
+        raise data.DataError(f"{val.name}: no video can be read")
     right = (torch.sign(impossible - possible) + 1) / 2
     names = data.IMPOSSIBLE if args.data else range(256)
     kinds = {str(names[int(k)]): right[kind == k].mean().item() for k in kind.unique()}
@@ -3143,8 +3172,9 @@ def physics(args, device):
         "context": contexts,
         "windows": len(starts),
         "n_val": len(right),
+        "bad": len(bad),
         "picture": picture,
-    }, {"pairs": torch.stack([possible, impossible], 1).tolist()}
+    }, {"pairs": torch.stack([possible, impossible], 1).tolist(), "bad_videos": bad}
 
 
 def draw_pairs(args, possible, impossible):
@@ -3233,8 +3263,9 @@ def shared(args, tasks, opened, pictures, device):
     if args.finetune:
         return None
     alone = args.task == "flow" and not args.data
-    # random weights of another seed are another encoder
-    key = (alone, args.seed if args.encoder.startswith("random:") else 0)
+    # random weights of another seed are another encoder, other draws other videos and crops
+    drawn = args.encoder.startswith("random:") or args.fraction < 1 or args.train_passes
+    key = (alone, drawn and args.seed)
     if key not in opened:
         opened.clear()
         if alone:
@@ -3497,7 +3528,8 @@ def check_flags(args):
         (len(args.layers) not in (0, 4), "--layers: four blocks are needed"),
         (args.fraction > 1, "--fraction: a share of --train, at most 1"),
         (args.fraction < 1 and args.data, "--fraction: of the world give --train_clips"),
-        (mixes and args.segments > 1, "--mixup, --cutmix and --erasing need --segments 1"),
+        (mixes and (args.segments > 1 or not args.finetune or args.task != "classify"),
+         "--mixup, --cutmix and --erasing are for classify --finetune with --segments 1"),
     ):
         if wrong:
             raise data.DataError(why)
@@ -3563,11 +3595,15 @@ def main(args):
         "encoder": args.encoder,
         "seconds": round(time.time() - begin, 1),
     }
-    line = json.dumps(result | details | {"args": asdict(args)}, allow_nan=False)
     if not args.dry_run:
         with open(Path(args.out_dir) / "probe.jsonl", "a") as file:
-            file.write(line + "\n")
-    print(json.dumps(result, allow_nan=False), flush=True)
+            file.write(dumps(result | details | {"args": asdict(args)}) + "\n")
+    print(dumps(result), flush=True)
+
+
+def dumps(value):
+    """JSON, which has no NaN: null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None))
 
 
 if __name__ == "__main__":

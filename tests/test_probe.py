@@ -192,6 +192,15 @@ def test_learning_rate_decays_without_warm_up(monkeypatch):
     assert seen == pytest.approx([0.25 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_batch_of_which_nothing_can_be_read_is_no_step(heads):
+    x, labels = separable(5, 2)
+    x = x[:, :, 2:3]
+    task = task_of(arguments(batch_size=1, epochs=2, head="linear"), 16, 2)
+    tried = probe.fit(task, Fixed(x, labels, bad=[4]), np.arange(5), [(1e-2, 0.1), (1e-3, 0.1)][:heads])
+    assert len(tried) == heads and all(p.isfinite().all() for one in tried for p in one.head.parameters())
+
+
 def test_accumulated_gradients_are_the_batchs():
     x, labels = separable(60, 3)
     trained = []
@@ -445,6 +454,18 @@ def test_of_as_many_rows_as_fit_features_are_stored(world, tmp_path):
     assert world == [7, 6]
 
 
+def test_the_constant_does_not_depend_on_what_is_stored(world, tmp_path):
+    """It looks at no video, so a damaged one is called like any other."""
+    task = task_of(arguments(encoder="-"), 32, 8)
+    x = features()
+    both = []
+    for _ in range(2):
+        rows, _ = probe.evaluate(task, x, np.arange(8), [lambda x, y: probe.always(0, 8, y)], encode=False)
+        both.append(rows[0])
+        x.store(tmp_path)
+    assert torch.equal(*both) and len(both[0]) == 8
+
+
 def test_a_broken_off_store_is_not_used(world, tmp_path, monkeypatch):
     x = features()
     monkeypatch.setattr(x, "encode", lambda video, flip: 1 / 0)
@@ -523,6 +544,11 @@ def test_bad_input_is_one_line_and_status_2(flags, capsys, tmp_path):
         )
     told = capsys.readouterr().err
     assert stop.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1, told
+
+
+def test_what_is_not_a_number_is_null():
+    said = probe.dumps({"held_out": math.nan, "tried": [math.inf, 1.5, None], "path": "NaN"})
+    assert json.loads(said) == {"held_out": None, "tried": [None, 1.5, None], "path": "NaN"} and "null" in said
 
 
 def test_help_needs_no_torch(tmp_path):

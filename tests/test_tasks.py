@@ -363,8 +363,8 @@ def test_a_readout_warms_up_for_a_tenth_of_its_steps(monkeypatch):
     falling = [0.5 * (1 + math.cos(math.pi * i / 36)) for i in range(36)]
     want = [1e-2 * share for share in (0.25, 0.5, 0.75, 1.0, *falling)]
     assert [rate[model.head.weight] for rate in rates] == pytest.approx(want)
-    for finetune, warmup in (("", 1000), ("4ds", 3000)):
-        _, (first,), _ = learned(monkeypatch, most=1, steps=40_000, finetune=finetune)
+    for finetune, steps, warmup in (("", 40_000, 1000), ("4ds", 20_000, 3000), ("4ds", 80_000, 3000)):
+        _, (first,), _ = learned(monkeypatch, most=1, steps=steps, finetune=finetune)
         assert max(first.values()) == pytest.approx(1e-2 / warmup)
 
 
@@ -652,6 +652,16 @@ def test_every_head_of_classify_can_be_finetuned(head, folder, tmp_path):
     assert result["finetune"] == "4ds" and 0 <= result["value"] <= 1
 
 
+def test_each_pair_is_finetuned_from_the_given_encoder(folder, tmp_path):
+    """The head of the second is standardised by the given encoder's features, too."""
+    args = arguments("classify", tmp_path, encoder=folder, head="linear", finetune="4ds", train_clips=8, grid_lr=(0.5,))
+    train, _ = probe.open_features(args, ["classify"], CPU)
+    kind = probe.task_of(args, train)
+    kind.classes = 8
+    tried = probe.fit(kind, train, np.arange(8), [(0.5, 0.0), (0.5, 0.0)])
+    assert torch.equal(tried[0].head.mean, tried[1].head.mean) and not tried[1].head.mean.requires_grad
+
+
 def test_image_encoders_have_a_moment_a_frame(tmp_path):
     torch.manual_seed(0)
     encoder = M.ViT(
@@ -675,6 +685,7 @@ def test_image_encoders_have_a_moment_a_frame(tmp_path):
         dict(encoder="pixels:diff"), dict(layer=99), dict(frames=7), dict(size=36),
         dict(encoder="random:vit_n", task="physics"), dict(task="all", tasks=("taste",)),
         dict(task="classify", finetune="4ds", head="knn"), dict(task="depth", train="x"), dict(width=12),
+        dict(task="flow", finetune="4ds", mixup=0.8), dict(task="classify", cutmix=1.0),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(flags, folder, tmp_path, capsys):
@@ -794,7 +805,16 @@ def test_heads_of_classify_are_saved(head, folder, tmp_path):
         probe.open_head(tmp_path / "o.safetensors", CPU)
 
 
-def test_features_of_own_videos(folder, tmp_path, with_pictures):
+def test_a_saved_head_knows_the_attention_heads_of_its_encoder(folder, tmp_path, monkeypatch):
+    """--heads, which the hash of the weights does not show."""
+    asked, real = [], M.load_encoder
+    monkeypatch.setattr(M, "load_encoder", lambda name, **how: (asked.append(how), real(folder))[1])
+    probe.probe(arguments("classify", tmp_path, encoder="vit.pt", head="ridge", heads=4), CPU)
+    predicted(None, tmp_path, tmp_path / "p.csv")
+    assert asked == [{"heads": 4}] * 2
+
+
+def test_features_of_own_videos(folder, tmp_path, monkeypatch, with_pictures):
     """A damaged file is named and left out; windows; what is done is not done again; a broken-off
     run goes on."""
     source = clips(tmp_path, "own", 6, lambda i: {}, junk=1)
@@ -820,6 +840,10 @@ def test_features_of_own_videos(folder, tmp_path, with_pictures):
     assert rows[0][:3] == ["path", "window", "0"] and len(rows) == 11
     assert [row[1] for row in rows[1:5]] == ["0", "1", "0", "1"] and rows[1][2:] != rows[3][2:]
     assert np.load(tmp_path / "t.npz")["values"].shape == (5, 64, 32)
+    # all of those with three windows are damaged
+    monkeypatch.setattr(probe, "parts_of", lambda *args: {1: [0, 1], 3: [5]})
+    result, _ = probe.export_features(dataclasses.replace(args, windows=1.0), CPU)
+    assert (result["value"], result["bad"]) == (2, 1)
 
 
 # --- real video ---
@@ -934,6 +958,48 @@ def test_tiles_of_whole_frames_are_put_together(task, folder, tmp_path, monkeypa
     assert torch.allclose(base.sum(0), whole)
 
 
+def test_whole_frames_of_pixels_that_are_not_square(folder, tmp_path, monkeypatch):
+    """Tiles are squares as they are shown, so not in stored pixels, where flow is measured: 32 x 48 pixels of 3:2. The
+    first video is damaged; the header of the others is found to lie."""
+    if not shutil.which("ffmpeg"):
+        pytest.skip("FFmpeg is not installed: apt-get install -y ffmpeg")
+    source = "color=gray:size=32x48:rate=8:duration=1,setsar=3/2"
+    for i in range(4):
+        subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", source, tmp_path / f"{i}.mp4"], check=True)
+        flow = torch.tensor([2.0 + i, 3.0 - i]).expand(7, 48, 32, 2)
+        save_file({"flow": flow.contiguous()}, tmp_path / f"{i}.safetensors")
+    (tmp_path / "0.mp4").write_text("no video")
+    (tmp_path / "list.txt").write_text("\n".join(f"{i}.mp4" for i in range(4)))
+    source = str(tmp_path / "list.txt")
+    args = arguments("flow", tmp_path, encoder=folder, data="", train=source, val=source, grid_lr=(1e-3,), width=8)
+    tiles, cut = [], D.crop_resize
+    monkeypatch.setattr(D, "crop_resize", lambda x, box, size: (tiles.append(box), cut(x, box, size))[1])
+    again, read = set(), D.Video.by_number
+
+    def by_number(video, ids):
+        if video.path not in again and len(tiles) > 20:
+            again.add(video.path)
+            raise D.Recount
+        return read(video, ids)
+
+    monkeypatch.setattr(D.Video, "by_number", by_number)
+    real = probe.evaluate_whole
+
+    def evaluate_whole(task, features, rows, head, constant):
+        del tiles[:]
+        perfect = torch.tensor([3 * 32 / 28, 2 * 32 / 42])  # of the second video, in pixels of what the head sees
+        answer = lambda x, y: perfect.expand(1, 4, 2, 32, 32, 2)
+        monkeypatch.setattr(probe, "reader", lambda *args: answer)
+        return real(task, features, np.array([0, 1]), head, constant)
+
+    monkeypatch.setattr(probe, "evaluate_whole", evaluate_whole)
+    result, _ = probe.probe(args, CPU)
+    assert {box[2:] for box in tiles} == {(42, 28)} and result["bad"] == 1
+    assert result["value"] == pytest.approx(0, abs=1e-4)
+    # the median of the labels
+    assert result["constant"] == pytest.approx(math.sqrt(2), rel=1e-3)
+
+
 # --- the whole suite, and physics on a run's folder ---
 
 
@@ -961,6 +1027,17 @@ def test_all_makes_one_table_and_one_picture(folder, tmp_path, capsys, monkeypat
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("flags, opened", [({}, [0]), (dict(fraction=0.5), [0, 1]), (dict(train_passes=2), [0, 1])])
+def test_seeds_share_tokens_unless_they_draw_other_clips(flags, opened, tmp_path, monkeypatch):
+    seeds, shelf = [], {}
+    monkeypatch.setattr(probe, "open_features", lambda args, *more: (seeds.append(args.seed), None))
+    monkeypatch.setattr(probe, "draw_components", lambda *args: None)
+    for seed, task in itertools.product((0, 1), ("pose", "depth")):
+        args = arguments(task, tmp_path, encoder="e", seed=seed, **flags)
+        probe.shared(args, ("pose", "depth"), shelf, {}, CPU)
+    assert seeds == opened
+
+
 def test_every_task_has_a_picture(folder, tmp_path, with_pictures):
     """Of labels and random answers, with what is not known in them."""
     for name in probe.TASKS:
@@ -978,7 +1055,7 @@ def test_pairs_differ_only_where_they_should():
 
 
 @pytest.mark.parametrize("script", ["train_vjepa", "train_salt", "train_tdv", "train_mae4d"])
-def test_physics_reads_the_folder_of_every_script(script, run, tmp_path):
+def test_physics_reads_the_folder_of_every_script(script, run, tmp_path, capsys):
     status, _, err = run(
         f"{script}.py", "--preset", "laptop", "--steps", "2", "--batch_size", "4", "--probe_every", "0",
         "--save_every", "2", "--workers", "0", "--out_dir", tmp_path / "run", "--probe_data",
@@ -994,3 +1071,6 @@ def test_physics_reads_the_folder_of_every_script(script, run, tmp_path):
     assert len(result["kinds"]) == len(D.IMPOSSIBLE)
     again, _ = probe.physics(dataclasses.replace(args, encoder=f"random:{tmp_path / 'run'}", seed=3), CPU)
     assert again["surprise"] != result["surprise"]
+    if script == "train_vjepa":  # one pair has no standard error
+        probe.main(dataclasses.replace(args, val_clips=1))
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["error"] is None
