@@ -256,13 +256,17 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop
 from tqdm import tqdm
 
 import data
 import model
 
 # --- heads of classification: tokens (B,N,D) -> logits (B,classes) --------------------------------
+
+
+def several(many, make, *what):
+    return nn.ModuleList(make(*what) for _ in range(many))
 
 
 class Attentive(nn.Module):
@@ -275,7 +279,7 @@ class Attentive(nn.Module):
     def __init__(self, width, classes, heads, depth):
         super().__init__()
         self.heads = heads
-        self.blocks = nn.ModuleList(model.Block(width, heads, 4 * width) for _ in range(depth))
+        self.blocks = several(depth, model.Block, width, heads, 4 * width)
         self.query = nn.Parameter(torch.empty(width))
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
@@ -487,13 +491,13 @@ class UPerNet(nn.Module):
         super().__init__()
         self.grid = grid
         self.pools = pools
-        self.lateral = nn.ModuleList(conv(in_width, width, 1) for _ in range(4))
+        self.lateral = several(4, conv, in_width, width, 1)
         self.pooled = nn.ModuleList()
         for _ in pools:
             self.pooled.append(nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU()))
         self.bottom = conv(width * (1 + len(pools)), width)
         self.fuse = conv(4 * width, width)
-        self.smooth = nn.ModuleList(conv(width, width) for _ in range(3))
+        self.smooth = several(3, conv, width, width)
         self.out = nn.Conv2d(width, out, 1)
 
     def forward(self, z, size):
@@ -524,11 +528,9 @@ class TwoFrameDPT(nn.Module):
             norm = model.LayerNorm(in_width, eps=1e-6)
             self.embed.append(nn.Sequential(norm, nn.Linear(in_width, width)))
         self.positions = nn.Parameter(model.sincos_table(width, (1, *grid))[None].clone())
-        self.blocks = nn.ModuleList()
-        for _ in range(4):
-            self.blocks.append(model.MotionBlock(width, heads, 4 * width, "xattn"))
-        self.lateral = nn.ModuleList(conv(width, width) for _ in range(4))
-        self.refine = nn.ModuleList(conv(width, width) for _ in range(4))
+        self.blocks = several(4, model.MotionBlock, width, heads, 4 * width, "xattn")
+        self.lateral = several(4, conv, width, width)
+        self.refine = several(4, conv, width, width)
         self.out = nn.Sequential(conv(width, width), nn.Conv2d(width, out, 1))
 
     def forward(self, z, other, size):
@@ -547,53 +549,46 @@ class TwoFrameDPT(nn.Module):
         return resize(self.out(x), size)
 
 
-# what classify can train. pooled: it reads one vector a clip. lr, wd: its grid
+# what classify can train: its rates, its decays (of ridge: penalties), how it is made
 HEADS = {
-    "attentive": dict(
-        pooled=False,
-        lr=(1e-3,),
-        wd=(0.01,),
-        build=lambda task: Attentive(task.width, task.classes, task.heads, 0),
+    "attentive": (
+        (1e-3,),
+        (0.01,),
+        lambda task: Attentive(task.width, task.classes, task.heads, 0),
     ),
     # V-JEPA's of ImageNet (Table 2)
-    "attentive2": dict(
-        pooled=False,
-        lr=(1e-3,),
-        wd=(0.01,),
-        build=lambda task: Attentive(task.width, task.classes, task.heads, 1),
+    "attentive2": (
+        (1e-3,),
+        (0.01,),
+        lambda task: Attentive(task.width, task.classes, task.heads, 1),
     ),
-    "attentive4": dict(
-        pooled=False,
-        lr=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4),
-        wd=(0.8, 0.4, 0.1, 0.01),
-        build=lambda task: Attentive(task.width, task.classes, 16, 3),
+    "attentive4": (
+        (5e-3, 3e-3, 1e-3, 3e-4, 1e-4),
+        (0.8, 0.4, 0.1, 0.01),
+        lambda task: Attentive(task.width, task.classes, 16, 3),
     ),
-    "linear": dict(
-        pooled=True,
-        lr=(1e-2, 3e-3, 1e-3, 3e-4),
-        wd=(0.1, 0.01),
-        build=lambda task: Standardised(task.width, task.classes),
+    "linear": (
+        (1e-2, 3e-3, 1e-3, 3e-4),
+        (0.1, 0.01),
+        lambda task: Standardised(task.width, task.classes),
     ),
-    # wd: its penalty
-    "ridge": dict(
-        pooled=True,
-        lr=(0.0,),
-        wd=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
-        build=lambda task: Ridge(task.width, task.classes),
+    "ridge": (
+        (0.0,),
+        (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        lambda task: Ridge(task.width, task.classes),
     ),
-    "knn": dict(
-        pooled=True,
-        lr=(0.0,),
-        wd=(0.0,),
-        build=lambda task: Neighbours(task.width, task.classes),
+    "knn": (
+        (0.0,),
+        (0.0,),
+        lambda task: Neighbours(task.width, task.classes),
     ),
-    "readout": dict(
-        pooled=False,
-        lr=(),
-        wd=(),
-        build=lambda task: task.readout(768, 12, task.classes, queries=(1, 1, 1)),
+    "readout": (
+        (),
+        (),
+        lambda task: task.readout(768, 12, task.classes, queries=(1, 1, 1)),
     ),
 }
+POOLED = ("linear", "ridge", "knn")  # read one vector a clip
 
 # --- dense labels ---------------------------------------------------------------------------------
 
@@ -763,21 +758,20 @@ def with_labels(batch, names, size):
     """A batch of files with the labels beside them, which its cuts say how to cut. One whose labels
     are damaged is unread."""
     many = len(batch["cut"]) // len(batch["path"])  # clips of a video
-    labels = [{}] * len(batch["cut"])
+    labels = []
     for i, path in enumerate(batch["path"]):
-        clips = range(i * many, (i + 1) * many)
-        if not batch["ok"][i]:
-            continue
+        clips = slice(i * many, (i + 1) * many)
+        cuts = batch["cut"][clips] if batch["ok"][i] else ()
         try:
-            for k in clips:
-                labels[k] = read_labels(path, names, batch["cut"][k], size)
+            mine = [read_labels(path, names, cut, size) for cut in cuts]
         except data.DataError:
             raise
         except data.DAMAGE as error:
             batch["ok"][i] = False
             batch["bad"].append((path, data.reason(error)))
-            batch["video"][clips.start : clips.stop] = 0
-            labels[clips.start : clips.stop] = [{}] * many
+            batch["video"][clips] = 0
+            mine = ()
+        labels += mine or [{}] * many
     for name in names:
         batch[name] = stack([row.get(name) for row in labels])
     return batch
@@ -825,11 +819,8 @@ def load(args):
 
 
 # one vector a clip, of tokens (b,n,D)
-POOLS = {
-    "mean": lambda z: z.mean(1, keepdim=True),
-    "cls": lambda z: z.mean(1, keepdim=True),
-    "concat": lambda z: z.flatten(1)[:, None],
-}
+POOLS = dict.fromkeys(("mean", "cls"), partial(torch.mean, dim=1, keepdim=True))
+POOLS["concat"] = lambda z: z.flatten(1)[:, None]
 
 
 @dataclass(eq=False)
@@ -954,9 +945,8 @@ class Features:
     def fresh(self, rows, size, turn, encode=True):
         """Read these rows in order, `size` at a time, and yield of each {key: tokens (V,N,D)} with
         {name: label}, or None where it cannot be read."""
-        if not (encode or self.names):
+        if not len(rows) or not (encode or self.names):
             yield from ({} for _ in rows)
-        if not (encode or self.names) or not len(rows):
             return
         batches = dense_batches(
             self.source,
@@ -1112,7 +1102,7 @@ class Task:
         ask(net, x, y)        tokens {key: (b,V,N,D)} -> its output, and the y that this is about
         loss(out, y)          a mean
         answer(out)           -> p, what is scored and predicted
-        score(p, y)           -> rows (n,c); total(rows) -> {metric: value}, first what counts
+        score(p, y)           -> rows (n,c); total(rows) -> {metric: value}, of sums their means
         constants(ys)         answers y -> p that look at no video; of them the best on train is the
                               baseline
     """
@@ -1126,6 +1116,7 @@ class Task:
     mean: torch.Tensor | None = None  # (channels,) of the train labels, the units of the output
     std: torch.Tensor | None = None
 
+    metrics = ()  # names of the means that are reported, first what counts
     names = ()  # labels that it needs, see dense_batches
     given = ()  # those that it is asked with
     channels = 0  # of the output, if it is in units of the train labels' mean and deviation
@@ -1196,6 +1187,11 @@ class Task:
     def answer(self, out):
         return out
 
+    def total(self, rows):
+        """Rows of sums."""
+        total = rows.sum(0)
+        return dict(zip(self.metrics, (total[:-1] / total[-1]).tolist()))
+
     def planes(self, p):
         """Answers of a dense task -> (n,C,H,W)."""
         return p.flatten(0, -3)[:, None]
@@ -1221,8 +1217,14 @@ def known_values(ys, channels):
     return values[values.isfinite().all(1)]
 
 
+def commonest(task, ys):
+    """Task.constants of a classifier."""
+    values = torch.cat([y["y"].flatten() for y in ys])
+    best = values[values < task.classes].bincount().argmax()
+    return [partial(always, best, task.classes)]
+
+
 def always(best, classes, y):
-    """The constant answer of a classifier."""
     return torch.eye(classes, device=y["y"].device)[best].expand(*y["y"].shape, -1)
 
 
@@ -1238,14 +1240,8 @@ def squares(out, y):
     return mean_of((out - y["y"])[known(y)].square())
 
 
-def pooled_means(rows, *names):
-    """Sums with their count in the last column -> means over all that was counted."""
-    total = rows.sum(0)
-    return dict(zip(names, (total[:-1] / total[-1]).tolist()))
-
-
 def sums(*errors):
-    """Errors of the same things -> the row that pooled_means takes."""
+    """Errors of the same things -> their sums, and in the last column how many there are (1,c)."""
     count = errors[0].new_tensor(float(errors[0].numel()))
     return torch.stack([*(error.sum() for error in errors), count])[None]
 
@@ -1260,17 +1256,17 @@ class Classify(Task):
     def form(args):
         if args.head == "readout":
             return "grid"
-        return args.pool if HEADS[args.head]["pooled"] else "all"
+        return args.pool if args.head in POOLED else "all"
 
     def classes_of(self, ys, train):
         return int(train.labels.max()) + 1
 
     def pairs(self):
-        row = HEADS[self.args.head]
-        if self.args.head == "readout" or self.args.finetune:
+        args = self.args
+        if args.head == "readout" or args.finetune:
             return super().pairs()
-        rates = self.args.grid_lr or row["lr"]
-        return list(itertools.product(rates, self.args.grid_wd or row["wd"]))
+        rates, decays, _ = HEADS[args.head]
+        return list(itertools.product(args.grid_lr or rates, args.grid_wd or decays))
 
     def plan(self, videos):
         args = self.args
@@ -1286,7 +1282,8 @@ class Classify(Task):
         return {"y": batch["class"], **mixed}
 
     def net(self):
-        return HEADS[self.args.head]["build"](self)
+        *_, make = HEADS[self.args.head]
+        return make(self)
 
     def ask(self, net, x, y):
         z = F.dropout(x["video"].flatten(0, 1), self.args.head_drop, net.training)
@@ -1319,9 +1316,7 @@ class Classify(Task):
         top1 = (label == called).double().mean().item()
         return {"top1": top1, "top5": five.mean().item(), "likelihood": likelihood.mean().item()}
 
-    def constants(self, ys):
-        best = torch.cat([y["y"] for y in ys]).bincount().argmax()
-        return [partial(always, best, self.classes)]
+    constants = commonest
 
 
 def confusion_of(rows, classes):
@@ -1335,15 +1330,14 @@ def confusion_of(rows, classes):
 class Pose(Task):
     """The last camera in the first one's coordinates, three rows of rotation and translation (4DS
     A.2.2): the mean distance of a cube's corners moved by either pose."""
+    metrics = ("epe",)
     names = ("pose",)
     channels = 12
 
     def labels(self, batch):
-        turn = batch["pose"][..., :3, :3]
-        place = batch["pose"][..., :3, 3:]
-        back = turn[:, 0].transpose(1, 2)
-        moved = back @ (place[:, -1] - place[:, 0])
-        return {"y": torch.cat([back @ turn[:, -1], moved], 2).flatten(1)}
+        first, last = batch["pose"][:, [0, -1], :3].unbind(1)           # copies (B, 3, 4)
+        last[..., 3] -= first[..., 3]
+        return {"y": (first[..., :3].mT @ last).flatten(1)}
 
     def net(self):
         return self.readout(
@@ -1357,26 +1351,17 @@ class Pose(Task):
 
     def score(self, p, y):
         ok = known(y).all(1)
-        corners = torch.tensor(list(itertools.product((-0.5, 0.5), (-0.5, 0.5), (0.5, 1.5))))
-        moved = []
-        for pose in (rigid(p[ok]), rigid(y["y"][ok])):
-            pose = pose.view(-1, 3, 4)
-            turned = corners.to(pose) @ pose[..., :3].transpose(1, 2)
-            moved.append(turned + pose[:, None, :, 3])                  # (B, 8, 3)
-        return (moved[0] - moved[1]).norm(dim=-1).mean(1, keepdim=True)
-
-    def total(self, rows):
-        return {"epe": rows.mean().item()}
+        apart = (rigid(p[ok]) - rigid(y["y"][ok])).view(-1, 3, 4)
+        corners = [*itertools.product((-0.5, 0.5), (-0.5, 0.5), (0.5, 1.5), (1.0,))]
+        return sums((apart.new_tensor(corners) @ apart.mT).norm(dim=-1))   # (B, 8)
 
 
 def rigid(pose):
     """(B,12) -> the same with the nearest rotation (Procrustes)."""
     pose = pose.view(-1, 3, 4)
     u, _, v = torch.linalg.svd(pose[..., :3].double())
-    flip = torch.ones_like(pose[:, 0, :3], dtype=torch.double)
-    flip[:, 2] = torch.linalg.det(u @ v)
-    turn = (u * flip[:, None]) @ v
-    return torch.cat([turn.to(pose), pose[..., 3:]], 2).flatten(1)
+    u[..., 2] *= torch.linalg.det(u @ v)[:, None]  # no mirror
+    return torch.cat([(u @ v).to(pose), pose[..., 3:]], 2).flatten(1)
 
 
 class Track(Task):
@@ -1439,6 +1424,7 @@ class Points(Track):
         """Jaccard of each clip at 1, 2, 4, 8 and 16 pixels of 256 over the points seen in the first
         frame and all later frames -> (clips, 5)."""
         found = []
+        radius = torch.tensor([1, 2, 4, 8, 16], device=p.device)[:, None, None]
         for place, truth, seen, asked in zip(p, y["y"], y["seen"], y["asked"]):
             place = place[asked, 1:]
             seen = seen[asked, 1:]
@@ -1446,11 +1432,10 @@ class Points(Track):
             distance = (place[..., :2] - truth[asked, 1:]).norm(dim=-1) * 256
             if not (seen | called).any():
                 continue
-            for radius in (1, 2, 4, 8, 16):
-                near = seen & (distance < radius)
-                false = (called & ~near).sum()
-                found.append((near & called).sum() / (seen.sum() + false))
-        return torch.stack(found).view(-1, 5) if found else torch.zeros(0, 5)
+            near = seen & (distance < radius)                           # (5, P, T-1)
+            false = (called & ~near).sum((1, 2))
+            found.append((near & called).sum((1, 2)) / (seen.sum() + false))
+        return torch.stack(found) if found else torch.zeros(0, 5)
 
     def total(self, rows):
         return {"aj": rows.mean().item(), "jaccard": rows.mean(0).tolist()}
@@ -1463,6 +1448,7 @@ def is_true(logit, truth):
 class Boxes(Track):
     """Boxes that cover at least 0.5 % of the first frame (4DS A.2.4): mean IoU of every known box
     but the first frame's."""
+    metrics = ("miou",)
     names = given = ("boxes",)
 
     def labels(self, batch):
@@ -1484,10 +1470,7 @@ class Boxes(Track):
         low = torch.maximum(p[:, :2], y[:, :2])
         high = torch.minimum(p[:, 2:], y[:, 2:])
         both = area_of(torch.cat([low, high], 1))
-        return (both / (area_of(p) + area_of(y) - both).clamp(min=1e-9))[:, None]
-
-    def total(self, rows):
-        return {"miou": rows.mean().item()}
+        return sums(both / (area_of(p) + area_of(y) - both).clamp(min=1e-9))
 
 
 def area_of(boxes):
@@ -1496,6 +1479,7 @@ def area_of(boxes):
 
 class Depth(Task):
     """Depth of each pixel from 0.001 to 10 m, 2x8x8 for each learned query (4DS A.2.5): AbsRel."""
+    metrics = ("absrel",)
     names = ("depth",)
     channels = 1
     dense = True
@@ -1522,9 +1506,6 @@ class Depth(Task):
 
     def score(self, p, y):
         return sums(((p - y["y"]).abs() / y["y"])[known(y)])
-
-    def total(self, rows):
-        return pooled_means(rows, "absrel")
 
 
 class Moments(Task):
@@ -1557,8 +1538,7 @@ class Moments(Task):
             y = y | {"y": truth[at]}
         clips = len(views[0])
         each = self.frames // self.grid[0]
-        views = [view.flatten(0, 1) for view in views]
-        out = net(*views, size=(self.size, self.size))
+        out = net(*(view.flatten(0, 1) for view in views), size=(self.size, self.size))
         out = out.unflatten(1, (each, -1)).movedim(2, -1)
         return out.unflatten(0, (clips, -1)), y
 
@@ -1613,14 +1593,12 @@ class Segment(Moments):
         union = truth + counts.sum(0) - hit
         return {"miou": (hit / union).nanmean().item(), "macc": (hit / truth).nanmean().item()}
 
-    def constants(self, ys):
-        values = torch.cat([y["y"].flatten() for y in ys])
-        best = values[values < self.classes].bincount().argmax()
-        return [partial(always, best, self.classes)]
+    constants = commonest
 
 
 class Flow(Moments):
     """Optical flow to the next frame (TDV D.3): end-point error over all known pixels."""
+    metrics = ("epe",)
     names = ("flow",)
     channels = 2
     pixels = True
@@ -1643,12 +1621,10 @@ class Flow(Moments):
         error = (p - y["y"]).norm(dim=-1)
         return sums(error[error.isfinite()])
 
-    def total(self, rows):
-        return pooled_means(rows, "epe")
-
 
 class Stereo(Moments):
     """Disparity of the left camera's pixels (CroCo v2): mean error, share over 0.5 and 1 pixel."""
+    metrics = ("average", "bad0.5", "bad1")
     names = ("right", "disparity")
     given = ("right",)
     channels = 1
@@ -1674,9 +1650,6 @@ class Stereo(Moments):
     def score(self, p, y):
         error = (p - y["y"])[known(y)].abs()
         return sums(error, (error > 0.5).float(), (error > 1).float())
-
-    def total(self, rows):
-        return pooled_means(rows, "average", "bad0.5", "bad1")
 
 
 class Detect(Task):
@@ -1727,8 +1700,7 @@ class Detect(Task):
         """Mean over the classes that occur."""
         scores, truth = rows.chunk(2, 1)
         found = [average_precision(s, y) for s, y in zip(scores.T, truth.T)]
-        found = [value for value in found if value is not None]
-        return {"map": float(np.mean(found)) if found else math.nan}
+        return {"map": torch.tensor(found, dtype=torch.double).nanmean().item()}
 
     def constants(self, ys):
         """All boxes alike."""
@@ -1756,7 +1728,7 @@ def moves(boxes):
     start = boxes[clips, first, things]                                 # (B, O, 4)
     end = boxes[clips, last, things]
     side = (start[..., 2:] - start[..., :2]).clamp(min=1)
-    moved = ((end - start)[..., :2] + (end - start)[..., 2:]) / 2 / side
+    moved = (end - start).unflatten(-1, (2, 2)).mean(-2) / side
     grown = (end[..., 2:] - end[..., :2]).clamp(min=1) / side
     grown = grown.log().mean(-1, keepdim=True)
     y = (torch.cat([moved, grown, -moved, -grown], -1) > 0.2).float()
@@ -1771,13 +1743,12 @@ def moves(boxes):
 def average_precision(scores, truth, envelope=True):
     """Area under the steps of precision over recall; what has equal scores is called together.
     envelope: precision is the best at this recall or a higher one (AVA, PASCAL VOC). scores, truth
-    (n,) -> None where nothing is true."""
+    (n,) -> NaN where nothing is true."""
     if not truth.any():
-        return None
+        return math.nan
     _, group = torch.unique(-scores, return_inverse=True)
-    counts = torch.zeros(2, int(group.max()) + 1, dtype=torch.double)
-    hits = counts[0].index_add(0, group, truth.double()).cumsum(0)
-    called = counts[1].index_add(0, group, torch.ones_like(truth).double()).cumsum(0)
+    hits = group.bincount(truth.double()).cumsum(0)
+    called = group.bincount().cumsum(0)
     steps = hits.diff(prepend=hits.new_zeros(1)) / hits[-1]
     precision = hits / called
     if envelope:
@@ -1922,9 +1893,9 @@ def mix(args, batch, rng):
         centre = rng.uniform(0, side, 2)
         top, left = (centre - half).clip(0, side).round().astype(int)
         bottom, right = (centre + half).clip(0, side).round().astype(int)
-        box = (slice(None), slice(None), slice(top, bottom), slice(left, right))
         share = 1 - (bottom - top) * (right - left) / side**2
-        video[box] = video[other][box]
+        box = video[other, :, top:bottom, left:right]
+        video[:, :, top:bottom, left:right] = box
     elif args.mixup:
         share = rng.beta(args.mixup, args.mixup)
         video[:] = (share * video + (1 - share) * video[other]).round()
@@ -2167,8 +2138,8 @@ def hold_outs(paths, group, share, seed, folds=1):
     chosen by seed. Where fewer than 50 would be held out, `folds` parts of the list in turn."""
     names = []
     for path in paths:
-        match = re.search(group, path) if group else None
-        names.append(match.group() if match else path)
+        match = group and re.search(group, path)
+        names.append(match[0] if match else path)
     videos, video = np.unique(names, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(videos))
     count = max(1, round(share * len(videos)))
@@ -2209,9 +2180,9 @@ def choose(task, train):
         for mine, part in zip(scored, gathered(found)):
             mine.append(part)
     totals = [task.total(torch.cat(mine)) for mine in scored]
-    tested = [Trained(None, *pair) for pair in pairs]
-    for one, total in zip(tested, totals):
-        one.held_out = headline(total)
+    tested = []
+    for pair, total in zip(pairs, totals):
+        tested.append(Trained(None, *pair, held_out=headline(total)))
     i = best_of(totals, task.up)
     if len(splits) > 1:  # folds have chosen the rates; the head gets all videos
         (best,) = fit(task, train, rows, pairs[i : i + 1])
@@ -2276,7 +2247,7 @@ def rows_of(source, rows):
 
 
 def check_classes(train, val):
-    """The classes of train, in order; val may have no others."""
+    """val may have no other classes than train."""
     known = np.unique(train.labels)
     for source, flag in ((train, "--train"), (val, "--val")):
         for i in np.flatnonzero((source.labels < 0) | ~np.isin(source.labels, known)):
@@ -2287,7 +2258,6 @@ def check_classes(train, val):
             told = source.classes[label] if source.classes else label
             raise data.DataError(f"{flag}: {name}: label {told} is not in --train, which has "
                                  f"{len(known)} classes")
-    return known
 
 
 def clip_of(args, config, tasks=("classify",)):
@@ -2321,11 +2291,9 @@ def layers_of(task, args, config):
     says 75 % for frozen classification alone. Tasks on four layers take quarters of that depth."""
     frozen = None if args.finetune else config.get(f"layer_{task}")
     top = args.layer or frozen or config.get("layer") or config.get("depth", 0)
-    if TASKS[task].deep and args.layers:
-        return args.layers
-    if TASKS[task].deep:
-        return tuple(max(1, round(top * quarter / 4)) for quarter in (1, 2, 3, 4))
-    return (top,)
+    if not TASKS[task].deep:
+        return (top,)
+    return args.layers or tuple(max(1, round(top * quarter / 4)) for quarter in (1, 2, 3, 4))
 
 
 def open_features(args, tasks, device):
@@ -2444,11 +2412,7 @@ def probe(args, device, opened=None):
     file = Path(args.out_dir) / (f"head_{args.task}.safetensors" if opened else "head.safetensors")
     save_head(file, task, val, best)
     tiles = task.dense and not args.crop and (args.world_size or not args.data)
-    shown = rows
-    if tiles:  # crops are for the picture only
-        names = names_of(val.source)
-        shown = np.array([row for row in rows if names[row] not in val.bad][:3])
-    (scored,), first = evaluate_heads(task, val, shown, [best])
+    (scored,), first = evaluate_heads(task, val, rows, [best])  # by tiles: for the picture
     if tiles:
         scored, base = evaluate_whole(task, val, rows, best.head, constant)
         base = task.total(base)
@@ -2478,16 +2442,12 @@ def probe(args, device, opened=None):
     rates = [{"lr": one.lr, "wd": one.wd, "held_out": one.held_out} for one in tried]
     details = {"constants": base, "bad_videos": bad, "tried": rates}
     if args.task == "classify":
-        details |= by_class(scored, task.classes)
+        confusion = confusion_of(scored, task.classes)
+        share = confusion.diagonal() / confusion.sum(1)
+        details |= {"confusion": confusion.tolist(), "per_class": share.tolist()}
         chance = 1 / len(np.unique(train.source.labels))
         result |= {"head": args.head, "majority": base[metric], "chance": chance}
     return result, details
-
-
-def by_class(scored, classes):
-    confusion = confusion_of(scored, classes)
-    share = confusion.diagonal() / confusion.sum(1)
-    return {"confusion": confusion.tolist(), "per_class": share.tolist()}
 
 
 def draws(args, device):
@@ -2506,6 +2466,8 @@ def mean_and_std(values):
 
 
 def flops_of(work):
+    # attention of tensors without memory, which the counter does not know
+    flop_registry[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
@@ -3003,18 +2965,15 @@ def draw_confusion(args, title, confusion, source):
 
 
 def draw_pose(args, title, truth, p):
-    """Twelve panels: truth to the right, answer up."""
-    shown, axes = pyplot().subplots(3, 4, figsize=(8, 6), layout="constrained")
+    """Truth to the right, answer up: nine numbers of the turn, three of the shift."""
+    shown, axes = pyplot().subplots(1, 2, figsize=(8, 4), layout="constrained")
     shown.suptitle(title, fontsize=9)
-    for i, axis in enumerate(axes.flat):
-        axis.plot(truth[:, i], p[:, i], ".", markersize=4)
-        both = np.concatenate([truth[:, i], p[:, i]])
-        ends = (np.nanmin(both) - 0.05, np.nanmax(both) + 0.05)
-        axis.plot(ends, ends, color="0.7", linewidth=0.8)
-        axis.set_title(f"shift {'xyz'[i // 4]}" if i % 4 == 3 else f"turn {i // 4}{i % 4}",
-                       fontsize=8)
-    shown.supxlabel("truth")
-    shown.supylabel("answer")
+    for axis, name in zip(axes, ("turn", "shift")):
+        some = np.arange(12) % 4 == 3
+        some = some if name == "shift" else ~some
+        axis.plot(truth[:, some], p[:, some], ".", markersize=4)
+        axis.axline((0, 0), slope=1, color="0.7", linewidth=0.8)
+        axis.set(title=name, xlabel="truth", ylabel="answer")
     return finish(args, "pose", shown)
 
 
@@ -3141,19 +3100,18 @@ def physics(args, device):
     starts = range(0, frames - window + 1, 2)  # the paper's stride of 2
     rows = []
     bad = {}
-    for batch in dense_batches(val, clip, ("impossible", "kind"),
-                               batch_size=args.micro_batch, workers=args.workers):
+    how = dict(batch_size=args.micro_batch, workers=args.workers)
+    for batch in dense_batches(val, clip, ("impossible", "kind"), **how):
         windows = list(itertools.product(starts, contexts))
         pair = []
         for key in ("video", "impossible"):
-            shown = {"video": batch[key], "flip": batch["flip"]}
-            x = data.prepare(shown, device, about["mean"], about["std"])
+            x = data.prepare(
+                batch | {"video": batch[key]}, device, about["mean"], about["std"])
             wrong = [surprise(x[:, :, t : t + window], seen) for t, seen in windows]
             pair.append(torch.stack(wrong).mean(0).cpu())
-        ok = batch["ok"]
         if not rows:
             picture = draw_pairs(args, batch["video"], batch["impossible"])
-        rows.append(torch.stack([*pair, batch["kind"].float()], 1)[ok])
+        rows.append(torch.stack([*pair, batch["kind"].float()], 1)[batch["ok"]])
         bad |= dict(batch["bad"])
     possible, impossible, kind = torch.cat(rows).double().T
     if not len(kind):
@@ -3325,8 +3283,7 @@ def radar(args, table):
     polar = {"projection": "polar"}
     shown, axis = pyplot().subplots(figsize=(6, 5.6), subplot_kw=polar, layout="constrained")
     skill = [row["skill"] or 0 for row in table]
-    axis.fill(angle, skill, alpha=0.25)
-    axis.plot([*angle, angle[0]], [*skill, skill[0]], "-")
+    axis.fill(angle, skill, facecolor=("C0", 0.25), edgecolor="C0")
     for at, row in zip(angle, table):
         axis.plot([at] * len(row["skills"]), row["skills"], "k.", markersize=4)
     axis.plot(np.linspace(0, 2 * np.pi, 99), np.zeros(99), "k--", linewidth=0.8)
@@ -3397,8 +3354,8 @@ def plot(args, device):
     found = runs_of(args)
     panels = []
     for x, y in PANELS:
-        curves = {run: pairs_of(steps, x, y) for run, steps in found.items()}
-        if any(curves.values()):
+        curves = [pairs_of(steps, x, y) for steps in found.values()]
+        if any(curves):
             panels.append((x, y, curves))
     if not panels:
         raise data.DataError(f"--runs {' '.join(found)}: nothing is logged yet")
@@ -3408,8 +3365,8 @@ def plot(args, device):
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (x, y, curves) in zip(axes.flat, panels):
-        for i, (run, pairs) in enumerate(curves.items()):
-            axis.plot(*zip(*pairs or [(math.nan,) * 2]), ".-", color=f"C{i}", label=run)
+        for run, pairs in zip(found, curves):
+            axis.plot(*zip(*pairs or [(math.nan,) * 2]), ".-", label=run)
         axis.set(xlabel=x, ylabel=y, xscale="log" if x == "flops" else "linear")
     shown.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     pairs = {run: pairs_of(steps, "loss", "probe_acc") for run, steps in found.items()}
