@@ -439,7 +439,7 @@ class Tracker(nn.Module):
     coordinates through an MLP, in `copies` with a learned embedding each, every copy answering for
     its part of the clip (4DS A.2.3: 8 for points; A.2.4: 1 for boxes)."""
 
-    def __init__(self, in_width, grid, coordinates, frames, out, *, width, copies=1, **how):
+    def __init__(self, in_width, grid, out, *, coordinates, frames, width, copies=1, **how):
         super().__init__()
         self.out = out
         self.released = how["released"]
@@ -1145,17 +1145,9 @@ class Task:
         width = self.args.width or (world if self.args.data else paper)
         return dict(width=width, heads=math.gcd(heads, width))
 
-    def how(self, paper, heads):
-        released = self.args.readout == "4ds"
-        return self.wide(paper, heads) | dict(steps=self.args.resample, released=released)
-
-    def readout(self, paper, heads, out, grid=None, **more):
-        words = self.how(paper, heads) | more
-        return Readout(self.width, grid or self.grid, out, **words)
-
-    def tracker(self, paper, heads, coordinates, **more):
-        words = self.how(paper, heads) | more
-        return Tracker(self.width, self.grid, coordinates, self.frames, 4, **words)
+    def readout(self, paper, heads, out, grid=None, kind=Readout, **more):
+        how = dict(steps=self.args.resample, released=self.args.readout == "4ds") | more
+        return kind(self.width, grid or self.grid, out, **self.wide(paper, heads), **how)
 
     def pairs(self):
         """The grid of (learning rate, weight decay)."""
@@ -1202,10 +1194,8 @@ class Task:
 
     def constants(self, ys):
         values = known_values(ys, self.channels)
-        found = []
-        for value in (values.mean(0), values.median(0).values):
-            found.append(partial(everywhere, value.squeeze()))
-        return found
+        both = (values.mean(0), values.median(0).values)
+        return [partial(everywhere, value.squeeze()) for value in both]
 
 
 def everywhere(value, y):
@@ -1400,7 +1390,8 @@ class Points(Track):
         return {"y": xy, "first": first, "seen": seen, "asked": seen[:, :, 0]}
 
     def net(self):
-        return self.tracker(1024, 8, 2, copies=self.frames // 2)
+        parts = dict(frames=self.frames, copies=self.frames // 2)
+        return self.readout(1024, 8, 4, kind=Tracker, coordinates=2, **parts)
 
     def loss(self, out, y):
         """Huber on places (its corner at 4 pixels of 256), cross-entropy on "is seen" and on "is
@@ -1458,7 +1449,7 @@ class Boxes(Track):
         return {"y": y, "first": y[:, :, 0]}
 
     def net(self):
-        return self.tracker(1024, 4, 4)
+        return self.readout(1024, 4, 4, kind=Tracker, coordinates=4, frames=self.frames)
 
     loss = staticmethod(squares)
 
@@ -1784,7 +1775,6 @@ class Trained:
         self.head.to(device)
         if self.encoder:
             self.encoder.to(device)
-        return self
 
 
 def ranks():
@@ -1998,13 +1988,9 @@ def endless(train, rows, batch, micro, seed):
 
 def pooled_features(train, rows):
     """(n,D) and classes (n,), of the first pass."""
-    x = []
-    y = []
-    for tokens, labels, part in train.batches(rows, train.args.micro_batch):
-        if len(part):
-            x.append(tokens["video"][:, 0, 0])
-            y.append(labels["class"])
-    return torch.cat(x), torch.cat(y)
+    batches = train.batches(rows, train.args.micro_batch)
+    read = [(x["video"][:, 0, 0], y["class"]) for x, y, part in batches if len(part)]
+    return [torch.cat(parts) for parts in zip(*read)]
 
 
 @torch.no_grad()
@@ -2500,9 +2486,8 @@ def dry_run(args, device):
         x = {key: view.wanted(train.blank()) for key in train.keys}
         y = {"first": torch.zeros(1, 16, 4 if name == "boxes" else 2, device=meta),
              "boxes": torch.zeros(1, task.frames, 16, 4, device=meta)}
-        head = task.net().to(meta).eval().requires_grad_(False)
-        if train.pooled:
-            head = nn.Linear(train.width, task.classes, device=meta).requires_grad_(False)
+        head = nn.Linear(train.width, task.classes) if train.pooled else task.net()
+        head.to(meta).eval().requires_grad_(False)
         pairs = len(task.pairs())
         batch, steps, _ = task.plan(n)
         seen = batch * steps * seeds
@@ -2555,8 +2540,7 @@ def save_head(file, task, features, best):
         "clip": asdict(features.clip),
         "names": features.source.classes,
     }
-    for name in SHAPE:
-        about[name] = getattr(task, name)
+    about |= {name: getattr(task, name) for name in SHAPE}
     state = best.head.state_dict()
     if task.channels:
         state |= {"units.mean": task.mean, "units.std": task.std}
@@ -2723,10 +2707,8 @@ def export_features(args, device):
         bad |= features.bad
     if not vectors:
         raise data.DataError(f"{source.name}: no video can be read")
-    write_table(out, None, paths, torch.stack(vectors), window=windows)
-    picture = None
-    if not args.tokens:
-        picture = draw_neighbours(args, source, names, paths, torch.stack(vectors))
+    vectors = torch.stack(vectors)
+    write_table(out, None, paths, vectors, window=windows)
     return {
         "metric": "videos",
         "value": len(set(paths)),
@@ -2735,7 +2717,7 @@ def export_features(args, device):
         "shape": list(vectors[0].shape),
         "layer": layers[0],
         "out": str(out),
-        "picture": picture,
+        "picture": None if args.tokens else draw_neighbours(args, source, names, paths, vectors),
     }, {"bad_videos": bad}
 
 
@@ -2933,11 +2915,8 @@ def mark_points(task, p, y, clip, frame):
 
 
 def mark_boxes(task, p, y, clip, frame):
-    both = [], []
-    for thing in y["first"][clip].isfinite().all(1).nonzero().flatten()[:16].tolist():
-        for found, boxes in zip(both, (y["y"], p)):
-            found.append((boxes[clip, thing, frame], thing))
-    return both
+    things = y["first"][clip].isfinite().all(1).nonzero().flatten()[:16].tolist()
+    return [[*zip(boxes[clip, things, frame], things)] for boxes in (y["y"], p)]
 
 
 def mark_actions(task, p, y, clip, frame):
@@ -3190,9 +3169,9 @@ def everything(args, device):
         else:
             result, _ = probe(a, device, shared(a, tasks, opened, pictures, device))
         found.setdefault(task, []).append(result)
-        said = f"{result['metric']} {result['value']:.4f}  constant {result['constant']:.4f}"
-        seconds = f"{time.time() - begin:.0f} s"
-        print(f"{seconds}  seed {seed}  {task}  {said}", file=sys.stderr, flush=True)
+        print(f"{time.time() - begin:.0f} s  seed {seed}  {task}  {result['metric']} "
+              f"{result['value']:.4f}  constant {result['constant']:.4f}",
+              file=sys.stderr, flush=True)
     if not found:
         raise data.DataError("no task could be run")
     table = [summary(task, results) for task, results in found.items()]
@@ -3244,10 +3223,8 @@ def summary(task, results):
     constants = [result["constant"] for result in results]
     first = results[0]
     best = 1.0 if first["better"] == "higher" else 0.0
-    skills = []
-    for value, constant in zip(values, constants):
-        if constant != best:
-            skills.append((value - constant) / (best - constant))
+    pairs = zip(values, constants)
+    skills = [(value - base) / (best - base) for value, base in pairs if base != best]
     return {
         "task": task,
         "metric": first["metric"],
