@@ -819,8 +819,10 @@ def load(args):
 
 
 # one vector a clip, of tokens (b,n,D)
-POOLS = dict.fromkeys(("mean", "cls"), partial(torch.mean, dim=1, keepdim=True))
-POOLS["concat"] = lambda z: z.flatten(1)[:, None]
+POOLS = {
+    **dict.fromkeys(("mean", "cls"), partial(torch.mean, dim=1, keepdim=True)),
+    "concat": lambda z: z.flatten(1)[:, None],
+}
 
 
 @dataclass(eq=False)
