@@ -488,7 +488,7 @@ def train_row(args, row, seed, out):
     if saved.get("steps") == args.steps:
         return saved
     command = [sys.executable, "train_vjepa.py", "--preset", "laptop", "--distance", "--resume", "--probe_data"]
-    command += ["--steps", str(args.steps), "--seed", str(seed), "--out_dir", str(out)]
+    command += ["--steps", str(args.steps), "--seed", str(seed), "--out_dir", str(out), "--micro_batch", "16"]
     command += ["--sample_every", "0", "--log_every", str(max(1, args.steps // 10))]
     command += ["--stride", "5", "--crop_scale", "0.3", "0.5", "--crop_ratio", "0.75", "1.35"]
     if args.data:

@@ -379,8 +379,8 @@ def train(tmp_path, monkeypatch):
             V.main,
             tiny(
                 **dict(
-                    steps=2, batch_size=4, log_every=1, sample_every=0, probe_data=(), workers=0, warmup=1,
-                    pred_depth=1, out_dir=str(out),
+                    steps=2, batch_size=4, micro_batch=4, log_every=1, sample_every=0, probe_data=(), workers=0,
+                    warmup=1, pred_depth=1, out_dir=str(out),
                 )
                 | flags
             ),
