@@ -2801,7 +2801,9 @@ def figure(args, name, title, columns, rows):
     for axis, column in zip(axes[0], columns):
         axis.set_title(column, fontsize=8)
     for unit, image in bars.items():
-        shown.colorbar(image, ax=axes, label=unit, shrink=min(1, 3 / sum(heights)))
+        bar = shown.colorbar(image, ax=axes, label=unit, shrink=min(1, 3 / sum(heights)))
+        if unit == "class":
+            bar.locator = plt.MaxNLocator(12, integer=True)
     return finish(args, name, shown)
 
 
