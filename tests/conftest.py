@@ -99,3 +99,18 @@ def probed(monkeypatch):
         return seen
 
     return watch
+
+
+@pytest.fixture
+def no_pictures(request, monkeypatch):
+    """Of probe.py: each costs a second; `with_pictures` draws them."""
+    import probe
+
+    if "with_pictures" not in request.fixturenames:
+        for name in ("draw", "figure", "radar"):
+            monkeypatch.setattr(probe, name, lambda *args: None)
+
+
+@pytest.fixture
+def with_pictures():
+    pytest.importorskip("matplotlib")

@@ -27,17 +27,7 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """Each costs a second; `with_pictures` draws them."""
-    if "with_pictures" not in request.fixturenames:
-        for name in ("draw", "figure", "radar"):
-            monkeypatch.setattr(probe, name, lambda *args: None)
-
-
-@pytest.fixture
-def with_pictures():
-    pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def arguments(**flags):
