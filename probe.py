@@ -42,7 +42,7 @@ import copy
 import csv
 import functools
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -2657,17 +2657,13 @@ def predict(args, device):
 
 def parts_of(source, seconds):
     """{number of windows of about so many seconds: rows of the videos that are so long}. A picture
-    is one window; what cannot be read goes with the others, and is named there."""
+    is one window; so is what cannot be read, until it is named there."""
     found = {}
-    damaged = []
     for row, path in enumerate(source.paths):
-        try:
+        length = 0
+        with contextlib.suppress(*data.DAMAGE):
             length = getattr(data.open_frames(path), "seconds", 0)
-            found.setdefault(max(1, round(length / seconds)), []).append(row)
-        except data.DAMAGE:
-            damaged.append(row)
-    largest = max(found, key=lambda windows: len(found[windows]), default=1)
-    found.setdefault(largest, []).extend(damaged)
+        found.setdefault(max(1, round(length / seconds)), []).append(row)
     return found
 
 
@@ -2752,11 +2748,7 @@ def pyplot():
 
 
 def has_matplotlib():
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    return bool(matplotlib)
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 @dataclass
@@ -3063,6 +3055,18 @@ def forecaster(args, device):
     return objective.surprise, dict(frames=run.frames, stride=run.stride, size=run.size, **pixels)
 
 
+def first_length(source):
+    """Frames of the first of its videos that can be opened."""
+    for path in source.paths:
+        try:
+            return data.open_frames(path).frames
+        except data.DataError:
+            raise
+        except data.DAMAGE:
+            continue
+    raise data.DataError(f"{source.name}: no video can be read")
+
+
 @torch.no_grad()
 def physics(args, device):
     """Is the impossible version of a scene more surprising than the possible one? Nothing is
@@ -3072,8 +3076,8 @@ def physics(args, device):
     window = about["frames"]
     stride = 1 if args.data else args.stride or about["stride"]
     frames = args.frames or window
-    if not (args.frames or args.data):  # all of the first video
-        frames = max(window, data.open_frames(val.paths[0]).frames // stride)
+    if not (args.frames or args.data):
+        frames = max(window, first_length(val) // stride)
     contexts = args.context or (window // 2,)
     if not all(0 < seen < window and seen % 2 == 0 for seen in contexts) or frames < window:
         raise data.DataError(f"--context {contexts} --frames {frames}: of windows of {window} "
@@ -3184,14 +3188,11 @@ def everything(args, device):
     saved = {"encoder": args.encoder, "seeds": seeds, "table": table, "results": found}
     model.write(out / "all.json", json.dumps(saved, indent=1))
     pictures["radar"] = radar(args, table)
-    short = {}
-    for row in table:
-        short[row["task"]] = {key: row[key] for key in ("metric", "value", "std", "constant")}
     skills = [row["skill"] for row in table if row["skill"] is not None]
     return {
         "metric": "skill",
         "value": float(np.mean(skills)) if skills else None,
-        "tasks": short,
+        "tasks": {row["task"]: row["value"] for row in table},
         "seeds": seeds,
         "table": str(out / "all.md"),
         **pictures,

@@ -613,6 +613,7 @@ def print_rows(found, speed, tasks):
 FRAMES = ("--size", "32", "--frames", "8")  # of every method's clips
 COMPARED = {  # script, preset, flags
     "V-JEPA": ("train_vjepa", "laptop", ()),
+    "V-JEPA 2.1": ("train_vjepa", "laptop", ("--levels", "4", "--context_loss", "0.5")),
     "LD": ("train_vjepa", "laptop", ("--distance", "--terms", "ld:1.0")),
     "FWM-HW-LD": ("train_vjepa", "laptop_fwm", ()),
     "SALT": ("train_salt", "laptop", ()),
@@ -624,6 +625,8 @@ COMPARED = {  # script, preset, flags
 # V-JEPA's Table 13, in all frames; on a grid of 4 x 4 they hide 85, 70 and 50 %
 ALL_TIME = ("2x0.617", "1x0.735", "1x0.51")
 VARIANTS = {  # --rows: what else the claims of the papers need, see assets/claims.md
+    "V-JEPA, context loss": ("train_vjepa", "laptop", ("--context_loss", "0.5")),
+    "V-JEPA, four levels": ("train_vjepa", "laptop", ("--levels", "4")),
     "V-JEPA, one mask": ("train_vjepa", "laptop", ("--masks", "4x0.3x0.5")),
     "V-JEPA, 85 %": ("train_vjepa", "laptop", ("--masks", ALL_TIME[0], ALL_TIME[0])),
     "V-JEPA, 70 %": ("train_vjepa", "laptop", ("--masks", ALL_TIME[1], ALL_TIME[1])),
@@ -673,6 +676,23 @@ def judged(probes, out, seed):
     return found
 
 
+def suite(args, out, seed):
+    """{task: what a head of probe.py reads from a run's features, from its random weights, and the constant}."""
+    found = {task: {} for task in args.suite}
+    for key, encoder in (("value", str(out)), ("random", f"random:{out}")):
+        folder = out / f"suite_{key}"
+        file = folder / "all.json"
+        if not file.exists():
+            command = [sys.executable, "probe.py", "all", "--encoder", encoder, "--data", "world", "--seeds", str(seed)]
+            command += ["--tasks", *args.suite, "--out_dir", str(folder)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{folder}: {done.stderr[-2000:]}")
+        for row in json.loads(file.read_text())["table"]:
+            found[row["task"]] |= {key: row["value"], "metric": row["metric"], "constant": row["constant"]}
+    return found
+
+
 def rates(name):
     """The two peak learning rates that every method may choose from: its preset's, and twice as much."""
     script, preset, _ = (COMPARED | VARIANTS)[name]
@@ -704,9 +724,15 @@ def compare(args):
             runs = [tried[best]]
             for seed in others:
                 runs.append(judged(probes, compared_run(args, name, best, flops, seed), seed))
-            found[f"{name} {flops:g}"] = {"method": name, "budget": flops, "lr": best, "runs": runs}
+            row = {"method": name, "budget": flops, "lr": best, "runs": runs}
+            found[f"{name} {flops:g}"] = row
+            if args.suite and flops == max(args.flops):
+                where = [compared_run(args, name, best, flops, seed) for seed in args.seeds]
+                row["suite"] = [suite(args, out, seed) for out, seed in zip(where, args.seeds)]
             print(f"{name} {flops:g} {best:g}: {[run['val'] for run in runs]}", file=sys.stderr, flush=True)
     print_comparison(found, probes.lists)
+    if args.suite:
+        print_suite(found, args.suite)
     draw_comparison(found, probes.lists, Path(args.out, "compare.png"))
     return {"seeds": args.seeds, "rows": found}
 
@@ -734,6 +760,23 @@ def print_comparison(found, tasks):
         if "teacher" in runs[0]:
             teachers = [spread(run["teacher"][task] for run in runs) for task in tasks]
             print("| its teacher | | | | " + " | | ".join(teachers) + " | | |")
+
+
+def print_suite(found, tasks):
+    """The tasks of space and time, of the larger budget."""
+    rows = {row["method"]: row["suite"] for row in found.values() if "suite" in row}
+    first = next(iter(rows.values()))[0]
+    print("\n| method | " + " | ".join(f"{task}, {first[task]['metric']} | random" for task in tasks) + " |")
+    print("|" + "---|" * (1 + 2 * len(tasks)))
+    for name, runs in rows.items():
+        cells = [name]
+        for task in tasks:
+            for key in ("value", "random"):
+                values = [run[task][key] for run in runs]
+                deviation = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.3f}{deviation}")
+        print("| " + " | ".join(cells) + " |")
+    print("| constant | " + " | | ".join(f"{first[task]['constant']:.3f}" for task in tasks) + " | |")
 
 
 def draw_comparison(found, tasks, file):
@@ -956,6 +999,7 @@ def parse_args():
     parser.add_argument("--tasks", nargs="+", default=[], help="terms: NAME=TRAIN_LIST,VAL_LIST")
     parser.add_argument("--out", default="", help="terms, compare: a folder in which the runs are kept")
     parser.add_argument("--flops", type=float, nargs="+", default=[8.5e12], help="compare: of each run")
+    parser.add_argument("--suite", nargs="+", default=[], help="compare: tasks of probe.py, of the largest --flops")
     parser.add_argument("--stride", type=int, default=4, help="compare: of the clips")
     parser.add_argument("--plan", action="store_true", help="compare: only say how long it will take")
     parser.add_argument("--rounds", type=int, default=5)

@@ -24,26 +24,40 @@ def video_data():
     return Path(folder)
 
 
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    """forked(command, ranks, timeout, env) -> (exit status, [output of each rank], [its errors]): see forks.py."""
+    out = str(tmp_path_factory.mktemp("forks") / "job")
+    command = [sys.executable, str(ROOT / "tests" / "forks.py")]
+    starter = []
+
+    def call(command_line, ranks=1, timeout=300, env=()):
+        if not starter:
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            starter.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes))
+        job = {"command": [*map(str, command_line)], "ranks": ranks, "timeout": timeout, "env": dict(env), "out": out}
+        print(json.dumps(job), file=starter[0].stdin, flush=True)
+        status = int(starter[0].stdout.readline())
+        said = []
+        for name in ("out", "err"):
+            said.append([Path(f"{out}.{rank}.{name}").read_text(errors="replace") for rank in range(ranks)])
+        return status, *said
+
+    yield call
+    for process in starter:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
+
+
 @pytest.fixture
-def run():
+def run(forked):
     """run("train_vjepa.py", "--preset", ..., ranks=2) -> (exit status, last JSON line or None, stderr)."""
 
-    def call(*command, ranks=1, threads=1, timeout=300, env=()):
-        launcher = (
-            ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0", "--standalone"]
-            if ranks > 1
-            else []
-        )
-        done = subprocess.run(
-            [sys.executable, *launcher, *map(str, command)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), **dict(env)},
-        )
-        last = (done.stdout.strip().splitlines() or [""])[-1]
-        return done.returncode, json.loads(last) if last.startswith("{") else None, done.stderr
+    def call(*command, ranks=1, timeout=300, env=()):
+        status, out, err = forked(command, ranks, timeout, env)
+        last = (out[0].strip().splitlines() or [""])[-1]
+        return status, json.loads(last) if last.startswith("{") else None, "".join(err)
 
     return call
 

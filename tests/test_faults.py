@@ -90,11 +90,15 @@ def start(tmp_path):
 
 
 @pytest.fixture
-def train(start):
-    """The same, waited for -> (exit status, stderr)."""
+def train(start, forked, tmp_path):
+    """The same, waited for -> (exit status, stderr). One rank is a copy of a process that waits for it."""
 
-    def call(*flags, timeout=120, **keywords):
-        process = start(*flags, **keywords)
+    def call(*flags, timeout=120, code="", ranks=1, out=tmp_path / "out", script="train_vjepa", **keywords):
+        if ranks == 1 and not keywords:
+            (driver := tmp_path / "driver.py").write_text(DRIVER.format(script, code))
+            status, _, (err,) = forked([driver, *TINY, "--out_dir", out, *flags], timeout=timeout)
+            return status, err
+        process = start(*flags, code=code, ranks=ranks, out=out, script=script, **keywords)
         err = process.communicate(timeout=timeout)[1]
         return process.returncode, err
 

@@ -208,3 +208,43 @@ def test_what_is_said(call, tmp_path, monkeypatch):
     steps = [line.split("  ") for line in said if line.startswith("step ")]
     assert len(steps) == 4 and [word.split()[0] for word in steps[1]] == list(M.SHOWN)
     assert {"tflops", "padded_pct", "loss_4x0.3x0.5"} <= lines(tmp_path)[-1].keys()
+
+
+# --- compiled --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, flags, most", [
+    (V, (), 5),
+    (V, ("--preset", "laptop_fwm", "--data", "world"), 7),
+    (V, ("--context_loss", "0.5", "--levels", 4), 5),
+    (S, (), 6),
+    (T, (), 3),
+    (E, (), 2),
+], ids=["vjepa", "fwm", "vjepa21", "salt", "tdv", "mae4d"])
+def test_nothing_is_compiled_again_after_the_first_step(script, flags, most, call, tmp_path, monkeypatch):
+    """Of 50 steps with masks that vary. SALT's two stages compile once each; what comes after the last step (the loss
+    once more without gradients, as a checkpoint is written) may."""
+    torch._dynamo.reset()
+    step = [0]
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(step[0])
+        return graph.forward
+
+    def set_rates(*args):
+        step[0] += 1
+        real_rates(*args)
+
+    real = torch.nn.Module.compile
+    real_rates = M.set_rates
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **named: real(self, **named, backend=backend))
+    monkeypatch.setattr(script, "set_rates", set_rates)
+    small = ("--steps", 50, "--batch_size", 2, "--micro_batch", 2, "--log_every", 25, "--workers", 0, "--compile")
+    call(script, "--preset", "laptop", *flags, *small, "--probe_data", "--sample_every", 0, "--out_dir", tmp_path / "run")
+    last = [50]
+    first = [1]
+    if script is S:  # 8 steps are the teacher's; its stage ends with a checkpoint, too
+        first = [1, 9]
+        last = [8, 50]
+    late = [at for at in compiled if at not in first + last]
+    assert step[0] == 50 and 0 < sum(at in first for at in compiled) <= most and not late, compiled

@@ -1067,3 +1067,19 @@ def test_physics_reads_the_folder_of_every_script(script, run, tmp_path, capsys)
     if script == "train_vjepa":  # one pair has no standard error
         probe.main(dataclasses.replace(args, val_clips=1))
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["error"] is None
+
+
+def test_physics_of_files_goes_on_past_a_damaged_first_video(tmp_path, monkeypatch):
+    """Clips are as long as the first video that can be opened; where none can, one line says so."""
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 255, (8, 32, 32, 3), dtype=np.uint8)
+    listed = Path(clips(tmp_path, "pairs", 3, lambda i: {"impossible": pictures, "kind": i, "change": 4}, junk=1))
+    listed.write_text("2.mp4\n0.mp4\n1.mp4\n")
+    about = dict(frames=4, stride=1, size=32, **M.IMAGENET)
+    monkeypatch.setattr(probe, "forecaster", lambda *args: (lambda x, seen: x[:, :, seen:].std((1, 2, 3, 4)), about))
+    args = arguments("physics", tmp_path / "out", frames=0, train=str(listed), val=str(listed), data="")
+    result, _ = probe.physics(args, CPU)
+    assert (result["n_val"], result["bad"], result["windows"]) == (2, 1, 3)
+    listed.write_text("2.mp4\n")
+    with pytest.raises(D.DataError, match="no video can be read"):
+        probe.physics(args, CPU)
