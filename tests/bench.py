@@ -2,8 +2,8 @@
 
     python tests/bench.py step     where a training step's time goes, beside Hugging Face's modules
                                    [--method mae4d --model vit_b --batch 2 --dtype bf16 --compile]
-    python tests/bench.py gpu      the same on CUDA, eager and compiled, with MFU and memory
-                                   [--method mae4d --model vit_l --batch 24]
+    python tests/bench.py gpu      that step and the whole script on CUDA, eager and compiled: MFU, waiting, memory
+                                   [--method mae4d --model vit_l --batch 24 --steps 100 --data LIST --device cpu]
     python tests/bench.py reader   clips/s from files, beside decord and PyAV (pip install -r tests/requirements.txt)
                                    VIDEO [VIDEO ...]
     python tests/bench.py world    clips/s of the built-in world, alone and with its labels
@@ -304,20 +304,81 @@ def step(args):
     return result
 
 
+def child(command):
+    """The last line of a process's output, as JSON."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}:\n{done.stderr}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def films(folder, count=48):
+    """As many files as packed ones are: FFmpeg's moving test pattern, 340x256, 75 frames."""
+    for i in range(count):
+        source = f"testsrc2=size=340x256:rate=7.5:duration=10,hue=h={7 * i}"
+        command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", source, "-g", "8", "-pix_fmt", "yuv420p"]
+        subprocess.run([*command, f"{folder}/{i}.mp4"], check=True)
+    return [str(folder)]
+
+
+def whole_run(args, data, *compiled):
+    """--steps of a script as a user starts it: its recipe, masks that vary, loader, copies, clipping, two
+    micro-batches a step -> medians of its log lines, but for the first fifth."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, f"train_{args.method}.py", "--data", *data, "--stride", "1", "--out_dir", out]
+        for flag in ("model", "frames", "size", "dtype", "steps"):
+            command += [f"--{flag}", str(getattr(args, flag))]
+        command += ["--batch_size", str(2 * args.batch), "--micro_batch", str(args.batch), "--log_every", "10"]
+        child([*command, "--sample_every", "0", "--save_every", "1000000", *compiled])
+        lines = logged(Path(out))
+    lines = lines[len(lines) // 5 :]
+    keys = [key for key in ("clips_per_s", "tflops", "mfu", "wait_pct", "peak_gb") if key in lines[0]]
+    return {key: round(statistics.median(line[key] for line in lines), 3) for key in keys}
+
+
+def attention(args, widths=(24, 32, 64)):
+    """{kernel: {channels of a head: milliseconds forward and backward}} over --batch clips of all their tokens; of
+    what a kernel cannot do, nothing. V-JEPA's predictor has 12 heads of 32 or 16 of 24."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    device = torch.device(args.device)
+    n = args.frames // 2 * (args.size // 16) ** 2
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    found = {}
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        for width in widths:
+            q, k, v = torch.randn(3, args.batch, 12, n, width, device=device, dtype=dtype, requires_grad=True)
+
+            def job():
+                with sdpa_kernel(kernel):
+                    F.scaled_dot_product_attention(q, k, v).sum().backward()
+
+            try:
+                times = alternate({"it": job}, args.rounds, lambda: now(device))
+            except RuntimeError:
+                continue
+            found.setdefault(kernel.name, {})[width] = round(1000 * statistics.median(times["it"]), 3)
+    return found
+
+
 def gpu(args):
-    """Eager and compiled, each in its own process, so that neither has the other's memory."""
-    flags = ["--device", "cuda", "--only", "ours"]
-    for name in ("method", "model", "batch", "dtype", "pos"):
+    """Eager and compiled, each in its own process, so that neither has the other's memory: the step alone on random
+    clips, beside the peer's, and the whole script on --data, else on files made for it. And what attention takes."""
+    flags = ["--device", args.device]
+    for name in ("method", "model", "batch", "frames", "size", "dtype", "pos", "rounds"):
         flags += [f"--{name}", str(getattr(args, name))]
-    rows = []
-    for compiled in ([], ["--compile"]):
-        command = [sys.executable, __file__, "step", *flags, *compiled]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{' '.join(command)}:\n{done.stderr}")
-        rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
-        print(rows[-1], flush=True)
-    return {"rows": rows, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = args.data or films(folder)
+        for name, compiled in (("eager", []), ("compiled", ["--compile"])):
+            step_alone = [sys.executable, __file__, "step", *flags, "--only", "ours", *compiled]
+            rows[f"step, {name}"] = child(step_alone)
+            rows[f"script, {name}"] = whole_run(args, data, *compiled)
+            print(rows, file=sys.stderr, flush=True)
+    if METHODS[args.method][1] == "hf":
+        rows["peer"] = child([sys.executable, __file__, "step", *flags, "--only", "peer"])
+    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    return {"rows": rows, "attention": attention(args), "device": device, "torch": torch.__version__}
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -991,8 +1052,8 @@ def parse_args():
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--pos", choices=["rope", "sincos"], default="rope")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--device", default="", help="gpu: cuda, else cpu")
+    parser.add_argument("--steps", type=int, default=0, help="gpu: 100, else 2000")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", default=[])
     parser.add_argument("--data", nargs="+", default=[])
@@ -1007,7 +1068,10 @@ def parse_args():
     parser.add_argument("--checkpoint", action="store_true")
     parser.add_argument("--method", choices=METHODS, default="vjepa")
     parser.add_argument("--only", choices=["", "ours", "peer"], default="", help="one side alone: its own peak memory")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.device = args.device or ("cuda" if args.what == "gpu" else "cpu")
+    args.steps = args.steps or (100 if args.what == "gpu" else 2000)
+    return args
 
 
 if __name__ == "__main__":
