@@ -91,13 +91,13 @@ def start(tmp_path):
 
 @pytest.fixture
 def train(start, forked, tmp_path):
-    """The same, waited for -> (exit status, stderr). One rank is a copy of a process that waits for it."""
+    """The same, waited for -> (exit status, stderr). Its ranks are copies of a process that waits for them."""
 
     def call(*flags, timeout=120, code="", ranks=1, out=tmp_path / "out", script="train_vjepa", **keywords):
-        if ranks == 1 and not keywords:
+        if not keywords:
             (driver := tmp_path / "driver.py").write_text(DRIVER.format(script, code))
-            status, _, (err,) = forked([driver, *TINY, "--out_dir", out, *flags], timeout=timeout)
-            return status, err
+            status, _, err = forked([driver, *TINY, "--out_dir", out, *flags], ranks, timeout)
+            return status, "".join(err)
         process = start(*flags, code=code, ranks=ranks, out=out, script=script, **keywords)
         err = process.communicate(timeout=timeout)[1]
         return process.returncode, err
@@ -440,10 +440,11 @@ def test_out_of_memory_is_one_line_that_says_what_would_help(train, tmp_path):
     assert 16 <= chosen <= 256
 
 
-def test_an_error_that_all_ranks_meet_is_told_once_and_last(train):
+def test_an_error_that_all_ranks_meet_is_told_once_and_last(start):
     """Promise: under torchrun one line from one rank, and again below torchrun's own traceback."""
-    status, err = train("--lr", "nan", ranks=2)
-    assert status == 1
+    process = start("--lr", "nan", ranks=2)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 1
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [
         "error: --lr nan: a positive finite number is needed"]
     assert "error: --lr nan" in err.partition("ChildFailedError")[2]
