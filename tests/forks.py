@@ -4,6 +4,7 @@ seconds of a core, a copy a hundredth. For tests whose subject is not how a proc
     echo '{"command": ["train_vjepa.py", "--dry_run"], "ranks": 1, "env": {}, "timeout": 60, "out": "/tmp/x"}' \
         | python tests/forks.py         # standard output and errors of rank k: /tmp/x.k.out, /tmp/x.k.err
 """
+import contextlib
 import json
 import os
 import runpy
@@ -73,7 +74,8 @@ def wait(pids, timeout):
             status = status or 124
         if status:
             for other in left:
-                os.killpg(other, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it leads no group yet: at the next look
+                    os.killpg(other, signal.SIGKILL)
     return status
 
 
