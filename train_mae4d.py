@@ -62,6 +62,7 @@ class Args:
     init_std: float = 0.02              # of the random weights (the paper is silent)
     pos_std: float = 0.02               # of positions and latents
     standardise: bool = True            # what the encoder sees, by ImageNet's mean and deviation
+    highpass: float = 0.0               # > 0: hide what is static, scale the rest (not the paper's)
     readout: float = 0.95               # share of the blocks after which probes read
     readout_classify: float = 0.75      # the same, for classification (section 4.1)
     init: str = ""                      # start from a run's folder, or a weight file's encoder
@@ -175,7 +176,7 @@ class MAE4D(nn.Module):
         self.args = args
         shape = SIZES[args.model] | dict(
             patch=args.patch, tubelet=args.tubelet, pos="learned", final_norm=False,
-            act="gelu_tanh")
+            act="gelu_tanh", highpass=args.highpass)
         start = None
         # of what the encoder sees. Raw pixels would make most of a token one constant: random
         # weights read flow no better than a constant does, and from standardised pixels they do

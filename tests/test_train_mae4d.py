@@ -170,6 +170,18 @@ def test_stopped_and_resumed_equals_undisturbed_and_the_export_says_where_to_rea
     assert (tmp_path / "whole" / "samples" / "step_00000006.png").stat().st_size > 1000
 
 
+def test_highpass_hides_what_is_static_from_the_encoder_and_not_from_the_target():
+    args, objective, x, keep = setting(highpass=4.0)
+    still = x[:, :, :1].expand_as(x)
+    first, second = (objective.encoder(clip, keep) for clip in (still, 0.5 * still))
+    assert (first - second).abs().max() < 1e-5
+    assert (first - objective.encoder(x, keep)).abs().max() > 1e-2
+    loss, _ = objective(x, keep)
+    decoded = objective(x, keep, reconstruct=True)
+    assert loss.item() == pytest.approx((decoded - objective.raw(x)).square().mean().item(), rel=1e-5)
+    assert torch.equal(objective.raw(x), setting()[1].raw(x))
+
+
 def test_a_run_from_before_the_pixels_were_standardised_goes_on_as_it_was(call, pictures, tmp_path):
     """Its config.json has no such flag: --resume refuses to change what the encoder sees."""
     flags = [flag for flag in TINY if flag != "--probe_data"] + ["--probe_data", "--data", pictures, "--workers", 0]
