@@ -1845,14 +1845,13 @@ def parse_mask(text):
                         "tube:RATIO or causal:RATIO, with numbers in (0, 1]") from None
 
 
-def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", bucket=1,
-                 rows=None, temporal_keep=1.0):
+def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", rows=None,
+                 temporal_keep=1.0):
     """The masks of one step: (keep, pred), for each spec an int64 tensor (b,K) and (b,M).
 
     They hold sorted token ids, for the clips `rows` (a slice) of the global batch of B. K and M are
-    the fewest tokens in the whole batch, rounded down to a multiple of `bucket`, so every rank sees
-    the same shapes. What is left out to get there is chosen at "random", or, with `trim` "prefix",
-    lies last in time (V-JEPA's code).
+    the fewest tokens in the whole batch, so every rank sees the same shapes. What is left out to
+    get there is chosen at "random", or, with `trim` "prefix", lies last in time (V-JEPA's code).
     temporal_keep < 1: the context lies in this first share of the slices, and all that is not
     context is predicted (FWM-HW-LD's Future-Predictive).
     """
@@ -1885,12 +1884,12 @@ def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", 
             bits.advance(first * N)
             keys = np.random.Generator(bits).random(keys.shape)
         hidden = hidden[first:last]
-        kept = lowest(~hidden, keys, K, bucket)
+        kept = lowest(~hidden, keys, K)
         if temporal_keep < 1:
             hidden = np.ones_like(hidden)
             np.put_along_axis(hidden, kept, False, axis=1)
             M = N - kept.shape[1]
-        predicted = lowest(hidden, keys, M, bucket)
+        predicted = lowest(hidden, keys, M)
         keep.append(torch.from_numpy(kept))
         pred.append(torch.from_numpy(predicted))
     return keep, pred
@@ -1906,9 +1905,8 @@ def fewest(counts):
     return int(counts[(len(counts) - 1) // 24])
 
 
-def lowest(chosen, keys, count, bucket):
+def lowest(chosen, keys, count):
     """chosen, keys (b,N) -> sorted ids of the chosen with the lowest keys, `count` of each row."""
-    count = count // bucket * bucket or count
     keys = np.where(chosen, keys, 2.0)
     ids = np.argpartition(keys, count - 1)
     return np.sort(ids[:, :count])

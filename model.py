@@ -901,6 +901,7 @@ FREE = {  # flags that a resumed run may change
     "log_every", "probe_every", "sample_every", "compile", "fsdp", "shard_ranks", "checkpoint",
     "wandb", "max_bad_fraction", "max_skips", "dry_run", "new_data",
 }
+GONE = {"bucket": 1}  # flags of runs that were begun earlier, and what all runs do now
 
 
 # what checkpointing says to a single process
@@ -1377,7 +1378,7 @@ class Run:
         differ = []
         for name in {**config, **old}:
             before = old.get(name, defaults.get(name))
-            now = config.get(name, "no such flag any more")
+            now = config.get(name, GONE.get(name, "no such flag any more"))
             gone = name not in config and not before
             # the same data under other paths are the same data
             told = name in ("data", "data_hash", "data_times")

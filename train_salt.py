@@ -74,7 +74,6 @@ class Args:
     teacher_masks: tuple[str, ...] = () # of stage 1, empty: --masks; the paper's others: R = 0.9
     aspect: tuple[float, float] = (0.75, 1.5)       # of a block
     trim: Literal["random", "prefix"] = "random"    # ids cut to the batch minimum; prefix: official
-    bucket: int = 1                     # > 1: token counts are multiples of it, for fewer shapes
     # --- optimization
     steps: int = 240_000                # of all stages together
     flops: float = 0.0                  # > 0: as many steps as this many FLOPs pay for
@@ -200,7 +199,7 @@ class MaskedPrediction(nn.Module):
         # of the batch; a function of the seed and the step
         self.masks = partial(
             data.sample_masks, args.masks, args.seed, grid=self.encoder.grid, aspect=args.aspect,
-            trim=args.trim, bucket=args.bucket)
+            trim=args.trim)
 
     @property
     def product(self):

@@ -74,7 +74,6 @@ class Args:
     masks: tuple[str, ...] = ("8x0.15", "2x0.7")    # BLOCKSxSCALE[xTIME], random:R tube:R causal:R
     aspect: tuple[float, float] = (0.75, 1.5)       # of a block
     trim: Literal["random", "prefix"] = "random"    # ids cut to the batch minimum; prefix: official
-    bucket: int = 1                     # > 1: token counts are multiples of it, for fewer shapes
     # --- V-JEPA 2.1
     levels: int = 1                     # outputs that are predicted, at even depths; 4 there
     context_loss: float = 0.0           # weight of the loss on the context's own tokens
@@ -313,7 +312,7 @@ class VJEPA(nn.Module):
         # of the batch; a function of the seed and the step
         self.masks = partial(
             data.sample_masks, args.masks, args.seed, grid=self.encoder.grid, aspect=args.aspect,
-            trim=args.trim, bucket=args.bucket)
+            trim=args.trim)
         if args.stills:  # masks that an image cannot have are told before the first comes
             self.masks(0, 1, grid=(1, *self.grid[1:]))
 

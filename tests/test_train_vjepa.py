@@ -297,7 +297,7 @@ def test_runs_of_the_first_release_go_on_or_say_what_changed(run, tmp_path):
     file = out / "config.json"
     head = json.loads(file.read_text())
     del head["script"], head["config"]["terms"]
-    head["config"] |= {"hw": 0.0, "ld": 0.0}
+    head["config"] |= {"hw": 0.0, "ld": 0.0, "bucket": 1}
     file.write_text(json.dumps(head))
     status, last, err = run("train_vjepa.py", *TINY, "--steps", 2, "--out_dir", out, "--resume")
     assert status == 0 and last["steps"] == 2, err
