@@ -920,33 +920,32 @@ def open_frames(path):
     return Video(path)
 
 
-def inside(file, span, *names):
-    """Spans (start, end) of the mp4 boxes with this path of names."""
+def box_head(data):
+    """Name, bytes of the head, and bytes in all of the mp4 box that `data` begins with."""
+    size, name = struct.unpack_from(">I4s", data)
+    if size == 1:
+        return name, 16, struct.unpack_from(">Q", data, 8)[0]
+    return name, 8, size
+
+
+def inside(data, *names):
+    """What the mp4 boxes with this path of names hold."""
     if not names:
-        yield span
+        yield data
         return
-    place, end = span
-    while place + 8 <= end:
-        file.seek(place)
-        size, name = struct.unpack(">I4s", file.read(8))
-        head = 8
-        if size == 1:
-            size = struct.unpack(">Q", file.read(8))[0]
-            head = 16
-        if size == 0:
-            size = end - place
-        if size < head or place + size > end:
+    while len(data) >= 8:
+        name, head, size = box_head(data)
+        if not head <= size <= len(data):
             return
         if name == names[0]:
-            yield from inside(file, (place + head, place + size), *names[1:])
-        place += size
+            yield from inside(data[head:size], *names[1:])
+        data = data[size:]
 
 
-def mp4_table(file, track, name, kind):
+def mp4_table(track, name, kind):
     """[(count, value)] of the table `name` of a track, as one value a frame; None without one."""
-    for start, end in inside(file, track, b"mdia", b"minf", b"stbl", name):
-        file.seek(start + 8)
-        runs = np.frombuffer(file.read(end - start - 8), [("count", ">u4"), ("value", kind)])
+    for table in inside(track, b"mdia", b"minf", b"stbl", name):
+        runs = np.frombuffer(table[8:], [("count", ">u4"), ("value", kind)])
         if runs["count"].sum() > 2**22:  # more than a day has
             return None
         return np.repeat(runs["value"].astype(np.int64), runs["count"])
@@ -955,41 +954,46 @@ def mp4_table(file, track, name, kind):
 
 def mp4_times(path):
     """When each frame of an mp4 is shown (n,), rising, in seconds, by the file's own index, of
-    which a few bytes are read. None where they are evenly spaced, or it does not say."""
+    which nothing but the box moov is read. None where they are evenly spaced, or it does not say.
+    """
     try:
         with open(path, "rb") as file:
-            for track in inside(file, (0, os.path.getsize(path)), b"moov", b"trak"):
-                for start, _ in inside(file, track, b"mdia", b"hdlr"):
-                    file.seek(start + 8)
-                    if file.read(4) == b"vide":
-                        return track_times(file, track)
+            name = None
+            while name != b"moov":
+                # fails at the file's end
+                name, head, size = box_head(file.read(16))
+                if size < head:
+                    return None
+                file.seek(size - 16, os.SEEK_CUR)
+            file.seek(head - size, os.SEEK_CUR)
+            index = memoryview(file.read(size - head))
+        for track in inside(index, b"trak"):
+            for handler in inside(track, b"mdia", b"hdlr"):
+                if handler[8:12] == b"vide":
+                    return track_times(track)
     except (struct.error, ValueError, MemoryError):
         # the decoder says better what is wrong with it
         return None
     return None
 
 
-def track_times(file, track):
+def track_times(track):
     """mp4_times of one track."""
-    steps = mp4_table(file, track, b"stts", ">u4")
+    steps = mp4_table(track, b"stts", ">u4")
     # how long the last frame is shown moves no other
     if steps is None or len(np.unique(steps[:-1])) < 2:
         return None
     times = np.cumsum(steps) - steps
-    late = mp4_table(file, track, b"ctts", ">i4")
+    late = mp4_table(track, b"ctts", ">i4")
     if late is not None:
         times = times + late
     # what was cut off before the start is in the file, and not shown
-    for start, _ in inside(file, track, b"edts", b"elst"):
-        file.seek(start)
-        wide = file.read(8)[0] == 1
-        _, first = struct.unpack(">Qq" if wide else ">Ii", file.read(16 if wide else 8))
+    for edits in inside(track, b"edts", b"elst"):
+        _, first = struct.unpack_from(">Qq" if edits[0] else ">Ii", edits, 8)
         times = times[times >= first]
-    for start, _ in inside(file, track, b"mdia", b"mdhd"):
-        file.seek(start)
-        version = file.read(4)[0]
-        file.seek(start + (20 if version else 12))
-        return np.sort(times) / struct.unpack(">I", file.read(4))[0]
+    for about in inside(track, b"mdia", b"mdhd"):
+        (rate,) = struct.unpack_from(">I", about, 20 if about[0] else 12)
+        return np.sort(times) / rate
     return None
 
 
