@@ -605,8 +605,14 @@ def open_video(path):
     if head and not CONTROL & {*head}:
         # playlists and scripts of FFmpeg's lead to other files, and some never end
         raise ValueError("a text file, not a video")
-    return import_torchcodec().VideoDecoder(
+    decoder = import_torchcodec().VideoDecoder(
         source, dimension_order="NHWC", seek_mode=mode, num_ffmpeg_threads=1)
+    meta = decoder.metadata
+    if (meta.width or 0) * (meta.height or 0) > 1e6 * MAX_MEGAPIXELS:
+        raise ValueError(f"frames of {meta.width}x{meta.height} are over the limit of "
+                         f"{MAX_MEGAPIXELS} megapixels (data.MAX_MEGAPIXELS)")
+    tell(losses(path, meta))
+    return decoder
 
 
 def tell(notes):
@@ -668,10 +674,6 @@ class Video:
         self.rotation = meta.rotation or 0
         self.pixel_aspect = float(meta.pixel_aspect_ratio or 1)
         self.pixels = (meta.width or 0) * (meta.height or 0)
-        if self.pixels > 1e6 * MAX_MEGAPIXELS:
-            raise ValueError(f"frames of {meta.width}x{meta.height} are over the limit of "
-                             f"{MAX_MEGAPIXELS} megapixels (data.MAX_MEGAPIXELS)")
-        tell(losses(path, meta))
         self.begin = float(meta.begin_stream_seconds or 0)
         end = float(meta.end_stream_seconds or 0)
         if not meta.average_fps or not end > self.begin:
@@ -705,22 +707,17 @@ class Video:
 
     def by_number(self, ids):
         """Frames ids (n,) -> uint8 (n,H,W,3), stamps (n,): equal for one frame given twice."""
-        if self.lies:
-            self.slow = True
-            return self.count(ids)
-        for look_up in (False, True):
-            if look_up:
-                before = self.frames
-                self.know(packet_times(self.path))
-                if self.frames != before:
-                    raise Recount
+        if not self.lies:
             for find in (self.seek, self.walk):
                 frames, times, durations = find(self.middle(ids))
                 if self.are(ids, times, durations):
                     return frames, times
                 self.slow = True
-            if self.times is not None:
-                break
+            if self.times is None:
+                self.know(packet_times(self.path))
+                if self.times is not None:
+                    raise Recount
+        self.slow = True
         return self.count(ids)
 
     def by_time(self, seconds):
@@ -861,31 +858,27 @@ class Pictures:
 
     def by_number(self, ids):
         """As Video's."""
-        return torch.stack([self.picture(i) for i in ids]), ids
-
-    def picture(self, i):
-        path = str(self.files[i])
-        decoder = open_video(path) if i else self.first
-        meta = decoder.metadata
-        if meta.width * meta.height > 1e6 * MAX_MEGAPIXELS:
-            raise ValueError(f"a picture of {meta.width}x{meta.height} is over the limit of "
-                             f"{MAX_MEGAPIXELS} megapixels (data.MAX_MEGAPIXELS)")
-        tell(losses(path, meta))
-        return upright(decoder.get_frame_at(0).data, path)
+        frames = []
+        for i in ids:
+            decoder = open_video(str(self.files[i])) if i else self.first
+            frames.append(upright(decoder.get_frame_at(0).data, self.files[i]))
+        return torch.stack(frames), ids
 
 
-# quarter turns to the left that EXIF's orientations 1 to 8 ask for; 2, 4, 5 and 7 are mirrored
-# (left to right) before
+# EXIF's tag 274, a number of two bytes, whose first byte is low (II) or high (MM)
+ORIENTATION = re.compile(
+    rb"Exif\0\0(?:II.*?\x12\x01\x03\0\x01\0\0\0(.)\0|MM.*?\x01\x12\0\x03\0\0\0\x01\0(.))",
+    re.S)
+# quarter turns to the left that its values 1 to 8 ask for; 2, 4, 5 and 7 are mirrored (left to
+# right) before
 TURNS = (0, 0, 2, 2, 1, 3, 3, 1)
 
 
 def upright(frame, path):
-    """A picture (H,W,3) as its camera was held: decoders leave EXIF's tag 274 to others."""
+    """A picture (H,W,3) as its camera was held: decoders leave that to others."""
     with open(path, "rb") as file:
-        exif = file.read(2**16).partition(b"Exif\0\0")[2]
-    order = ">" if exif[:2] == b"MM" else "<"
-    found = exif.partition(struct.pack(order + "HHI", 274, 3, 1))[2][:2]
-    orientation = struct.unpack(order + "H", found)[0] if len(found) == 2 else 1
+        found = ORIENTATION.search(file.read(2**16))
+    orientation = ord(found[1] or found[2]) if found else 1
     if orientation in (2, 4, 5, 7):
         frame = frame.flip(1)
     return torch.rot90(frame, TURNS[clamp(orientation, 1, 8) - 1])
@@ -1163,7 +1156,7 @@ def read_cuts(path, clip, rngs=(None,)):
 
 
 class Recount(Exception):
-    """It came out in reading that a video has another number of frames."""
+    """It came out in reading that a video has other frames than its header says: ask anew."""
 
 
 def cut_clips(video, clip, rngs, draws, window, boxes):
