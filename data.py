@@ -1336,33 +1336,31 @@ class Clips(torch.utils.data.Dataset):
             "video": torch.zeros(shape, dtype=torch.uint8),
             "flip": torch.zeros(n, dtype=torch.bool),
             "label": torch.full((n,), -1), "index": torch.tensor(numbers), "path": [""] * n,
-            "ok": torch.ones(n, dtype=torch.bool), "bad": [], "cut": [None] * (n * self.many),
-            "padded": 0,
+            "ok": torch.ones(n, dtype=torch.bool), "bad": [], "cut": [],
         }
-        rendered = {}
+        rendered = {}  # of each source that is a world: place in the batch -> row
         for first in range(0, n, self.per):
-            group = range(first, first + self.per)
-            source, row = self.read(numbers, group, out)
+            group = slice(first, first + self.per)
+            source, row, cuts = self.read(numbers[group], group, out)
+            out["cut"] += cuts or [None] * (self.per * self.many)
             if source in self.worlds:
-                for k, i in enumerate(group):
+                for k in range(self.per):
                     # nothing is decoded, so each of several clips is another one
-                    other = (row + k * len(self.sources[source]) // self.per)
-                    other %= len(self.sources[source])
-                    out["label"][i] = int(self.sources[source].labels[other])
-                    out["path"][i] = self.name(source, other)
-                    rendered.setdefault(source, []).append((i, other))
-        # a batch at a time, which is many times faster than clip by clip
-        labels = {}
-        for source, places in rendered.items():
-            made = self.worlds[source].render([row for _, row in places], self.names)
-            for k, (i, _) in enumerate(places):
-                out["video"][i] = made["video"][k]
-                labels[i] = {name: made[name][k] for name in self.names}
+                    rows = len(self.sources[source])
+                    other = (row + k * rows // self.per) % rows
+                    out["path"][first + k] = self.name(source, other)
+                    rendered.setdefault(source, {})[first + k] = other
+        # a batch at a time, which is faster than clip by clip
+        for source, rows in rendered.items():
+            made = self.worlds[source].render([*rows.values()], self.names)
+            out["label"][[*rows]] = made["label"]
+            out["video"][[*rows]] = made["video"][:, None]
+            # whoever asks for labels reads nothing but this world
+            for name in self.names:
+                out[name] = made[name].repeat_interleave(self.many, 0)
         out["video"] = out["video"].flatten(0, 1)
         out["flip"] = out["flip"].repeat_interleave(self.many)
-        for name in self.names:
-            value = torch.stack([labels[i][name] for i in range(n)])
-            out[name] = value.repeat_interleave(self.many, 0)
+        out["padded"] = sum(cut.repeats for cut in out["cut"] if cut)
         if self.masks:
             out["masks"] = self.masks(numbers)
         out["notes"] = dict(UNSAID)
@@ -1370,18 +1368,18 @@ class Clips(torch.utils.data.Dataset):
         return out
 
     def read(self, numbers, group, out):
-        """The clips of one video into the places `group` of the batch -> source, row. Where it is
-        damaged, the plan says which other video takes its place."""
+        """The clips of one video into the places `group` (a slice) of the batch -> source, row,
+        cuts. Where it is damaged, the plan says which other video takes its place."""
         for attempt in range(ATTEMPTS if self.plan else 1):
-            source, row = self.pick(numbers[group[0]], attempt)
+            source, row = self.pick(numbers[0], attempt)
             if source in self.worlds:  # not cropped and not flipped: left and right are classes
-                return source, row
+                return source, row, None
             path = self.name(source, row)
-            out["label"][group.start : group.stop] = int(self.sources[source].labels[row])
-            out["path"][group.start : group.stop] = [path] * len(group)
-            rngs = [None] * len(group)
+            out["label"][group] = int(self.sources[source].labels[row])
+            out["path"][group] = [path] * len(numbers)
+            rngs = [None] * len(numbers)
             if self.clip.train:
-                keys = [[self.seed, AUGMENT, numbers[i], attempt] for i in group]
+                keys = [[self.seed, AUGMENT, number, attempt] for number in numbers]
                 rngs = [np.random.default_rng(key) for key in keys]
             flips = [self.clip.train and self.clip.flip and rng.random() < 0.5 for rng in rngs]
             try:
@@ -1398,18 +1396,15 @@ class Clips(torch.utils.data.Dataset):
                 continue
             finally:
                 self.say("")
-            out["flip"][group.start : group.stop] = torch.tensor(flips)
-            clips = (len(group), self.many)
-            out["video"][group.start : group.stop] = video.unflatten(0, clips)
-            out["cut"][group.start * self.many : group.stop * self.many] = cuts
-            out["padded"] += sum(cut.repeats for cut in cuts if cut)
-            return source, row
+            out["flip"][group] = torch.tensor(flips)
+            out["video"][group] = video.unflatten(0, (-1, self.many))
+            return source, row, cuts
         if self.plan:
             path, why = out["bad"][-1]
             raise DataError(f"{ATTEMPTS} videos in a row cannot be read, the last one {path}: "
                             f"{why}")
-        out["ok"][group.start] = False
-        return source, row
+        out["ok"][group] = False
+        return source, row, None
 
     def name(self, source, row):
         source = self.sources[source]
