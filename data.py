@@ -147,7 +147,7 @@ class Source:
         return len(self.labels)
 
 
-def parse_list(spec, split="train", labelled=False, classes=None, look=True):
+def parse_list(spec, split="train", labelled=False, look=True):
     """Read `spec` = PATH or PATH:WEIGHT, and check every row before any model is built.
 
     PATH: a text file of rows `path label` (the label, an integer or a class name, follows the last
@@ -155,8 +155,8 @@ def parse_list(spec, split="train", labelled=False, classes=None, look=True):
     if labelled, `label`; a folder (each sub-folder is a class; if there are none, unlabelled); one
     video; a pattern, 'videos/*.mp4'; or the word "world" (its clips of this `split`). Relative
     paths start at the list's folder and stay inside it. A folder of numbered images is one video.
-    labelled=True refuses unlabelled rows; classes=C refuses labels outside 0..C-1; look=False does
-    not look for the files. Raises DataError, as `file:line: what is wrong`.
+    labelled=True refuses unlabelled rows; look=False does not look for the files. Raises DataError,
+    as `file:line: what is wrong`.
     """
     name, weight = split_weight(str(spec))
     if name == "world":
@@ -174,7 +174,7 @@ def parse_list(spec, split="train", labelled=False, classes=None, look=True):
     source.weight = weight
     if not len(source):
         raise DataError(f"{name}: the list is empty: it names no video")
-    check_rows(source, labelled, classes)
+    check_rows(source, labelled)
     if look:
         source.facts = file_facts(source)
     return source
@@ -195,10 +195,10 @@ def split_weight(spec):
     try:
         weight = float(tail)
     except ValueError:
-        raise DataError(f"{spec}: no such file or folder (a weight, as in LIST:0.5, must be a "
-                        "number)") from None
+        weight = math.nan
     if not 0 < weight < math.inf:
-        raise DataError(f"{spec}: the weight must be a positive number, not {tail}")
+        raise DataError(f"{spec}: no such file or folder (a weight, as in LIST:0.5, must be a "
+                        "positive number)")
     return name, weight
 
 
@@ -286,8 +286,6 @@ def file_source(name):
         hint = "" if "." in name or "/" in name else "; the built-in world is called world"
         raise DataError(f"{name}: cannot read the list ({error.strerror}){hint}") from None
     text = text.removeprefix(b"\xef\xbb\xbf")
-    if b"\0" in text[:4096]:
-        raise DataError(f"{name}: not a list but a binary file; a list has rows of 'path label'")
     try:
         text.decode()
     except UnicodeDecodeError:
@@ -321,10 +319,6 @@ def plain_source(name, text):
         label = -1
         if path and word.isdigit():
             label = min(int(word[:19]), 2**53)
-        elif path and re.fullmatch(rb"[+-]\d+", word):
-            # a sign makes a label that is out of range, and is said to be
-            label = int(word[:19])
-            label -= 2 if label < 0 else 0
         elif word and is_file_name(path) and not is_file_name(word):
             texts[len(labels)] = word.decode()
         else:
@@ -357,11 +351,13 @@ def table_source(name, text):
     texts = {}
     for row in reader:
         word = (row.get("label") or "").strip()
-        number = re.fullmatch(r"[+-]?\d+", word)
-        if word and not number:
+        label = -1
+        if word.isdecimal():
+            label = min(int(word), 2**53)
+        elif word:
             texts[len(paths)] = word
         paths.append((row["path"] or "").strip())
-        labels.append(min(int(word), 2**53) if number else -1)
+        labels.append(label)
         lines.append(reader.line_num)
     source = Source(name, Paths.of(paths), np.array(labels, np.int64))
     source.lines = lines
@@ -373,23 +369,20 @@ def name_classes(source, texts):
     beside = Path(source.name).with_name("classes.txt")
     if beside.is_file():
         source.classes = tuple(beside.read_text("utf-8", "replace").splitlines())
-    if not texts:
-        return source
-    numbered = np.flatnonzero(source.labels != -1)
-    if len(numbered):
-        row, word = next(iter(texts.items()))
-        raise DataError(f"{where(source, row)}: label {word!r} is a name, and other rows have "
-                        "numbers")
-    if not source.classes:
+    if texts and not source.classes:
         source.classes = tuple(sorted(set(texts.values())))
     number = {word: k for k, word in enumerate(source.classes)}
+    numbered = (source.labels != -1).any()
     for row, word in texts.items():
+        wrong = None
         if re.fullmatch(r"[+-]?[\d.,]+", word):
-            raise DataError(f"{where(source, row)}: label {word!r} is neither an integer nor a "
-                            "name")
-        if word not in number:
-            raise DataError(f"{where(source, row)}: label {word!r} is not one of the "
-                            f"{len(number)} of {beside}")
+            wrong = "is neither an integer from 0 on nor a name"
+        elif numbered:
+            wrong = "is a name, and other rows have numbers"
+        elif word not in number:
+            wrong = f"is not one of the {len(number)} of {beside}"
+        if wrong:
+            raise DataError(f"{where(source, row)}: label {word!r} {wrong}")
         source.labels[row] = number[word]
     return source
 
@@ -422,66 +415,53 @@ def check_paths(source):
                             "it as an absolute path if that is meant")
 
 
-def check_rows(source, labelled, classes):
+def check_rows(source, labelled):
     """Refuse labels that are missing or out of range."""
-    most = classes or 2**31
-    bad = (source.labels < -1) | (source.labels >= most)
+    bad = source.labels >= 2**31
     if labelled:
         bad |= source.labels == -1
     if not bad.any():
         return
     row = int(bad.argmax())
-    label = int(source.labels[row])
+    label = source.labels[row]
+    wrong = f"label {label} is out of range (labels run from 0 to the last class)"
     if label == -1:
-        raise DataError(f"{where(source, row)}: no label, and this task needs one (a row is 'path "
-                        "label')")
-    label = label + 2 if label < 0 else label
-    raise DataError(f"{where(source, row)}: label {label} is out of range (labels run from 0 to "
-                    f"{classes - 1 if classes else 'the last class'})")
+        wrong = "no label, and this task needs one (a row is 'path label')"
+    raise DataError(f"{where(source, row)}: {wrong}")
 
 
 def file_facts(source):
     """Bytes of each file (of a folder of numbered images, how many they are) and when it was
     changed (n,2)."""
-    folder = os.open(source.paths.root, os.O_RDONLY)
-    first, rest = np.split(source.paths.spans, [1000])
-    start = perf_counter()
-    try:
-        parts = [look(source.paths, folder, first)]
-        # threads only for network file systems, which answer slowly, but several at a time
-        slow = perf_counter() - start > 1e-4 * len(first)
-        with ThreadPoolExecutor(16 if slow else 1) as pool:
-            pieces = np.array_split(rest, 1 + len(rest) // 4096)
-            parts += pool.map(partial(look, source.paths, folder), pieces)
-    finally:
-        os.close(folder)
-    facts = np.concatenate(parts)
+    pieces = np.array_split(source.paths.spans, 1 + len(source) // 4096)
+    # network file systems answer slowly, but several at a time
+    with ThreadPoolExecutor(16) as pool:
+        facts = np.concatenate([*pool.map(partial(look, source.paths), pieces)])
     missing = facts[:, 0] < 0
     if missing.any():
         row = int(missing.argmax())
         path = source.paths[row]
-        if os.path.isdir(path):
-            raise DataError(f"{where(source, row)}: {path!r} is a directory, not a video")
-        raise DataError(f"{where(source, row)}: no file {path!r} (a row is 'path label'; "
+        kind = "a directory without numbered images:" if os.path.isdir(path) else "no file"
+        raise DataError(f"{where(source, row)}: {kind} {path!r} (a row is 'path label'; "
                         "comma-separated files need a header with 'path')")
     return facts
 
 
-def look(paths, folder, spans):
-    """file_facts of the rows with these spans; -1 bytes where there is nothing. folder: an open
-    paths.root, from which the system finds a relative path sooner."""
+def look(paths, spans):
+    """file_facts of the rows with these spans; -1 bytes where there is nothing."""
+    root = os.fsencode(paths.root)
+
     def numbers():
         for start, end in spans.tolist():
-            path = paths.text[start:end]
+            path = os.path.join(root, paths.text[start:end])
             try:
-                found = os.stat(path, dir_fd=folder)
+                found = os.stat(path)
             except (OSError, ValueError):
                 yield from (-1, 0)
                 continue
             size = found.st_size
             if stat.S_ISDIR(found.st_mode):
-                whole = os.path.join(paths.root, os.fsdecode(path))
-                size = len(numbered_images(Path(whole))) or -1
+                size = len(numbered_images(Path(os.fsdecode(path)))) or -1
             yield size
             yield found.st_mtime_ns
 

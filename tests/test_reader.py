@@ -260,7 +260,7 @@ def test_names_of_files_and_lists_in_odd_shapes(tmp_path):
     (tmp_path / "long.txt").write_text("x" * 140_000 + ".mp4 0\n")
     with pytest.raises(D.DataError, match="long.txt:1: no file"):
         D.parse_list(tmp_path / "long.txt")
-    with pytest.raises(D.DataError, match="not a list but a binary file"):
+    with pytest.raises(D.DataError, match="bin.txt:1: no path in this row"):
         (tmp_path / "bin.txt").write_bytes(bytes(100))
         D.parse_list(tmp_path / "bin.txt")
 
