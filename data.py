@@ -14,7 +14,6 @@ A frame is the frame that was asked for, or the file counts as unreadable: see V
 Letters: B clips, T frames, H,W pixels; t,h,w token grid, N = t*h*w; K kept, M predicted tokens;
 token id = (ti*h + hi)*w + wi.
 """
-import ast
 import csv
 import glob
 import hashlib
@@ -42,19 +41,8 @@ from time import perf_counter
 from typing import Literal
 
 
-def help_page(argv):
-    """The file's docstring, or that of the command that argv names."""
-    tree = ast.parse(Path(__file__).read_text("utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name in argv and node.name in COMMANDS:
-            flags = " ".join(f"--{argument.arg}" for argument in node.args.args)
-            return f"python data.py {node.name}: {ast.get_docstring(node)}\n\nFlags: {flags}"
-    return __doc__
-
-
-COMMANDS = ("check", "index", "pack")
-if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
-    print(help_page(sys.argv))  # before torch: it is instant
+if __name__ == "__main__" and sys.argv[1:] in (["-h"], ["--help"]):
+    print(__doc__)  # before torch: it is instant
     sys.exit()
 
 import numpy as np
@@ -366,9 +354,7 @@ def table_source(name, text):
 
 def name_classes(source, texts):
     """Labels by name: those of classes.txt beside the list, else in alphabetical order."""
-    beside = Path(source.name).with_name("classes.txt")
-    if beside.is_file():
-        source.classes = tuple(beside.read_text("utf-8", "replace").splitlines())
+    source.classes = class_names(source.name)
     if texts and not source.classes:
         source.classes = tuple(sorted(set(texts.values())))
     number = {word: k for k, word in enumerate(source.classes)}
@@ -380,11 +366,17 @@ def name_classes(source, texts):
         elif numbered:
             wrong = "is a name, and other rows have numbers"
         elif word not in number:
-            wrong = f"is not one of the {len(number)} of {beside}"
+            wrong = f"is not one of the {len(number)} of classes.txt beside it"
         if wrong:
             raise DataError(f"{where(source, row)}: label {word!r} {wrong}")
         source.labels[row] = number[word]
     return source
+
+
+def class_names(name):
+    """Those of classes.txt beside a list; none without."""
+    beside = Path(name).with_name("classes.txt")
+    return tuple(beside.read_text("utf-8", "replace").splitlines()) if beside.is_file() else ()
 
 
 def where(source, row):
@@ -2349,9 +2341,6 @@ def index_dense(layout, root, out, annotations, crf):
     """index for dense labels."""
     if not shutil.which("ffmpeg"):
         raise DataError("dense labels need the ffmpeg program: apt-get install -y ffmpeg")
-    if layout in ("perception", "ava") and not os.path.isfile(annotations):
-        missing = f": no file {annotations}" if annotations else ""
-        raise DataError(f"index {layout} needs --annotations FILE{missing}")
     folder = out.parent / f"{out.stem}_clips"
     if folder.resolve() == root.resolve():
         raise DataError(f"--out {out}: its clips would go into {root} itself; choose another name")
@@ -2497,72 +2486,6 @@ def in_processes(function, items, workers):
         return [*tqdm(results, total=len(items), disable=None)]
 
 
-LABELLED = ("kinetics", "ssv2", "ucf", "folders", "frames")
-DENSE = (*LAYOUTS, "perception", "intphys", "ava")
-
-
-def index(
-    layout: Literal[LABELLED + DENSE], root: str, out: str = "", annotations: str = "",
-    labels: str = "", crf: int = 0,
-):
-    """Make a list of 'path label' rows of a dataset as downloaded, and classes.txt beside it (line
-    k, from 0, names label k).
-
-    Videos that are annotated but not found under the root are counted and left out. kinetics and
-    folders: a classes.txt that is there already is obeyed, so that the train and the val list
-    number the classes alike. frames: each folder of numbered images is a video, unlabelled.
-
-    Data sets with dense labels (scannet and all after it) are written anew, as clip.mp4 and
-    clip.safetensors, into the folder LIST_clips beside it. Which files of each are read stands in
-    the table LAYOUTS.
-
-    Args:
-        layout: whose layout
-        root: the folder that holds the videos, at any depth; of dense data sets as unpacked
-        out: the list to write (default: LAYOUT.txt)
-        annotations: kinetics: csv with label, youtube_id, time_start, time_end; ssv2: train.json;
-            ucf: trainlist01.txt (classInd.txt beside it); perception: all_train.json; ava:
-            ava_train_v2.2.csv
-        labels: ssv2: labels.json
-        crf: dense: x264's quality of the clips; 0 is lossless, and large
-    """
-    if not os.path.isdir(root):
-        raise DataError(f"{root}: no such folder")
-    out = Path(out or f"{layout}.txt")
-    if layout in DENSE:
-        return index_dense(layout, Path(root), out, annotations, crf)
-    known = out.parent / "classes.txt"
-    for flag, needed, file in (("annotations", ("kinetics", "ssv2", "ucf"), annotations),
-                               ("labels", ("ssv2",), labels)):
-        if layout in needed and not os.path.isfile(file):
-            lacks = f": no file {file}" if file else ""
-            raise DataError(f"index {layout} needs --{flag} FILE{lacks}")
-    files = {path.stem: path for path in media(Path(root))}
-    classes = known.read_text("utf-8").splitlines() if known.is_file() else None
-    try:
-        rows, said = READ[layout](root, files, Path(annotations), labels)
-    except (OSError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{annotations}: not {layout} annotations ({type(error).__name__}: "
-                        f"{reason(error)})") from None
-    classes = said or classes or sorted({name for _, name in rows if name is not None})
-    number = {name: k for k, name in enumerate(classes)} | {None: -1}
-    for _, name in rows:
-        if name not in number:
-            place = {"ssv2": labels, "ucf": "classInd.txt"}.get(layout, str(known))
-            raise DataError(f"class {name!r} is not one of the {len(classes)} of {place}")
-    found = [(path, number[name]) for path, name in rows if path]
-    if not found:
-        lacks = f"named in {annotations}" if annotations else "in a class folder"
-        if layout == "frames":
-            lacks = "a folder of numbered images"
-        raise DataError(f"{root}: {len(files)} videos, and none is {lacks}")
-    if classes:
-        write(known, "".join(f"{name}\n" for name in classes))
-    write_list(out, found)
-    missing = len(rows) - len(found)
-    return {"list": str(out), "rows": len(found), "classes": len(classes), "missing": missing}, 0
-
-
 # each gives [(path or None, class name or None)] and the class names, where the layout says them
 
 def read_folders(root, files, note, labels):
@@ -2606,6 +2529,61 @@ def read_ucf(root, files, note, labels):
 
 READ = {"kinetics": read_kinetics, "ssv2": read_ssv2, "ucf": read_ucf, "folders": read_folders,
         "frames": read_frames}
+NEEDS = {"annotations": ("kinetics", "ssv2", "ucf", "perception", "ava"), "labels": ("ssv2",)}
+
+
+def index(
+    layout: Literal[(*READ, *LAYOUTS, *SPECIAL)], root: str, out: str = "", annotations: str = "",
+    labels: str = "", crf: int = 0,
+):
+    """Make a list of 'path label' rows of a dataset as downloaded, and classes.txt beside it (line
+    k, from 0, names label k).
+
+    Videos that are annotated but not found under the root are counted and left out. kinetics and
+    folders: a classes.txt that is there already is obeyed, so that the train and the val list
+    number the classes alike. frames: each folder of numbered images is a video, unlabelled.
+
+    Data sets with dense labels (scannet and all after it) are written anew, as clip.mp4 and
+    clip.safetensors, into the folder LIST_clips beside it. Which files of each are read stands in
+    the table LAYOUTS.
+
+    Args:
+        layout: whose layout
+        root: the folder that holds the videos, at any depth; of dense data sets as unpacked
+        out: the list to write (default: LAYOUT.txt)
+        annotations: kinetics: csv with label, youtube_id, time_start, time_end; ssv2: train.json;
+            ucf: trainlist01.txt (classInd.txt beside it); perception: all_train.json; ava:
+            ava_train_v2.2.csv
+        labels: ssv2: labels.json
+        crf: dense: x264's quality of the clips; 0 is lossless, and large
+    """
+    if not os.path.isdir(root):
+        raise DataError(f"{root}: no such folder")
+    out = Path(out or f"{layout}.txt")
+    for flag, file in (("annotations", annotations), ("labels", labels)):
+        if layout in NEEDS[flag] and not os.path.isfile(file):
+            raise DataError(f"index {layout} needs --{flag} FILE, and {file!r} is none")
+    if layout not in READ:
+        return index_dense(layout, Path(root), out, annotations, crf)
+    files = {path.stem: path for path in media(Path(root))}
+    try:
+        rows, said = READ[layout](root, files, Path(annotations), labels)
+    except (OSError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{annotations}: not {layout} annotations ({type(error).__name__}: "
+                        f"{reason(error)})") from None
+    classes = said or class_names(out) or sorted({name for _, name in rows if name is not None})
+    number = {name: k for k, name in enumerate(classes)} | {None: -1}
+    for _, name in rows:
+        if name not in number:
+            place = labels or ("classInd.txt" if said else out.with_name("classes.txt"))
+            raise DataError(f"class {name!r} is not one of the {len(classes)} of {place}")
+    found = [(path, number[name]) for path, name in rows if path]
+    if not found:
+        raise DataError(f"{root}: {len(files)} videos, and none is what {layout} {annotations} "
+                        "asks for")
+    write_list(out, found, classes)
+    missing = len(rows) - len(found)
+    return {"list": str(out), "rows": len(found), "classes": len(classes), "missing": missing}, 0
 
 
 def filled_lines(path):
@@ -2618,19 +2596,21 @@ def write(path, text):
     os.replace(f"{path}.tmp", path)
 
 
-def write_list(out, rows):
-    """rows: (path, label). Paths under the list's folder are written relative to it, so that the
-    folder can be moved; others absolute."""
+def write_list(out, rows, classes=()):
+    """rows: (path, label); names of the classes go into classes.txt beside it. Paths under the
+    list's folder are written relative to it, so that the folder can be moved; others absolute."""
     folder = os.path.abspath(out.parent) + "/"
     lines = []
     for path, label in rows:
         path = os.path.abspath(path).removeprefix(folder)
         lines.append(f"{path} {label}\n" if label >= 0 else f"{path}\n")
     write(out, "".join(lines))
+    if classes:
+        write(out.with_name("classes.txt"), "".join(f"{name}\n" for name in classes))
 
 
 def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 8, crf: int = 23,
-         fast_decode: bool = True, workers: int = 2):
+         workers: int = 2):
     """Re-encode the videos of a list for fast reading, and write a list of the same name into the
     folder OUT. The originals are not touched.
 
@@ -2645,10 +2625,9 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
             Training at stride 4 on 30 fps wants 7.5, and then --fps 7.5 or --stride 1
         gop: frames from one key frame to the next
         crf: x264's quality; lower is better and larger
-        fast_decode: without CABAC and deblocking: twice as fast to read, 10 % larger
         workers: processes
     """
-    encode = encoding(short_side, fps, gop, crf, fast_decode)
+    encode = encoding(short_side, fps, gop, crf)
     source = parse_list(path)
     if source.split:
         raise DataError(f"{path}: the built-in world is no file")
@@ -2685,14 +2664,13 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     name = Path(os.path.abspath(source.name)).name
     if suffix_of(name) not in (".txt", ".csv"):  # a folder, a video, a pattern
         name = re.sub(r"[*?\[\]]", "_", name) + ".txt"
-    write_list(folder / name, rows)
-    if source.classes:
-        write(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
+    write_list(folder / name, rows, source.classes)
     return {"list": str(folder / name), "rows": len(rows), "bad": len(bad)}, int(bool(bad))
 
 
-def encoding(short_side, fps, gop, crf, fast_decode):
-    """FFmpeg's options."""
+def encoding(short_side, fps, gop, crf):
+    """FFmpeg's options. fastdecode, without CABAC and deblocking: twice as fast to read, 10 %
+    larger."""
     if not (short_side >= 16 and 0 <= fps < 1000 and gop >= 1 and 0 <= crf <= 51):
         raise DataError(f"short_side {short_side} (16 or more), fps {fps} (0 to 1000), "
                         f"gop {gop} (1 or more) or crf {crf} (0 to 51) is out of range")
@@ -2701,26 +2679,20 @@ def encoding(short_side, fps, gop, crf, fast_decode):
     filters = f"scale='2*round(iw*sar*{half})':'2*round(ih*{half})':flags=area,setsar=1"
     if fps:
         filters = f"fps={fps},{filters}"
-    options = ["-an", "-sn", "-dn", "-vf", filters, "-pix_fmt", "yuv420p", "-c:v", "libx264",
-               "-crf", str(crf), "-g", str(gop), "-bf", "0"]
-    if fast_decode:
-        options += ["-tune", "fastdecode"]
-    return options
+    return ["-an", "-sn", "-dn", "-vf", filters, "-pix_fmt", "yuv420p", "-c:v", "libx264",
+            "-crf", str(crf), "-g", str(gop), "-bf", "0", "-tune", "fastdecode"]
 
 
 def claim(out, encode, root):
     """Write into pack.json what the folder holds; refuse one that holds something else."""
     note = Path(out) / "pack.json"
-    if note.exists():
-        before = json.loads(note.read_text("utf-8"))
-        if before["encode"] != encode:
-            raise DataError(f"{out} was packed with other settings (see its pack.json); "
-                            "choose another folder")
-        # a file there may have the name of another video, and would be taken for it
-        if before["root"] != root:
-            raise DataError(f"{out} holds videos packed from {before['root']}, not {root}; "
-                            "choose another folder")
-    write(note, json.dumps({"encode": encode, "root": root}))
+    holds = {"encode": encode, "root": root}
+    before = json.loads(note.read_text("utf-8")) if note.exists() else holds
+    # a file there may have the name of another video, and would be taken for it
+    if before != holds:
+        raise DataError(f"{out} holds videos packed from {before['root']} (or with other settings: "
+                        f"see its pack.json), not {root}; choose another folder")
+    write(note, json.dumps(holds))
 
 
 def pack_video(job):

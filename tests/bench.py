@@ -454,14 +454,12 @@ def reader(args):
 
     with tempfile.TemporaryDirectory() as folder:
         packed = pack(args.videos, folder, "packed", clip.stride)
-        fast = pack(args.videos, folder, "fast", clip.stride, "--fast_decode")
         jobs = {
             "decord": lambda: theirs(decord_frames),
             "pyav": lambda: theirs(pyav_frames),
             "ours": lambda: ours(args.videos, clip),
             "ours, 4 clips a video": lambda: ours(args.videos, D.Clip(clips=4), 4),
             "packed": lambda: ours(packed, D.Clip(stride=1)),
-            "packed, fast decode": lambda: ours(fast, D.Clip(stride=1)),
         }
         times = alternate(jobs, args.rounds, time.process_time)
     speed = {name: round(len(samples) / statistics.median(t), 2) for name, t in times.items()}
@@ -472,13 +470,13 @@ def reader(args):
     }
 
 
-def pack(videos, folder, name, stride, *flags):
+def pack(videos, folder, name, stride):
     """The paths of these videos, packed so that a frame in `stride` is left."""
     rows = Path(folder, f"{name}.txt")
     rows.write_text("".join(f"{os.path.abspath(path)}\n" for path in videos))
     fps = D.open_video(videos[0]).metadata.average_fps / stride
     command = [sys.executable, D.__file__, "pack", str(rows), f"{folder}/{name}", "--short_side", "256"]
-    command += ["--fps", str(fps), "--gop", "8", "--workers", "1", *flags]
+    command += ["--fps", str(fps), "--gop", "8", "--workers", "1"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return D.parse_list(json.loads(done.stdout.splitlines()[-1])["list"]).paths
 
