@@ -534,18 +534,19 @@ class Clip:
     views: int = 1
 
     def __post_init__(self):
+        needs = [
+            ("fps", "a positive number", self.fps is None or 0 < self.fps < math.inf),
+            ("zoom", "0 or at least 1", self.zoom == 0 or 1 <= self.zoom < math.inf),
+            ("short", "repeat, loop, spread or error",
+             self.short in ("repeat", "loop", "spread", "error")),
+            ("scale", "two rising shares in (0, 1]", 0 < self.scale[0] <= self.scale[1] <= 1),
+            ("ratio", "two rising positive numbers", 0 < self.ratio[0] <= self.ratio[1]),
+        ]
         for name in ("frames", "stride", "size", "clips", "segments", "views"):
-            if getattr(self, name) < 1:
-                raise DataError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.fps is not None and not 0 < self.fps < math.inf:
-            raise DataError(f"fps must be a positive number, not {self.fps}")
-        if not (self.zoom == 0 or 1 <= self.zoom < math.inf):
-            raise DataError(f"zoom must be 0 or at least 1, not {self.zoom}")
-        if self.short not in ("repeat", "loop", "spread", "error"):
-            raise DataError(f"short must be repeat, loop, spread or error, not {self.short!r}")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
-            raise DataError(f"crop scale {self.scale} must rise inside (0, 1], ratio {self.ratio} "
-                            "must rise and be positive")
+            needs.append((name, "at least 1", getattr(self, name) >= 1))
+        for name, need, met in needs:
+            if not met:
+                raise DataError(f"{name} must be {need}, not {getattr(self, name)}")
 
 
 CONTROL = {*range(32)} - {9, 10, 13}  # bytes that stand in no text, and at the head of all videos
@@ -643,8 +644,11 @@ class Video:
         self.path = path
         self.decoder = open_video(path)
         meta = self.decoder.metadata
-        self.rotation = meta.rotation or 0
-        self.pixel_aspect = float(meta.pixel_aspect_ratio or 1)
+        # width / height of a stored pixel as it is shown
+        aspect = float(meta.pixel_aspect_ratio or 1)
+        self.pixel_aspect = aspect if is_sane(aspect) else 1.0
+        if (meta.rotation or 0) % 180:
+            self.pixel_aspect = 1 / self.pixel_aspect
         self.pixels = (meta.width or 0) * (meta.height or 0)
         self.begin = float(meta.begin_stream_seconds or 0)
         end = float(meta.end_stream_seconds or 0)
@@ -818,7 +822,6 @@ class Video:
 
 class Pictures:
     """One picture, a clip that stands still; or a folder of numbered ones, a video."""
-    rotation = 0
     pixel_aspect = 1.0
     tick = 0.0
 
@@ -858,7 +861,6 @@ def upright(frame, path):
 
 class Given:
     """A video that a dataset gives, uint8 (n,H,W,3)."""
-    rotation = 0
     pixel_aspect = 1.0
     pixels = 1
     tick = 0.0
@@ -1003,7 +1005,8 @@ def frame_positions(length, clip, u=0.5, segment=0, tick=1, step=None):
     if clip.short == "spread" and span > length:
         at = np.linspace(0, length - tick, clip.frames)
         return np.round(at).astype(int) if whole else at
-    if clip.short == "error" and span > length * (1 + 1e-6):
+    still = whole and length == 1
+    if clip.short == "error" and span > length * (1 + 1e-6) and not still:
         raise ValueError(f"the video is shorter than the clip: {length:.6g} "
                          f"{'frames' if whole else 'seconds'} of {span:.6g}")
     return np.minimum(at, length - tick)
@@ -1117,8 +1120,6 @@ def read_cuts(path, clip, rngs=(None,)):
     for _ in range(clip.segments):
         draws.append([0.5 if rng is None else rng.random() for rng in rngs])
     window = rngs[0].random() if len(rngs) > 1 else 0.0
-    if isinstance(video, Pictures) and video.frames == 1:
-        clip = replace(clip, short="repeat")  # a still clip, not a short one
     boxes = []  # of each rng, for each view; drawn where the first frames say their size
     while True:
         try:
@@ -1187,9 +1188,7 @@ def pieces(video, numbers, by_time):
 def stored_boxes(video, shape, clip, rngs):
     """For each rng a box for each view, in stored pixels."""
     height, width = shape
-    square = video.pixel_aspect if is_sane(video.pixel_aspect) else 1.0
-    if video.rotation % 180:
-        square = 1 / square
+    square = video.pixel_aspect
     boxes = []
     for rng in rngs:
         views = []
@@ -1474,24 +1473,23 @@ def mixed_loader(sources, clip, masks=None, **flags):
         kinds[bool(still)].append(source)
         share += weight / sum(weights) if still else 0.0
 
-    def images(turn):
-        """Micro-batches of images before this one."""
-        return math.floor(turn * share)
+    def place(turn):
+        """Kind of a micro-batch (1: images), and its number among those of this kind."""
+        before = math.floor(turn * share)
+        kind = math.floor((turn + 1) * share) - before
+        return kind, before if kind else turn - before
 
-    def kind(turn):
-        return images(turn + 1) - images(turn)  # 1: of images
+    def own(kind, turn):
+        found, number = place(turn)
+        return number if found == kind else None
 
-    def of_videos(turn):
-        return None if kind(turn) else turn - images(turn)
-
-    def of_images(turn):
-        return images(turn) if kind(turn) else None
-
-    forms = zip(kinds, (clip, replace(clip, frames=1)), (of_videos, of_images))
-    loaders = [part and make_loader(part, form, own=own, **flags) for part, form, own in forms]
+    loaders = []
+    for kind, form in enumerate((clip, replace(clip, frames=1))):
+        part = kinds[kind]
+        loaders.append(part and make_loader(part, form, own=partial(own, kind), **flags))
     n = flags["micro_batch"]
     for turn in turns(**flags):
-        batch = next(loaders[kind(turn)])
+        batch = next(loaders[place(turn)[0]])
         if masks:  # by numbers of the whole run
             numbers = range(turn * n, (turn + 1) * n)
             batch["masks"] = masks_of(masks, flags["batch_size"], numbers)
@@ -2019,20 +2017,16 @@ def re10k(path, frames):
 
 
 def by_object(tracks, frames, scale):
-    """Tracks (object, numbers of frames, a row of values for each) -> (frames,objects,values).
+    """For each object {number of a frame: a row of values} -> (frames,objects,values).
 
     Each row is multiplied by `scale`; NaN where there is none.
     """
-    objects = {}
-    for name, numbers, rows in tracks:
-        for number, row in zip(numbers, rows):
-            if 0 <= int(number) < frames:
-                if name not in objects:
-                    objects[name] = np.full((frames, len(scale)), np.nan, np.float32)
-                objects[name][int(number)] = np.multiply(row, scale)
-    # reshape: there may be no object
-    values = np.reshape([*objects.values()], (-1, frames, len(scale)))
-    return values.swapaxes(0, 1)
+    values = np.full((frames, len(tracks), len(scale)), np.nan, np.float32)
+    for k, track in enumerate(tracks):
+        for number, row in track.items():
+            if 0 <= number < frames:
+                values[number, k] = np.multiply(row, scale)
+    return values
 
 
 @lru_cache(maxsize=2)
@@ -2044,8 +2038,7 @@ def kubric(path, frames):
     """Kubric's metadata.json: for each instance bbox_frames and bboxes (y0,x0,y1,x1), shares."""
     about = load_json(str(path))
     width, height = about["metadata"]["resolution"]
-    instances = enumerate(about["instances"])
-    tracks = [(i, thing["bbox_frames"], thing["bboxes"]) for i, thing in instances]
+    tracks = [dict(zip(thing["bbox_frames"], thing["bboxes"])) for thing in about["instances"]]
     boxes = by_object(tracks, len(frames), [height, width] * 2)
     yield "boxes", boxes[..., [1, 0, 3, 2]]
 
@@ -2061,18 +2054,16 @@ def waymo(path, frames):
     """The segment's table camera_box of the v2 release, from parquet to csv."""
     camera = frames[0].parent.name
     times = {frame.stem: number for number, frame in enumerate(frames)}
-    tracks = []
+    keys = [f"[CameraBoxComponent].box.{k}" for k in ("center.x", "center.y", "size.x", "size.y")]
+    tracks = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            if row["key.camera_name"] != camera:
-                continue
             time = row["key.frame_timestamp_micros"]
-            if time in times:
-                keys = ("center.x", "center.y", "size.x", "size.y")
-                x, y, width, height = (float(row[f"[CameraBoxComponent].box.{k}"]) for k in keys)
+            if row["key.camera_name"] == camera and time in times:
+                x, y, width, height = (float(row[key]) for key in keys)
                 box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
-                tracks.append((row["key.camera_object_id"], [times[time]], [box]))
-    yield "boxes", by_object(tracks, len(frames), [1] * 4)
+                tracks.setdefault(row["key.camera_object_id"], {})[times[time]] = box
+    yield "boxes", by_object([*tracks.values()], len(frames), [1] * 4)
 
 
 # layout: a pattern of the frames' paths under the root, whose first group is the clip, then rows:
@@ -2211,18 +2202,12 @@ def perception_labels(path, annotations):
     """A track has an id, frame_ids and bounding_boxes (x0,y0,x1,y1) or points (y,x), shares."""
     about = load_json(annotations)[path.stem]
     video = open_video(str(path))
-    width = video.metadata.width
-    height = video.metadata.height
-    objects = [
-        (track["id"], track["frame_ids"], track["bounding_boxes"])
-        for track in about["object_tracking"]
-    ]
-    yield "boxes", by_object(objects, len(video), [width, height] * 2)
-    points = [
-        (track["id"], track["frame_ids"], track["points"])
-        for track in about["point_tracking"]
-    ]
-    yield "tracks", by_object(points, len(video), [height, width])[..., ::-1]
+    size = [video.metadata.width, video.metadata.height]
+    for label, kind, key, scale in (("boxes", "object_tracking", "bounding_boxes", size * 2),
+                                    ("tracks", "point_tracking", "points", size[::-1])):
+        tracks = [dict(zip(track["frame_ids"], track[key])) for track in about[kind]]
+        values = by_object(tracks, len(video), scale)
+        yield label, values[..., ::-1] if label == "tracks" else values
 
 
 def intphys(root, files, annotations):

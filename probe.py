@@ -2057,8 +2057,6 @@ def whole_clip(task, features, row):
     else:
         path = source.paths[row]
         video = data.open_frames(path)
-        if isinstance(video, data.Pictures) and video.frames == 1:
-            clip = replace(clip, short="repeat")
         frames = None
         while frames is None:
             with contextlib.suppress(data.Recount):
