@@ -34,7 +34,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import chain
+from itertools import chain, islice
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from time import perf_counter
@@ -150,13 +150,11 @@ def parse_list(spec, split="train", labelled=False, look=True):
     if name == "world":
         labels = np.asarray(World(split).labels, dtype=np.int64)
         return Source("world", [], labels, weight, split, MOTIONS)
-    if is_video(Path(name)):
-        source = unlabelled(name, [name])
+    found = map(Path, sorted(glob.glob(name, recursive=True)) or [name])
+    if videos := [path for path in found if is_video(path)]:
+        source = unlabelled(name, videos)
     elif os.path.isdir(name):
         source = folder_source(name)
-    elif any(c in name for c in "*?[") and not os.path.exists(name):
-        found = map(Path, sorted(glob.glob(name, recursive=True)))
-        source = unlabelled(name, [path for path in found if is_video(path)])
     else:
         source = file_source(name)
     source.weight = weight
@@ -203,24 +201,22 @@ def folder_source(name):
     """Each sub-folder with videos is a class, in the order of their names; without any, the
     folder's own videos, unlabelled."""
     root = Path(os.path.abspath(name))
-    found = []
-    labels = []
-    classes = []
     loose = []
+    groups = {}
     for group in entries(root):
         if is_video(group):
             loose.append(group)
-        elif group.is_dir() and (videos := list(media(group, root))):
-            found += videos
-            labels += [len(classes)] * len(videos)
-            classes.append(group.name)
-    if not classes:
+        elif group.is_dir() and (videos := [*media(group, root)]):
+            groups[group.name] = videos
+    if not groups:
         return unlabelled(name, loose)
     if loose:
         print(f"note: {len(loose)} videos beside the class folders are left out, {loose[0]} first",
               file=sys.stderr)
-    labels = np.array(labels, np.int64)
-    return replace(unlabelled(name, found), labels=labels, classes=tuple(classes))
+    source = unlabelled(name, [*chain(*groups.values())])
+    source.labels = np.repeat(range(len(groups)), [*map(len, groups.values())])
+    source.classes = tuple(groups)
+    return source
 
 
 def entries(folder):
@@ -260,8 +256,7 @@ def numbered_images(folder):
             return ()
         heads.add((match[1], path.suffix))
         found[int(match[2])] = path
-    steps = np.diff(sorted(found))
-    if len(heads) != 1 or len(steps) == 0 or steps.min() != steps.max():
+    if len(heads) != 1 or len({*np.diff(sorted(found))}) != 1:
         return ()
     return tuple(found[number] for number in sorted(found))
 
@@ -285,9 +280,8 @@ def file_source(name):
     first_line = text.partition(b"\n")[0].decode()
     header = [column.strip().strip('"').lower() for column in first_line.split(",")]
     if "youtube_id" in header or text.lstrip()[:1] in (b"[", b"{"):
-        layout = "kinetics" if "youtube_id" in header else "ssv2"
         raise DataError(f"{name}: an annotation file, not a list; make one with: python data.py "
-                        f"index {layout} ROOT --annotations {name}")
+                        f"index kinetics|ssv2 ROOT --annotations {name}")
     source = table_source(name, text) if "path" in header else plain_source(name, text)
     source.paths.root = os.path.dirname(os.path.abspath(name))
     check_paths(source)
@@ -467,12 +461,11 @@ def match_classes(train, val):
     keys = []
     for source in (train, val):
         most = int(source.labels.max(initial=-1))
-        names = source.classes if named else range(1 + most)
-        if most >= len(names):
+        if named and most >= len(source.classes):
             raise DataError(f"{where(source, source.labels.argmax())}: label {most} is out of "
-                            f"range: classes.txt beside it names {len(names)} classes")
-        used = np.unique(source.labels[source.labels >= 0])
-        keys.append({names[label]: label for label in used})
+                            f"range: classes.txt beside it names {len(source.classes)} classes")
+        used = np.unique(source.labels[source.labels >= 0]).tolist()
+        keys.append({source.classes[k] if named else k: k for k in used})
     known = [*(keys[0] | keys[1])]
     for side, mine, other in (("train", *keys), ("val", *keys[::-1])):
         alone = [str(key) for key in mine if key not in other]
@@ -650,14 +643,13 @@ class Video:
         if (meta.rotation or 0) % 180:
             self.pixel_aspect = 1 / self.pixel_aspect
         self.pixels = (meta.width or 0) * (meta.height or 0)
-        self.begin = float(meta.begin_stream_seconds or 0)
+        begin = float(meta.begin_stream_seconds or 0)
         end = float(meta.end_stream_seconds or 0)
-        if not meta.average_fps or not end > self.begin:
+        if not meta.average_fps or not end > begin:
             raise ValueError("its header gives no frame rate or no duration")
-        # seconds from frame to frame, and all together
+        # seconds from frame to frame
         self.tick = 1 / meta.average_fps
-        self.seconds = end - self.begin
-        self.frames = max(1, round(self.seconds / self.tick))
+        self.lasts(begin, end)
         # else the end may be that of the sound
         self.counted = meta.num_frames_from_header is not None
         self.slow = False  # was a frame not where a seek looked for it?
@@ -705,10 +697,10 @@ class Video:
         asked = self.begin + seconds + 1e-3
         frames, times, durations = self.seek(asked)
         shown = (times <= asked + 1e-6) & (asked < times + durations + 1e-3)
-        if shown.all():
-            return frames, times
-        self.slow = True
-        return self.walk(asked)[:2]
+        if not shown.all():
+            self.slow = True
+            frames, times, _ = self.walk(asked)
+        return frames, times
 
     def middle(self, ids):
         """A moment at which each of these frames is shown."""
@@ -771,6 +763,7 @@ class Video:
                 if shown is None and time > self.begin + 1e-3:
                     if from_start:  # a recording that begins between two key frames
                         self.lasts(time, self.begin + self.seconds)
+                        raise Recount
                     return [], False
                 found.append(shown or frame)
                 whole = whole and time - found[-1][1] < 1.5 * self.tick
@@ -811,13 +804,13 @@ class Video:
             raise ValueError(f"it ends {asked - end:.2f} s before the end that its header "
                              "announces")
         self.lasts(self.begin, end)
+        raise Recount
 
     def lasts(self, begin, end):
-        """Its frames are those from `begin` to `end`: whoever asked must ask anew."""
+        """Its frames are those from `begin` to `end`."""
         self.begin = begin
         self.seconds = end - begin
         self.frames = max(1, round(self.seconds / self.tick))
-        raise Recount
 
 
 class Pictures:
@@ -1058,12 +1051,8 @@ def view_box(height, width, view, views):
     """The square of evaluation view `view`: what resizing the short side to 256 and cropping 224
     leaves, but in one interpolation."""
     short = min(height, width)
-    side = short
-    share = 0.5
-    if views == 1:
-        side = max(round(short * 224 / 256), 1)
-    else:
-        share = view / (views - 1)
+    side = max(round(short * 224 / 256), 1) if views == 1 else short
+    share = 0.5 if views == 1 else view / (views - 1)
     along = round((max(height, width) - side) * share)
     across = (short - side) // 2
     return (across, along, side, side) if width >= height else (along, across, side, side)
@@ -1148,7 +1137,8 @@ def cut_clips(video, clip, rngs, draws, window, boxes):
     step = where.get("step", clip.stride) / where["tick"]
     span = (clip.frames - 1) * step + 1
     starts = 1 + max(0, int(where["length"] / clip.segments / where["tick"] - span))
-    videos = []
+    shape = (len(rngs), clip.segments, clip.views, clip.frames, clip.size, clip.size, 3)
+    videos = torch.empty(shape, dtype=torch.uint8)
     cuts = [[] for _ in rngs]
     for segment, us in enumerate(draws):
         if len(us) > 1:
@@ -1157,23 +1147,19 @@ def cut_clips(video, clip, rngs, draws, window, boxes):
         at = np.stack(at).round(6)  # (rngs,T)
         numbers, places = np.unique(at, return_inverse=True)
         places = places.reshape(at.shape)
-        shape = (len(rngs), clip.views, clip.frames, clip.size, clip.size, 3)
-        out = torch.empty(shape, dtype=torch.uint8)
         stamps = []
         for start, frames, shown in pieces(video, numbers, by_time):
             stamps += [*shown]
             if not boxes:
                 boxes += stored_boxes(video, frames.shape[1:3], clip, rngs)
-            for row, place, views in zip(out, places, boxes):
+            for row, place, views in zip(videos[:, segment], places, boxes):
                 cut_out(row, place - start, frames, views)
-        videos.append(out)
         shape = (video.frames, *frames.shape[1:3])
         for mine, ids, place, views in zip(cuts, at, places, boxes):
             shown = {stamps[i] for i in place}
             repeats = video.frames > 1 and len(shown) < clip.frames
             mine += [Cut(ids, box, shape, repeats) for box in views]
-    # rngs outermost, then segments, then views
-    return torch.stack(videos, 1).flatten(0, 2), sum(cuts, [])
+    return videos.flatten(0, 2), sum(cuts, [])
 
 
 def pieces(video, numbers, by_time):
@@ -1431,12 +1417,11 @@ def make_loader(
     A worker that is silent for `timeout` seconds, or dies, raises RuntimeError (see dead_worker).
     own: a micro-batch's number, as turns() gives it -> its number in this loader; None: not in it.
     """
-    if batch_size < 1 or micro_batch < 1 or batch_size % (ranks * micro_batch):
+    least = min(batch_size, micro_batch)
+    if least < 1 or batch_size % (ranks * micro_batch) or micro_batch % clip.clips:
         raise DataError(f"batch_size {batch_size} must be a positive multiple of ranks {ranks} x "
-                        f"micro_batch {micro_batch}")
-    if micro_batch % clip.clips:
-        raise DataError(f"micro_batch {micro_batch} must be a multiple of the {clip.clips} clips "
-                        "read from each video")
+                        f"micro_batch {micro_batch}, and that of the {clip.clips} clips read from "
+                        "each video")
     if not clip.train or clip.segments * clip.views > 1:
         raise DataError("training takes random clips: train=True, segments=1, views=1")
     drawn = partial(masks_of, masks, batch_size) if masks else None
@@ -1606,8 +1591,7 @@ def dead_worker(error):
     if os.name == "posix":
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler raises once more
     text = "its connection was lost" if lost else " ".join(str(error).split())
-    dead = re.findall(r"pid(?:\(s\))? ([\d, ]+)", text)
-    pids = [int(pid) for pid in re.findall(r"\d+", "".join(dead))]
+    pids = [int(number) for number in re.findall(r"\d+", text)] if "pid" in text else []
     read = []
     for row in chain(*(table.numpy() for table in WATCHED)):
         pid, since = struct.unpack("qd", row[:16].tobytes())
@@ -1742,8 +1726,6 @@ def multiblock(rng, B, grid, blocks, scale, time=1.0, aspect=(0.75, 1.5)):
 def random_mask(rng, B, grid, ratio):
     """A share `ratio` of the tokens, chosen at random for each clip."""
     N = math.prod(grid)
-    if N < 2:
-        raise DataError(f"a mask needs two places to tell apart, and the grid has {N}")
     keys = rng.random((B, N), dtype=np.float32)
     count = clamp(round(N * ratio), 1, N - 1)
     ordered = np.partition(keys, count - 1)
@@ -1761,8 +1743,6 @@ def tube_mask(rng, B, grid, ratio):
 def causal_mask(rng, B, grid, ratio):
     """The last slices: the context is the beginning of the clip."""
     t = grid[0]
-    if t < 2:
-        raise DataError("a causal mask needs two slices of time")
     count = clamp(round(t * ratio), 1, t - 1)
     hidden = np.zeros((B, *grid), dtype=bool)
     hidden[:, -count:] = True
@@ -1831,8 +1811,8 @@ def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", 
         unseen = np.count_nonzero(hidden, axis=1)                           # (B,)
         seen = N - unseen
         if not seen.any():
-            raise DataError(f"mask {spec!r}: no clip keeps a token in the first {temporal_keep} "
-                            "of its slices")
+            raise DataError(f"mask {spec!r}: no clip of {grid} tokens keeps one in the first "
+                            f"{temporal_keep} of its slices")
         K = fewest(seen)
         M = fewest(unseen)
         few = (seen < K) | (unseen < M)
@@ -1884,6 +1864,8 @@ def early_tokens(grid, temporal_keep):
 # --- dense data sets as downloaded -> clip.mp4 + clip.safetensors ---------------------------------
 # Readers of files of which there is one for each frame: paths -> an array with a row for each.
 
+# what readers of files of another form raise
+MALFORMED = (ValueError, KeyError, IndexError, AttributeError, TypeError)
 # grey or colour, bits -> what FFmpeg calls it
 PIXELS = {(True, 8): "gray", (True, 16): "gray16le", (False, 8): "rgb24", (False, 16): "rgb48le"}
 
@@ -2346,8 +2328,7 @@ def index_dense(layout, root, out, annotations, crf):
             counts.update(tensors.keys())
             # should the next one fail before it says its name
             name = str(len(rows) + 1)
-    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError,
-            struct.error, subprocess.SubprocessError) as error:
+    except (RuntimeError, struct.error, subprocess.SubprocessError, *MALFORMED) as error:
         raise DataError(f"{root}: clip {name} is not as {layout} should be "
                         f"({type(error).__name__}: {reason(error)})") from None
     finally:
@@ -2421,7 +2402,8 @@ def inspect_video(path):
     try:
         video = open_frames(path)
         if isinstance(video, Pictures):
-            video.by_number(np.arange(video.frames))
+            for _ in pieces(video, np.arange(video.frames), by_time=False):
+                pass
             meta = video.first.metadata
             facts |= {"frames": video.frames, "announced": video.frames, "fps": 0, "seconds": 0,
                       "slow": False}
@@ -2553,7 +2535,7 @@ def index(
     files = {path.stem: path for path in media(Path(root))}
     try:
         rows, said = READ[layout](root, files, Path(annotations), labels)
-    except (OSError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, *MALFORMED) as error:
         raise DataError(f"{annotations}: not {layout} annotations ({type(error).__name__}: "
                         f"{reason(error)})") from None
     classes = said or class_names(out) or sorted({name for _, name in rows if name is not None})
@@ -2857,17 +2839,15 @@ class Draws:
     """The random numbers of n clips, from one generator each, handed out in order."""
 
     def __init__(self, generators):
-        self.uniforms = np.stack([g.random(256) for g in generators])
-        self.normals = np.stack([g.standard_normal(512) for g in generators])
+        self.uniforms = iter(np.stack([g.random(256) for g in generators], 1))
+        self.normals = iter(np.stack([g.standard_normal(512) for g in generators], 1))
 
     def uniform(self, low, high, *shape):
         """shape (count,...) -> (count,n,1,...): the 1 is for the times."""
-        drawn, self.uniforms = hand_out(self.uniforms, *shape)
-        return low + (high - low) * drawn
+        return low + (high - low) * hand_out(self.uniforms, *shape)
 
     def normal(self, *shape):
-        drawn, self.normals = hand_out(self.normals, *shape)
-        return drawn
+        return hand_out(self.normals, *shape)
 
     def between(self, low, high):
         """Uniform, a number for each clip, (n,1)."""
@@ -2875,10 +2855,9 @@ class Draws:
 
 
 def hand_out(numbers, count, *shape):
-    """numbers (n,left) -> the first of them, (count,n,1,*shape), and the rest."""
-    drawn, rest = np.split(numbers, [math.prod(shape) * count], 1)
-    drawn = drawn.reshape(len(drawn), count, 1, *shape)
-    return drawn.swapaxes(0, 1), rest
+    """The next of `numbers`, each (n,) -> (count,n,1,*shape)."""
+    drawn = np.stack([*islice(numbers, math.prod(shape) * count)], 1)
+    return drawn.reshape(len(drawn), count, 1, *shape).swapaxes(0, 1)
 
 
 @dataclass
@@ -3277,9 +3256,12 @@ class World:
             value = value + self.contrast * (tone - value)
         return 0.5 + 0.45 * value
 
-    def picture(self, scene, hits, grain):
-        """-> (n,T,H,W,3) uint8; the noise is uniform: a width of 1 has the deviation 1/sqrt(12)."""
-        grey = self.shade(scene, *hits).mul_(255)
+    def picture(self, scene, grain, hits=None):
+        """-> (n,T,H,W,3) uint8. hits: what cast() returns, if it is known.
+
+        The noise is uniform: a width of 1 has the deviation 1/sqrt(12).
+        """
+        grey = self.shade(scene, *hits or self.cast(scene)).mul_(255)
         video = grey[..., None].repeat(1, 1, 1, 1, 3)
         if self.noise:
             noise = self.tensor(grain) - 127.5
@@ -3348,7 +3330,7 @@ class Shot:
         self.scene = self.scenes[0]
         hits = self.world.cast(self.scene)
         self.depth, self.ids, self.axes, self.eye = hits
-        self.video = self.world.picture(self.scene, hits, self.grain)
+        self.video = self.world.picture(self.scene, self.grain, hits)
         # pixels
         self.focal = self.world.size / (2 * FIELD)
 
@@ -3418,13 +3400,10 @@ class Shot:
         count = self.world.points
         generators = self.world.generators(self.indices, 1)
         start = [g.choice(pixels, count, replace=count > pixels) for g in generators]
-        start = torch.as_tensor(np.stack(start), device=self.ids.device)
-        start = start[:, None, None]                                        # (n,1,1,P)
-        clip = torch.arange(len(start), device=start.device)
-        clip = clip.view(-1, 1, 1, 1)
-        ids = self.ids[:, 0].flatten(1)
-        point = self.point[:, :, 0].flatten(2)
-        return self.world.follow(self.scene, point[:, clip, start], ids[clip, start])
+        start = torch.as_tensor(np.stack(start), device=self.ids.device)    # (n,P)
+        ids = self.ids[:, 0].flatten(1).gather(1, start)
+        point = self.point[:, :, 0].flatten(2).gather(2, start.expand(3, -1, -1))
+        return self.world.follow(self.scene, point[:, :, None, None], ids[:, None, None])
 
     @property
     def tracks(self):
@@ -3443,9 +3422,7 @@ class Shot:
     @property
     def right(self):
         generators = self.world.generators(self.indices, 2)
-        grain = self.world.grain(generators)
-        hits = self.world.cast(self.right_scene)
-        return self.world.picture(self.right_scene, hits, grain)
+        return self.world.picture(self.right_scene, self.world.grain(generators))
 
     @property
     def disparity(self):
@@ -3458,9 +3435,7 @@ class Shot:
 
     @cached_property
     def impossible(self):
-        scene = self.scenes[1]
-        hits = self.world.cast(scene)
-        return self.world.picture(scene, hits, self.grain)
+        return self.world.picture(self.scenes[1], self.grain)
 
     @property
     def kind(self):
