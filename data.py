@@ -1125,25 +1125,25 @@ def cut_clips(video, clip, rngs, draws, window, boxes):
     """What read_cuts returns. draws [segments][rngs], window: numbers in [0, 1) that place the
     clips."""
     by_time = bool(clip.fps) and video.frames > 1
-    where = dict(length=video.frames, tick=1)
     if by_time and not video.tick:
         raise ValueError("numbered images have no frame rate: give a stride instead of fps, or "
                          "data.py pack --fps RATE makes videos of them")
-    if by_time:
-        where = dict(length=video.seconds, tick=video.tick, step=1 / clip.fps)
-        if clip.fps * video.tick > 1.01:
-            tell({"rate": f"{video.path} has {1 / video.tick:.3g} frames a second, {clip.fps:.3g} "
-                  "are asked for: some repeat"})
-    step = where.get("step", clip.stride) / where["tick"]
-    span = (clip.frames - 1) * step + 1
-    starts = 1 + max(0, int(where["length"] / clip.segments / where["tick"] - span))
+    if by_time and clip.fps * video.tick > 1.01:
+        tell({"rate": f"{video.path} has {1 / video.tick:.3g} frames a second, {clip.fps:.3g} "
+              "are asked for: some repeat"})
+    length = video.seconds if by_time else video.frames
+    tick = video.tick if by_time else 1
+    step = 1 / clip.fps if by_time else None
+    stride = (step or clip.stride) / tick
+    span = (clip.frames - 1) * stride + 1
+    starts = 1 + max(0, int(length / clip.segments / tick - span))
     shape = (len(rngs), clip.segments, clip.views, clip.frames, clip.size, clip.size, 3)
     videos = torch.empty(shape, dtype=torch.uint8)
     cuts = [[] for _ in rngs]
     for segment, us in enumerate(draws):
         if len(us) > 1:
-            us = in_one_window(window, us, starts, span, step)
-        at = [frame_positions(clip=clip, u=u, segment=segment, **where) for u in us]
+            us = in_one_window(window, us, starts, span, stride)
+        at = [frame_positions(length, clip, u, segment, tick, step) for u in us]
         at = np.stack(at).round(6)  # (rngs,T)
         numbers, places = np.unique(at, return_inverse=True)
         places = places.reshape(at.shape)
@@ -1224,12 +1224,13 @@ class Plan:
     def __init__(self, sources, seed):
         self.seed = seed
         self.offsets = np.cumsum([0] + [len(source) for source in sources])
-        self.groups = [(0, int(self.offsets[-1]))]
-        quota = np.ones(1)
-        if any(source.weight is not None for source in sources):
-            bounds = self.offsets.tolist()
-            self.groups = list(zip(bounds[:-1], bounds[1:]))
-            quota = np.array([1.0 if s.weight is None else s.weight for s in sources])
+        bounds = self.offsets.tolist()
+        weights = [source.weight for source in sources]
+        if weights.count(None) == len(weights):
+            bounds = [0, bounds[-1]]
+            weights = [1.0]
+        self.groups = list(zip(bounds, bounds[1:]))
+        quota = np.array([1.0 if weight is None else weight for weight in weights])
         quota = quota * BLOCK / quota.sum()
         self.counts = np.floor(quota).astype(int)
         left = BLOCK - self.counts.sum()
@@ -1253,27 +1254,27 @@ class Plan:
         return start + int(shuffled(stop - start, self.seed, ORDER, group, epoch)[i])
 
 
+@dataclass
 class Clips(torch.utils.data.Dataset):
     """What a worker does: `dataset.__getitems__(numbers)` is one micro-batch. numbers: sample
     numbers g when there is a plan, else rows."""
+    sources: list
+    clip: Clip
+    seed: int
+    plan: Plan | None = None
+    names: tuple = ()  # labels that the world renders
+    after: object = None  # what a worker does to each batch
+    masks: object = None  # numbers -> masks of these clips
 
-    def __init__(self, sources, clip, seed, plan=None, names=(), after=None, masks=None):
-        """names: labels that the world renders. after: what a worker does to each batch. masks: as
-        make_loader's, of the clips with these numbers."""
-        if any(len(source.paths) for source in sources):
+    def __post_init__(self):
+        clip = self.clip
+        if any(len(source.paths) for source in self.sources):
             import_torchcodec()  # a machine without FFmpeg is told so before any work
-        self.sources = sources
-        self.clip = clip
-        self.seed = seed
-        self.plan = plan
-        self.names = tuple(names)
-        self.after = after
-        self.masks = masks
-        self.per = clip.clips if plan else 1  # numbers that share a video
+        self.per = clip.clips if self.plan else 1  # numbers that share a video
         self.many = clip.segments * clip.views  # clips of a number
-        self.offsets = np.cumsum([0] + [len(source) for source in sources])
+        self.offsets = np.cumsum([0] + [len(source) for source in self.sources])
         self.worlds = {}
-        for i, source in enumerate(sources):
+        for i, source in enumerate(self.sources):
             if source.split:
                 self.worlds[i] = World(source.split, frames=clip.frames, size=clip.size)
         self.reading = None  # what this worker reads, for whoever finds it dead
@@ -1889,11 +1890,17 @@ def png(paths):
 def pipe(images, *out, rate=10):
     """Image files of one kind, `rate` a second, through FFmpeg."""
     codec = re.sub("jpe?g", "mjpeg", Path(images[0]).suffix.lower()[1:])
-    command = ["ffmpeg", "-v", "error", "-f", "image2pipe", "-framerate", f"{rate}", "-c:v", codec]
     data = b"".join(Path(image).read_bytes() for image in images)
-    done = subprocess.run([*command, "-i", "-", *out], input=data, capture_output=True)
+    return ffmpeg("-f", "image2pipe", "-framerate", f"{rate}", "-c:v", codec, "-i", "-", *out,
+                  data=data)
+
+
+def ffmpeg(*command, data=b""):
+    """What it gives for this command and these data. Raises ValueError with the last it said."""
+    done = subprocess.run(["ffmpeg", "-v", "error", *command], input=data, capture_output=True)
     if done.returncode:
-        raise ValueError(f"{images[0]}: {done.stderr.decode(errors='replace').strip()[:200]}")
+        said = done.stderr.decode(errors="replace").strip()
+        raise ValueError(said.rpartition("\n")[2] or "FFmpeg failed")
     return done.stdout
 
 
@@ -2289,8 +2296,7 @@ def save_frames(frames, path, crf):
     encode = ["-an", "-c:v", "libx264rgb", "-crf", str(crf), "-preset", "veryfast", "-y", str(path)]
     if isinstance(frames, tuple):
         video, start, seconds = frames
-        cut = ["-ss", str(start), "-t", str(seconds), "-i", str(video)]
-        subprocess.run(["ffmpeg", "-v", "error", *cut, *encode], check=True)
+        ffmpeg("-ss", str(start), "-t", str(seconds), "-i", str(video), *encode)
     elif frames[0].suffix.lower() in VIDEOS:
         shutil.copyfile(frames[0], path)
     else:
@@ -2328,7 +2334,7 @@ def index_dense(layout, root, out, annotations, crf):
             counts.update(tensors.keys())
             # should the next one fail before it says its name
             name = str(len(rows) + 1)
-    except (RuntimeError, struct.error, subprocess.SubprocessError, *MALFORMED) as error:
+    except (RuntimeError, struct.error, *MALFORMED) as error:
         raise DataError(f"{root}: clip {name} is not as {layout} should be "
                         f"({type(error).__name__}: {reason(error)})") from None
     finally:
@@ -2480,8 +2486,8 @@ def read_ssv2(root, files, note, labels):
     numbers = json.loads(Path(labels).read_text("utf-8"))
     rows = []
     for row in json.loads("\n".join(filled_lines(note))):
-        name = re.sub(r"[\[\]]", "", row["template"]) if "template" in row else None
-        rows.append((files.get(str(row["id"])), name))
+        name = re.sub(r"[\[\]]", "", row.get("template", ""))
+        rows.append((files.get(str(row["id"])), name or None))
     return rows, sorted(numbers, key=lambda name: int(numbers[name]))
 
 
@@ -2673,17 +2679,14 @@ def pack_video(job):
     target.parent.mkdir(parents=True, exist_ok=True)
     temp = target.with_name(f".{os.getpid()}.mp4")
     encode = [*encode, "-threads", "1", "-movflags", "+faststart", "-y", f"file:{temp}"]
-    # explode: no half-decoded videos; file: keeps names with a colon from being read as a protocol
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-err_detect", "explode",
-               "-threads", "1", "-i", f"file:{path}", *encode]
     try:
         open_frames(path)  # not what is no video, nor too large
         if os.path.isdir(path):
             pipe(numbered_images(Path(path)), *encode, rate=fps)
         else:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                return (done.stderr.strip().splitlines() or ["FFmpeg failed"])[-1][:200]
+            # explode: no half-decoded videos; file: or names with a colon are read as protocols
+            ffmpeg("-xerror", "-err_detect", "explode", "-threads", "1", "-i", f"file:{path}",
+                   *encode)
         open_video(str(temp)).get_frame_at(0)
         os.replace(temp, target)
     except DAMAGE as error:

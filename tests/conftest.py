@@ -47,6 +47,7 @@ def forked(tmp_path_factory):
     for process in starter:
         process.stdin.close()
         process.stdout.close()
+        process.terminate()  # a loader process of this one may still hold the other end of its input
         process.wait()
 
 
