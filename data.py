@@ -17,7 +17,6 @@ token id = (ti*h + hi)*w + wi.
 import csv
 import glob
 import hashlib
-import io
 import json
 import math
 import os
@@ -107,11 +106,8 @@ class Paths:
         return len(self.spans)
 
     def __getitem__(self, i):
-        """The absolute path, a str."""
+        """The absolute path, a str. (IndexError behind the last: that ends a loop over them.)"""
         return os.path.normpath(os.path.join(self.root, self.written(i)))
-
-    def __iter__(self):
-        return (self[i] for i in range(len(self)))
 
     def written(self, i):
         """As it stands in the list."""
@@ -148,8 +144,7 @@ def parse_list(spec, split="train", labelled=False, look=True):
     """
     name, weight = split_weight(str(spec))
     if name == "world":
-        labels = np.asarray(World(split).labels, dtype=np.int64)
-        return Source("world", [], labels, weight, split, MOTIONS)
+        return Source("world", [], World(split).labels, weight, split, MOTIONS)
     found = map(Path, sorted(glob.glob(name, recursive=True)) or [name])
     if videos := [path for path in found if is_video(path)]:
         source = unlabelled(name, videos)
@@ -294,22 +289,19 @@ def plain_source(name, text):
     spans = array("q")
     labels = array("q")
     texts = {}
-    start = 0
-    for line in io.BytesIO(text):
-        row = line.strip()
-        path, word = (row.rsplit(None, 1) + [b"", b""])[:2]
+    # rows without the blanks before them, and no empty ones
+    for line in re.finditer(rb"\S.*", text):
+        row = line[0].rstrip()
+        path, word = (row.rsplit(None, 1) + [b""])[:2]
         label = -1
-        if path and word.isdigit():
+        if word.isdigit():
             label = min(int(word[:19]), 2**53)
         elif word and is_file_name(path) and not is_file_name(word):
             texts[len(labels)] = word.decode()
         else:
             path = row
-        if row:
-            first = start + line.index(row[:1])
-            spans.extend((first, first + len(path)))
-            labels.append(label)
-        start += len(line)
+        spans.extend((line.start(), line.start() + len(path)))
+        labels.append(label)
     spans = np.array(spans).reshape(-1, 2)
     return name_classes(Source(name, Paths("", text, spans), np.array(labels)), texts)
 
