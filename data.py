@@ -813,14 +813,15 @@ class Pictures:
     def __init__(self, path):
         self.files = numbered_images(Path(path)) if os.path.isdir(path) else (path,)
         self.frames = len(self.files)
-        self.first = open_video(str(self.files[0]))
-        self.pixels = self.first.metadata.width * self.first.metadata.height
+        self.decoder = open_video(str(self.files[0]))
+        meta = self.decoder.metadata
+        self.pixels = meta.width * meta.height
 
     def by_number(self, ids):
         """As Video's."""
         frames = []
         for i in ids:
-            decoder = open_video(str(self.files[i])) if i else self.first
+            decoder = open_video(str(self.files[i])) if i else self.decoder
             frames.append(upright(decoder.get_frame_at(0).data, self.files[i]))
         return torch.stack(frames), ids
 
@@ -1970,14 +1971,15 @@ DAVIS = IDS.copy()
 DAVIS[255] = 1
 
 
-# Readers of a file about a whole clip: path, the clip's frames -> pairs (label, array).
+# Readers of a file about a whole clip: path, the clip's frames, --annotations -> pairs (label,
+# array).
 
 
-def intrinsics(path, frames):
+def intrinsics(path, frames, annotations):
     yield "K", np.loadtxt(path)[:3, :3]
 
 
-def re10k(path, frames):
+def re10k(path, frames, annotations):
     """ID.txt: a URL, then a row for each frame.
 
     Time stamp, fx, fy, cx, cy (shares of width and height), two zeros, the 3x4 of world to camera.
@@ -2015,7 +2017,7 @@ def load_json(path):
     return json.loads(Path(path).read_text("utf-8"))
 
 
-def kubric(path, frames):
+def kubric(path, frames, annotations):
     """Kubric's metadata.json: for each instance bbox_frames and bboxes (y0,x0,y1,x1), shares."""
     about = load_json(str(path))
     width, height = about["metadata"]["resolution"]
@@ -2024,14 +2026,27 @@ def kubric(path, frames):
     yield "boxes", boxes[..., [1, 0, 3, 2]]
 
 
-def tap_vid(path, frames):
+def tap_vid(path, frames, annotations):
     """TAP-Vid's target_points (P,T,2) and occluded (P,T)."""
     arrays = np.load(path)
     yield "tracks", arrays["target_points"].swapaxes(0, 1)
     yield "visible", ~arrays["occluded"].T.astype(bool)
 
 
-def waymo(path, frames):
+def perception(path, frames, annotations):
+    """--annotations all_train.json: video -> object_tracking and point_tracking, whose tracks have
+    frame_ids and bounding_boxes (x0,y0,x1,y1) or points (y,x), shares."""
+    about = load_json(annotations)[path.stem]
+    video = open_video(str(path))
+    size = [video.metadata.width, video.metadata.height]
+    for label, kind, key, scale in (("boxes", "object_tracking", "bounding_boxes", size * 2),
+                                    ("tracks", "point_tracking", "points", size[::-1])):
+        tracks = [dict(zip(track["frame_ids"], track[key])) for track in about[kind]]
+        values = by_object(tracks, len(video), scale)
+        yield label, values[..., ::-1] if label == "tracks" else values
+
+
+def waymo(path, frames, annotations):
     """The segment's table camera_box of the v2 release, from parquet to csv."""
     camera = frames[0].parent.name
     times = {frame.stem: number for number, frame in enumerate(frames)}
@@ -2070,6 +2085,11 @@ LAYOUTS = {
         ("masks", r"\1/segmentation_\2.png", png),
         ("", r"\1/metadata.json", kubric),
         ("", r"\1/tracks.npz", tap_vid),
+    ),
+    # the frames are a video
+    "perception": (
+        r"(?:.*/)?(video_\d+)\.mp4",
+        ("", r"\g<0>", perception),
     ),
     # SEGMENT/CAMERA/TIMESTAMP.jpg
     "waymo": (
@@ -2124,7 +2144,7 @@ LAYOUTS = {
 }
 
 
-def frame_clips(root, files, pattern, *rows):
+def frame_clips(root, files, annotations, pattern, *rows):
     """The clips of a layout of LAYOUTS, as dense_clips() yields them."""
     clips = {}
     for path in files:
@@ -2136,10 +2156,10 @@ def frame_clips(root, files, pattern, *rows):
             piece = slice(i, i + 256)
             images = [root / match[0] for match in frames[piece]]
             piece_name = f"{name}_{i:06d}" if len(frames) > 256 else name
-            yield piece_name, images, frame_labels(root, frames, piece, rows)
+            yield piece_name, images, frame_labels(root, frames, piece, rows, annotations)
 
 
-def frame_labels(root, clip, piece, rows):
+def frame_labels(root, clip, piece, rows, annotations):
     """Yield (label, array) for `rows` of LAYOUTS. clip: matches of the layout's pattern, of which
     the frames `piece` (a slice) are asked for."""
     frames = clip[piece]
@@ -2152,7 +2172,8 @@ def frame_labels(root, clip, piece, rows):
         if not found:
             continue
         if not label:
-            for name, value in reader(paths[0], [root / match[0] for match in clip]):
+            images = [root / match[0] for match in clip]
+            for name, value in reader(paths[0], images, annotations):
                 yield name, value[piece] if len(value) == len(clip) else value
             continue
         value = reader([paths[i] for i in found], *arguments)
@@ -2167,28 +2188,6 @@ def frame_labels(root, clip, piece, rows):
 
 
 # Layouts in which a clip is not simply a folder of frames.
-
-
-def perception(root, files, annotations):
-    """--annotations all_train.json: video -> object_tracking and point_tracking."""
-    videos = {}
-    for path in files:
-        if match := re.fullmatch(r"(?:.*/)?(video_\d+)\.mp4", path):
-            videos.setdefault(match[1], root / path)
-    for name, video in videos.items():
-        yield name, [video], perception_labels(video, annotations)
-
-
-def perception_labels(path, annotations):
-    """A track has an id, frame_ids and bounding_boxes (x0,y0,x1,y1) or points (y,x), shares."""
-    about = load_json(annotations)[path.stem]
-    video = open_video(str(path))
-    size = [video.metadata.width, video.metadata.height]
-    for label, kind, key, scale in (("boxes", "object_tracking", "bounding_boxes", size * 2),
-                                    ("tracks", "point_tracking", "points", size[::-1])):
-        tracks = [dict(zip(track["frame_ids"], track[key])) for track in about[kind]]
-        values = by_object(tracks, len(video), scale)
-        yield label, values[..., ::-1] if label == "tracks" else values
 
 
 def intphys(root, files, annotations):
@@ -2260,7 +2259,7 @@ def ava(root, files, annotations):
         yield f"{name}_{second:05d}", (video, max(second - 1, 0), 2), labels
 
 
-SPECIAL = {"perception": perception, "intphys": intphys, "ava": ava}
+SPECIAL = {"intphys": intphys, "ava": ava}
 
 
 def natural(path):
@@ -2280,7 +2279,7 @@ def dense_clips(layout, root, annotations):
     files.sort(key=natural)
     if layout in SPECIAL:
         return SPECIAL[layout](root, files, annotations)
-    return frame_clips(root, files, *LAYOUTS[layout])
+    return frame_clips(root, files, annotations, *LAYOUTS[layout])
 
 
 def save_frames(frames, path, crf):
@@ -2402,12 +2401,11 @@ def inspect_video(path):
         if isinstance(video, Pictures):
             for _ in pieces(video, np.arange(video.frames), by_time=False):
                 pass
-            meta = video.first.metadata
             facts |= {"frames": video.frames, "announced": video.frames, "fps": 0, "seconds": 0,
                       "slow": False}
         else:
-            meta = video.decoder.metadata
             facts |= inspect_frames(video)
+        meta = video.decoder.metadata
         facts |= {"codec": meta.codec, "size": f"{meta.width}x{meta.height}",
                   "pixels": meta.pixel_format, "loses": [*losses(path, meta)]}
     except DAMAGE as error:
@@ -2745,15 +2743,15 @@ NEAR = 0.02
 FAR = 50
 
 # What a thing does in the impossible video of a pair: until half-way, as it always does in the
-# possible one, and then. In opposite pairs, so that more or less motion tells nothing.
+# possible one, and then; and what its substitute does then. In opposite pairs, so that more or less
+# motion tells nothing.
 LAWS = {
-    "vanish": ("move", "be away"),
-    "appear": ("be away", "move"),
-    # and a substitute appears
-    "change": ("move", "be away"),
-    "teleport": ("move", "jump"),
-    "stop": ("move", "rest"),
-    "start": ("rest", "move"),
+    "vanish": ("move", "be away", "be away"),
+    "appear": ("be away", "move", "be away"),
+    "change": ("move", "be away", "move"),
+    "teleport": ("move", "jump", "be away"),
+    "stop": ("move", "rest", "be away"),
+    "start": ("rest", "move", "be away"),
 }
 IMPOSSIBLE = tuple(LAWS)
 # objects of a pair, after the planes
@@ -3055,16 +3053,13 @@ class World:
         behind_camera = np.full_like(path, -9.0)
         courses = {"move": path, "jump": jump, "rest": rest, "be away": behind_camera}
 
-        possible = np.empty_like(path)
-        impossible = np.empty_like(path)
-        substitute = behind_camera.copy()
+        parts = [np.empty_like(path) for _ in range(3)]
         for clip, name in enumerate(law[:, 0]):
-            before, after = LAWS[name]
-            possible[clip] = courses[before][clip]
-            impossible[clip] = courses[after][clip]
-            if name == "change":
-                substitute[clip, half:] = path[clip, half:]
+            for part, course in zip(parts, LAWS[name]):
+                part[clip] = courses[course][clip]
+        possible, impossible, substitute = parts
         impossible[:, :half] = possible[:, :half]
+        substitute[:, :half] = behind_camera[:, :half]
 
         scenes = []
         for thing, other in ((possible, behind_camera), (impossible, substitute)):
