@@ -84,16 +84,14 @@ class DataError(ValueError):
 
 # --- lists ----------------------------------------------------------------------------------------
 
+@dataclass
 class Paths:
     """Absolute paths that share one buffer of bytes: Python strings would take 0.16 GB a million
     rows in *each* process, as a process that counts references to them cannot share their memory.
     """
-
-    def __init__(self, root, text, spans):
-        """root: what relative ones start at; spans (n,2): where each lies in the bytes `text`."""
-        self.root = root
-        self.text = text
-        self.spans = spans
+    root: str  # what relative ones start at
+    text: bytes
+    spans: np.ndarray  # (n,2) where each lies in `text`
 
     @classmethod
     def of(cls, paths):
@@ -411,10 +409,10 @@ def check_rows(source, labelled):
 def file_facts(source):
     """Bytes of each file (of a folder of numbered images, how many they are) and when it was
     changed (n,2)."""
-    pieces = np.array_split(source.paths.spans, 1 + len(source) // 4096)
+    parts = np.array_split(source.paths.spans, 1 + len(source) // 4096)
     # network file systems answer slowly, but several at a time
     with ThreadPoolExecutor(16) as pool:
-        facts = np.concatenate([*pool.map(partial(look, source.paths), pieces)])
+        facts = np.concatenate([*pool.map(partial(look, source.paths), parts)])
     missing = facts[:, 0] < 0
     if missing.any():
         row = int(missing.argmax())
@@ -466,7 +464,7 @@ def match_classes(train, val):
                   f"{', '.join(alone[:10])}", file=sys.stderr)
     number = {key: k for k, key in enumerate(known)}
     names = dict(enumerate(train.classes or val.classes))
-    classes = tuple(known if named else [names.get(key, str(key)) for key in known])
+    classes = tuple(names.get(key, str(key)) for key in known)
     matched = []
     for source, mine in zip((train, val), keys):
         old = [-1, *mine.values()]
@@ -1297,8 +1295,8 @@ class Clips(torch.utils.data.Dataset):
             if source in self.worlds:
                 for k in range(self.per):
                     # nothing is decoded, so each of several clips is another one
-                    rows = len(self.sources[source])
-                    other = (row + k * rows // self.per) % rows
+                    count = len(self.sources[source])
+                    other = (row + k * count // self.per) % count
                     out["path"][first + k] = self.name(source, other)
                     rendered.setdefault(source, {})[first + k] = other
         # a batch at a time, which is faster than clip by clip
@@ -1322,7 +1320,11 @@ class Clips(torch.utils.data.Dataset):
         """The clips of one video into the places `group` (a slice) of the batch -> source, row,
         cuts. Where it is damaged, the plan says which other video takes its place."""
         for attempt in range(ATTEMPTS if self.plan else 1):
-            source, row = self.pick(numbers[0], attempt)
+            row = numbers[0]
+            if self.plan:
+                row = self.plan.row(row // self.per, attempt)
+            source = int(np.searchsorted(self.offsets, row, side="right")) - 1
+            row -= int(self.offsets[source])
             if source in self.worlds:  # not cropped and not flipped: left and right are classes
                 return source, row, None
             path = self.name(source, row)
@@ -1362,12 +1364,6 @@ class Clips(torch.utils.data.Dataset):
         if source.split:
             return f"world/{source.split}/{row}"
         return source.paths[row] if len(source.paths) else f"{source.name}/{row}"
-
-    def pick(self, number, attempt):
-        """Source and row of a number."""
-        row = self.plan.row(number // self.per, attempt) if self.plan else number
-        source = int(np.searchsorted(self.offsets, row, side="right")) - 1
-        return source, row - int(self.offsets[source])
 
     def say(self, path):
         """Note what is read now, "" for nothing, where the main process sees it if this one dies:
@@ -1499,20 +1495,14 @@ def eval_batches(
     return stream(Clips([source], clip, seed, names=names, after=after), batches, workers, timeout)
 
 
-def labelled_features(
-    read, source, clip, device, *, workers=0, rank=0, ranks=1, gather=lambda value: [value],
-    timeout=600, **pixels,
-):
+def labelled_features(read, source, clip, device, pixels, *, ranks, gather, **how):
     """read(x) -> (b, D) over all rows of a source, shared among the ranks -> features (n, D), label
     (n,), ok (n,), in list order and on every rank. gather(value): the values of all ranks. pixels:
-    prepare's mean and std."""
+    prepare's mean and std. how: as eval_batches'."""
     # as many batches on every rank
     padded = np.resize(np.arange(len(source)), -(-len(source) // ranks) * ranks)
-    batches = eval_batches(
-        source, clip, rows=padded, batch_size=64, workers=workers, rank=rank, ranks=ranks,
-        timeout=timeout)
     rows = []
-    for batch in batches:
+    for batch in eval_batches(source, clip, rows=padded, batch_size=64, ranks=ranks, **how):
         features = read(prepare(batch, device, **pixels)).float().cpu()
         rows.append((features, batch["label"], batch["ok"], batch["index"]))
     everyone = sum(gather(rows), [])

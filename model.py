@@ -1583,8 +1583,8 @@ class Run:
             for source in lists:
                 sets.append(data.labelled_features(
                     read, source, replace(clip, train=False, clips=1), self.device,
-                    workers=self.workers, rank=self.rank, ranks=self.ranks, gather=self.gather,
-                    timeout=self.args.timeout, **pixels))
+                    pixels, workers=self.workers, rank=self.rank, ranks=self.ranks,
+                    gather=self.gather, timeout=self.args.timeout))
         except Told:
             return {}
         for x, _, ok in sets:
