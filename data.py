@@ -2933,12 +2933,10 @@ class World:
         sign = np.where(motion % 2 == 0, 1.0, -1.0)
         which = np.eye(4)[:, motion // 2]                                   # (4,n)
         right, down, roll, ahead = (which * sign)[..., None]                # each (n,1)
-        place = np.empty((*pace.shape, 3))
-        place[..., 0] = right * shift * pace
-        place[..., 1] = down * shift * pace
         # to the wall, as a share of what it is half-way
         distance = np.exp(-ahead * zoom * pace)
-        place[..., 2] = wall * (1 - distance)
+        place = [right * shift * pace, down * shift * pace, wall * (1 - distance)]
+        place = np.stack(place, -1)                                         # (n,T,3)
 
         sway = draw.uniform(0, TAU, 1, 3)[0]                                # (n,1,3)
         speed = draw.uniform(0.5, 1, 1, 3)[0]
@@ -3030,11 +3028,9 @@ class World:
         scene = self.stage(draw, wall, floor, radius, reach, in_view)
 
         # what the thing may do
-        path = np.empty((len(wall), self.frames, 3))
-        path[..., 0] = side * reach * 2 * self.times
         arc = 1 - 4 * self.times * self.times
-        path[..., 1] = floor - radius - height * arc
-        path[..., 2] = 0.6 * wall
+        path = [side * reach * 2 * self.times, floor - radius - height * arc, 0.6 * wall]
+        path = np.stack(np.broadcast_arrays(*path), -1)                     # (n,T,3)
         half = self.frames // 2
         jump = path.copy()
         jump[..., 0] += side * 0.5 * reach
