@@ -517,19 +517,18 @@ class Clip:
     views: int = 1
 
     def __post_init__(self):
-        needs = [
-            ("fps", "a positive number", self.fps is None or 0 < self.fps < math.inf),
-            ("zoom", "0 or at least 1", self.zoom == 0 or 1 <= self.zoom < math.inf),
-            ("short", "repeat, loop, spread or error",
-             self.short in ("repeat", "loop", "spread", "error")),
-            ("scale", "two rising shares in (0, 1]", 0 < self.scale[0] <= self.scale[1] <= 1),
-            ("ratio", "two rising positive numbers", 0 < self.ratio[0] <= self.ratio[1]),
-        ]
         for name in ("frames", "stride", "size", "clips", "segments", "views"):
-            needs.append((name, "at least 1", getattr(self, name) >= 1))
-        for name, need, met in needs:
-            if not met:
-                raise DataError(f"{name} must be {need}, not {getattr(self, name)}")
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise DataError(f"fps must be a positive number, not {self.fps}")
+        if not (self.zoom == 0 or 1 <= self.zoom < math.inf):
+            raise DataError(f"zoom must be 0 or at least 1, not {self.zoom}")
+        if self.short not in ("repeat", "loop", "spread", "error"):
+            raise DataError(f"short must be repeat, loop, spread or error, not {self.short!r}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise DataError(f"crop scale {self.scale} must rise inside (0, 1], ratio {self.ratio} "
+                            "must rise and be positive")
 
 
 CONTROL = {*range(32)} - {9, 10, 13}  # bytes that stand in no text, and at the head of all videos
@@ -2782,6 +2781,11 @@ def rotation(axis, angle):
     return cos * identity + outer * (1 - cos) + cross * sin
 
 
+def vectors(x, y, z):
+    """Coordinates, each (n,T), or (n,1) for all times -> (n,T,3)."""
+    return np.stack(np.broadcast_arrays(x, y, z), -1)
+
+
 def product(a, b):
     """Matrix product (...,i,j) @ (...,j,k) in a fixed order of additions.
 
@@ -2935,8 +2939,7 @@ class World:
         right, down, roll, ahead = (which * sign)[..., None]                # each (n,1)
         # to the wall, as a share of what it is half-way
         distance = np.exp(-ahead * zoom * pace)
-        place = [right * shift * pace, down * shift * pace, wall * (1 - distance)]
-        place = np.stack(place, -1)                                         # (n,T,3)
+        place = vectors(right * shift * pace, down * shift * pace, wall * (1 - distance))
 
         sway = draw.uniform(0, TAU, 1, 3)[0]                                # (n,1,3)
         speed = draw.uniform(0.5, 1, 1, 3)[0]
@@ -3029,8 +3032,7 @@ class World:
 
         # what the thing may do
         arc = 1 - 4 * self.times * self.times
-        path = [side * reach * 2 * self.times, floor - radius - height * arc, 0.6 * wall]
-        path = np.stack(np.broadcast_arrays(*path), -1)                     # (n,T,3)
+        path = vectors(side * reach * 2 * self.times, floor - radius - height * arc, 0.6 * wall)
         half = self.frames // 2
         jump = path.copy()
         jump[..., 0] += side * 0.5 * reach
@@ -3058,11 +3060,9 @@ class World:
         """-> Scene of a pair before ball and box are put: a stone at rest, and the pillar."""
         Ro, po, size = self.empty_room(wall)
         po[1, ..., 1] = floor
-        po[STONE, ..., 0] = draw.between(-0.6, 0.6) * wall
-        po[STONE, ..., 1] = floor - 0.1 * wall
-        po[STONE, ..., 2] = 0.85 * wall
-        po[PILLAR, ..., 0] = np.where(in_view, 9 * wall, 0)
-        po[PILLAR, ..., 2] = 0.45 * wall
+        aside = draw.between(-0.6, 0.6) * wall
+        po[STONE] = vectors(aside, floor - 0.1 * wall, 0.85 * wall)
+        po[PILLAR] = vectors(np.where(in_view, 9 * wall, 0), 0, 0.45 * wall)
         size[BALL] = radius[..., None]
         size[STONE] = 0.1 * wall[..., None]
         size[BOX] = 0.6 * radius[..., None]
@@ -3070,9 +3070,7 @@ class World:
         depth = 0.6 * wall
         step = reach / depth / max(1, self.frames - 1)
         half = radius / depth + step + 0.03
-        size[PILLAR, ..., 0] = half * 0.45 * wall
-        size[PILLAR, ..., 1] = floor
-        size[PILLAR, ..., 2] = 0.02 * wall
+        size[PILLAR] = vectors(half * 0.45 * wall, floor, 0.02 * wall)
         R = Ro[0]
         p = np.zeros_like(po[0])
         wave, phase = self.textures(draw, wall)
