@@ -52,10 +52,8 @@ from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-VIDEOS = {
-    ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".gif",
-    ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts",
-}
+VIDEOS = set(
+    ".mp4 .m4v .mov .3gp .mkv .webm .avi .wmv .flv .gif .mpg .mpeg .vob .ts .mts .m2ts".split())
 # read as a video of one frame, and repeated into a still clip
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 # what systems leave in folders
@@ -517,7 +515,7 @@ class Clip:
     views: int = 1
 
     def __post_init__(self):
-        for name in ("frames", "stride", "size", "clips", "segments", "views"):
+        for name in "frames stride size clips segments views".split():
             if getattr(self, name) < 1:
                 raise DataError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.fps is not None and not 0 < self.fps < math.inf:
@@ -951,10 +949,10 @@ def track_times(track):
 def packet_times(path):
     """The same of any file, which ffprobe reads whole; None without that program, or where packets
     do not say when they are shown."""
-    command = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-show_entries",
-               "packet=pts_time", "-of", "csv=p=0", f"file:{path}"]
+    command = "ffprobe -v error -select_streams v:0 -show_entries packet=pts_time -of csv=p=0"
     try:
-        said = subprocess.run(command, capture_output=True, text=True).stdout
+        words = [*command.split(), f"file:{path}"]
+        said = subprocess.run(words, capture_output=True, text=True).stdout
         return np.sort([float(line.split(",")[0]) for line in said.split()])
     except (OSError, ValueError):
         return None
@@ -1257,16 +1255,11 @@ class Clips(torch.utils.data.Dataset):
     masks: object = None  # numbers -> masks of these clips
 
     def __post_init__(self):
-        clip = self.clip
         if any(len(source.paths) for source in self.sources):
             import_torchcodec()  # a machine without FFmpeg is told so before any work
-        self.per = clip.clips if self.plan else 1  # numbers that share a video
-        self.many = clip.segments * clip.views  # clips of a number
+        self.per = self.clip.clips if self.plan else 1  # numbers that share a video
+        self.many = self.clip.segments * self.clip.views  # clips of a number
         self.offsets = np.cumsum([0] + [len(source) for source in self.sources])
-        self.worlds = {}
-        for i, source in enumerate(self.sources):
-            if source.split:
-                self.worlds[i] = World(source.split, frames=clip.frames, size=clip.size)
         self.reading = None  # what this worker reads, for whoever finds it dead
 
     def __getitems__(self, numbers):
@@ -1291,7 +1284,7 @@ class Clips(torch.utils.data.Dataset):
             group = slice(first, first + self.per)
             source, row, cuts = self.read(numbers[group], group, out)
             out["cut"] += cuts or [None] * (self.per * self.many)
-            if source in self.worlds:
+            if self.sources[source].split:
                 for k in range(self.per):
                     # nothing is decoded, so each of several clips is another one
                     count = len(self.sources[source])
@@ -1300,7 +1293,8 @@ class Clips(torch.utils.data.Dataset):
                     rendered.setdefault(source, {})[first + k] = other
         # a batch at a time, which is faster than clip by clip
         for source, rows in rendered.items():
-            made = self.worlds[source].render([*rows.values()], self.names)
+            world = World(self.sources[source].split, frames=clip.frames, size=clip.size)
+            made = world.render([*rows.values()], self.names)
             out["label"][[*rows]] = made["label"]
             out["video"][[*rows]] = made["video"][:, None]
             # whoever asks for labels reads nothing but this world
@@ -1324,7 +1318,8 @@ class Clips(torch.utils.data.Dataset):
                 row = self.plan.row(row // self.per, attempt)
             source = int(np.searchsorted(self.offsets, row, side="right")) - 1
             row -= int(self.offsets[source])
-            if source in self.worlds:  # not cropped and not flipped: left and right are classes
+            # the world: not cropped and not flipped, as left and right are classes
+            if self.sources[source].split:
                 return source, row, None
             path = self.name(source, row)
             out["label"][group] = int(self.sources[source].labels[row])
@@ -1861,7 +1856,7 @@ def png(paths):
     header = Path(paths[0]).read_bytes()[16:26]
     width, height, bits, kind = struct.unpack(">IIBB", header)
     pixels = "pal8" if kind == 3 else PIXELS[kind in (0, 4), max(bits, 8)]
-    raw = pipe(paths, "-f", "rawvideo", "-pix_fmt", pixels, "-")
+    raw = pipe(paths, *f"-f rawvideo -pix_fmt {pixels} -".split())
     values = np.frombuffer(raw, np.uint16 if bits == 16 else np.uint8)
     shape = (height, width, 3) if pixels.startswith("rgb") else (height, width)
     # after the indices stands the palette
@@ -1873,13 +1868,14 @@ def pipe(images, *out, rate=10):
     """Image files of one kind, `rate` a second, through FFmpeg."""
     codec = re.sub("jpe?g", "mjpeg", Path(images[0]).suffix.lower()[1:])
     data = b"".join(Path(image).read_bytes() for image in images)
-    return ffmpeg("-f", "image2pipe", "-framerate", f"{rate}", "-c:v", codec, "-i", "-", *out,
-                  data=data)
+    return ffmpeg(f"-f image2pipe -framerate {rate} -c:v {codec} -i -", *out, data=data)
 
 
-def ffmpeg(*command, data=b""):
-    """What it gives for this command and these data. Raises ValueError with the last it said."""
-    done = subprocess.run(["ffmpeg", "-v", "error", *command], input=data, capture_output=True)
+def ffmpeg(options, *words, data=b""):
+    """What it gives for these options, in one text, these further words and these data. Raises
+    ValueError with the last it said."""
+    command = ["ffmpeg", "-v", "error", *options.split(), *words]
+    done = subprocess.run(command, input=data, capture_output=True)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()
         raise ValueError(said.rpartition("\n")[2] or "FFmpeg failed")
@@ -2273,10 +2269,10 @@ def dense_clips(layout, root, annotations):
 
 def save_frames(frames, path, crf):
     """Frames as dense_clips() yields them -> a video."""
-    encode = ["-an", "-c:v", "libx264rgb", "-crf", str(crf), "-preset", "veryfast", "-y", str(path)]
+    encode = [*f"-an -c:v libx264rgb -crf {crf} -preset veryfast -y".split(), str(path)]
     if isinstance(frames, tuple):
         video, start, seconds = frames
-        ffmpeg("-ss", str(start), "-t", str(seconds), "-i", str(video), *encode)
+        ffmpeg(f"-ss {start} -t {seconds} -i", str(video), *encode)
     elif frames[0].suffix.lower() in VIDEOS:
         shutil.copyfile(frames[0], path)
     else:
@@ -2464,7 +2460,7 @@ def read_kinetics(root, files, note, labels):
 def read_ssv2(root, files, note, labels):
     numbers = json.loads(Path(labels).read_text("utf-8"))
     rows = []
-    for row in json.loads("\n".join(filled_lines(note))):
+    for row in json.loads(note.read_text("utf-8-sig")):
         name = re.sub(r"[\[\]]", "", row.get("template", ""))
         rows.append((files.get(str(row["id"])), name or None))
     return rows, sorted(numbers, key=lambda name: int(numbers[name]))
@@ -2481,7 +2477,7 @@ def read_ucf(root, files, note, labels):
 
 READ = {"kinetics": read_kinetics, "ssv2": read_ssv2, "ucf": read_ucf, "folders": read_folders,
         "frames": read_frames}
-NEEDS = {"annotations": ("kinetics", "ssv2", "ucf", "perception", "ava"), "labels": ("ssv2",)}
+NEEDS = {"annotations": "kinetics ssv2 ucf perception ava".split(), "labels": ["ssv2"]}
 
 
 def index(
@@ -2605,11 +2601,11 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     if count > 1:
         raise DataError(f"{path}: {count} of its videos would all be {target}")
     jobs = [(video, target, encode, fps) for video, target in targets.items()]
-    bad = dict(zip(targets, in_processes(pack_video, jobs, workers)))
-    bad = {video: why for video, why in bad.items() if why}
-    for video, why in bad.items():
-        print(f"bad: {video}: {why}")
-        del targets[video]
+    for (video, *_), why in zip(jobs, in_processes(pack_video, jobs, workers)):
+        if why:
+            print(f"bad: {video}: {why}")
+            del targets[video]
+    bad = len(jobs) - len(targets)
 
     pairs = zip(source.paths, source.labels)
     rows = [(targets[video], label) for video, label in pairs if video in targets]
@@ -2617,7 +2613,7 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     if suffix_of(name) not in (".txt", ".csv"):  # a folder, a video, a pattern
         name = re.sub(r"[*?\[\]]", "_", name) + ".txt"
     write_list(folder / name, rows, source.classes)
-    return {"list": str(folder / name), "rows": len(rows), "bad": len(bad)}, int(bool(bad))
+    return {"list": str(folder / name), "rows": len(rows), "bad": bad}, int(bad > 0)
 
 
 def encoding(short_side, fps, gop, crf):
@@ -2631,8 +2627,8 @@ def encoding(short_side, fps, gop, crf):
     filters = f"scale='2*round(iw*sar*{half})':'2*round(ih*{half})':flags=area,setsar=1"
     if fps:
         filters = f"fps={fps},{filters}"
-    return ["-an", "-sn", "-dn", "-vf", filters, "-pix_fmt", "yuv420p", "-c:v", "libx264",
-            "-crf", str(crf), "-g", str(gop), "-bf", "0", "-tune", "fastdecode"]
+    return (f"-an -sn -dn -vf {filters} -pix_fmt yuv420p -c:v libx264 -crf {crf} -g {gop} -bf 0 "
+            "-tune fastdecode").split()
 
 
 def claim(out, encode, root):
@@ -2657,15 +2653,14 @@ def pack_video(job):
         return None
     target.parent.mkdir(parents=True, exist_ok=True)
     temp = target.with_name(f".{os.getpid()}.mp4")
-    encode = [*encode, "-threads", "1", "-movflags", "+faststart", "-y", f"file:{temp}"]
+    encode = [*encode, *"-threads 1 -movflags +faststart -y".split(), f"file:{temp}"]
     try:
         open_frames(path)  # not what is no video, nor too large
         if os.path.isdir(path):
             pipe(numbered_images(Path(path)), *encode, rate=fps)
         else:
             # explode: no half-decoded videos; file: or names with a colon are read as protocols
-            ffmpeg("-xerror", "-err_detect", "explode", "-threads", "1", "-i", f"file:{path}",
-                   *encode)
+            ffmpeg("-xerror -err_detect explode -threads 1 -i", f"file:{path}", *encode)
         open_video(str(temp)).get_frame_at(0)
         os.replace(temp, target)
     except DAMAGE as error:
@@ -2700,12 +2695,7 @@ def main():
 # Lengths are in units, the wall is at about 1. O objects, n clips, T frames, S waves of a texture.
 
 # what the picture does, in pairs of opposites; the camera does the opposite
-MOTIONS = (
-    "left", "right",
-    "up", "down",
-    "clockwise", "counterclockwise",
-    "grow", "shrink",
-)
+MOTIONS = tuple("left right up down clockwise counterclockwise grow shrink".split())
 # clips of each, none is shared
 SPLITS = {
     "train": 1 << 20,
@@ -3283,13 +3273,8 @@ class World:
 
 
 LABELS = (
-    "depth", "masks", "boxes",
-    "pose", "K",
-    "flow", "flow_visible",
-    "tracks", "visible",
-    "right", "disparity", "disparity_visible",
-    "impossible", "kind", "change",
-)
+    "depth masks boxes pose K flow flow_visible tracks visible right disparity disparity_visible "
+    "impossible kind change").split()
 
 
 @dataclass
