@@ -4,6 +4,7 @@
     python data.py index scannet|davis|sintel|... ROOT --out train.txt     # with their dense labels
     python data.py check train.txt                       # read every file, report what is wrong
     python data.py pack train.txt packed/ --short_side 256 --fps 7.5     # re-encode for speed (10x)
+    python data.py pack --help                           # the flags of a command
 
 Sample g of a run (g counts clips from the first step on) is a pure function of (seed, g): which
 video, which frames, which crop, flipped or not, and what replaces a damaged video. Ranks and
@@ -508,7 +509,7 @@ class Clip:
     # a video shorter than the clip: "repeat" its last frame, "loop" it, "spread" the clip's frames
     # evenly over it, or "error" (treated as damaged)
     short: str = "repeat"
-    clips: int = 1  # training: so many from each opened video, in one window (clip_starts)
+    clips: int = 1  # training: so many from each opened video, in one window (in_one_window)
     segments: int = 1  # evaluation: clips per video, spread over its length
     # evaluation: 1 = centre square of 224/256 of the short side; 3 = the whole short side at left,
     # centre, right
@@ -3004,8 +3005,7 @@ class World:
         breaks the law that IMPOSSIBLE[i mod 6] names: out of sight, behind a pillar, in every other
         six clips (not stop and start), else in view.
         """
-        kind = indices % len(LAWS)
-        law = np.array(IMPOSSIBLE)[kind, None]                              # (n,1)
+        law = np.array(IMPOSSIBLE)[indices % len(LAWS), None]               # (n,1)
         in_view = indices[:, None] // len(LAWS) % 2 == 1
         in_view = in_view | np.isin(law, ["stop", "start"])
         wall = draw.between(0.8, 1.25)
@@ -3024,8 +3024,7 @@ class World:
         arc = 1 - 4 * self.times * self.times
         path = vectors(side * reach * 2 * self.times, floor - radius - height * arc, 0.6 * wall)
         half = self.frames // 2
-        jump = path.copy()
-        jump[..., 0] += side * 0.5 * reach
+        jump = path + vectors(side * 0.5 * reach, 0, 0)
         last = path[:, [max(half - 1, 0)]]
         rest = last.repeat(self.frames, 1)
         behind_camera = np.full_like(path, -9.0)
