@@ -1074,6 +1074,20 @@ def construct(build, args):
         raise UserError(str(error)) from error
 
 
+def occupied(out, resume, script):
+    """Why a run of this script cannot begin or go on in a folder, or None."""
+    file = Path(out, "config.json")
+    if not os.path.exists(file):  # nor where the folder cannot be looked into
+        return None
+    if not resume:
+        return f"{out} holds a run: --resume continues it, another --out_dir starts afresh"
+    try:
+        other = json.loads(file.read_text()).get("script", script)
+    except ValueError:
+        return f"{file} is damaged: it is not JSON"
+    return f"{out} holds a run of {other}.py: another --out_dir" if other != script else None
+
+
 def budgeted(args, *parts):
     """args with the --steps that --flops pays for. parts: (share of the steps, objective) of each
     stage; a step costs the mean of cost(step) over 200 steps."""
@@ -1363,12 +1377,9 @@ class Run:
 
         A flag that the run did not have yet counts as what runs did then.
         """
-        if not self.args.resume:
-            return f"{self.out} holds a run: --resume continues it, another --out_dir starts afresh"
-        try:
-            old = json.loads(file.read_text())["config"]
-        except ValueError:
-            return f"{file} is damaged: it is not JSON"
+        if error := occupied(self.out, self.args.resume, self.head["script"]):
+            return error
+        old = json.loads(file.read_text())["config"]
         if old.get("data_hash") != config["data_hash"] and not self.args.new_data:
             return (f"{self.out} was started with other data than {' '.join(self.args.data)}: "
                     "files, sizes or labels differ; --new_data goes on with these")
@@ -2547,8 +2558,7 @@ def read_weights(name, key, override):
         if (path / "encoder.safetensors").exists():
             path = path / "encoder.safetensors"
         if not path.exists():
-            raise ValueError(
-                f"no such weight file, and no size of {', '.join(SIZES)} behind 'random:'")
+            raise ValueError(f"no such weight file or folder; random:SIZE knows {', '.join(SIZES)}")
         if path.is_dir():
             return from_hf(path)
         if path.suffix == ".safetensors":

@@ -168,8 +168,8 @@ import torch.nn.functional as F
 import data
 from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT
 from model import budgeted, clip_gradients, construct, cosine, count, dry_run, gather, health
-from model import latent_surprise, launch, load_encoder, numbered, param_groups, patches
-from model import probe_lists, rankme, set_rates, some_rows, sync_gradients, warmup_decay
+from model import latent_surprise, launch, load_encoder, numbered, occupied, param_groups
+from model import patches, probe_lists, rankme, set_rates, some_rows, sync_gradients, warmup_decay
 
 
 # --- SALT -----------------------------------------------------------------------------------------
@@ -360,8 +360,7 @@ def stages(args):
     folder and the teacher's size and data, the first its masks too."""
     last = len(args.split)
     if abs(sum(args.split) - 1) > 0.01 or last < 2 or min(args.split) <= 0:
-        split = " ".join(map(str, args.split))
-        raise UserError(f"--split {split}: two or more shares of the steps, which sum to 1")
+        raise UserError(f"--split {args.split}: two or more shares of the steps, which sum to 1")
     if args.teacher_model and args.teacher_model not in SIZES:
         raise UserError(f"--teacher_model {args.teacher_model}: choose from {', '.join(SIZES)}")
     rows = []
@@ -377,8 +376,8 @@ def stages(args):
         if args.stage in (0, number) and not taught:
             rows.append((number, a))
     if not rows:
-        more = ", and --teacher leaves the last" if args.teacher else ""
-        raise UserError(f"--stage {args.stage}: there are stages 1 to {last}{more}")
+        raise UserError(f"--stage {args.stage}: there are stages 1 to {last}; with --teacher, "
+                        "the last")
     return rows
 
 
@@ -455,16 +454,18 @@ def plan(run, rows):
 def main(args):
     sketches = sketch(args)
     if args.flops:
-        shares = [args.split[number - 1] for number, *_ in sketches]
-        objectives = [objective for _, _, objective in sketches]
-        args = budgeted(args, *zip(shares, objectives))
+        parts = [(args.split[number - 1], objective) for number, _, objective in sketches]
+        args = budgeted(args, *parts)
         sketches = sketch(args)
     run = Run(args)
     if args.dry_run:
         return plan(run, sketches)
     del sketches  # with --teacher's weights
     rows = stages(args)
-    # a wrong list that only a later stage reads is told before the first one trains
+    # what only a later stage would meet is told before the first one trains: another run in the
+    # last one's folder, a wrong list
+    if error := run.broadcast(occupied(rows[-1][1].out_dir, args.resume, "train_salt")):
+        raise UserError(error)
     for spec in set().union(*(a.data for _, a in rows)).difference(rows[0][1].data):
         data.parse_list(spec, look=run.rank == 0)
     line = {"flops": 0.0, "ledger": 0.0, "probe_acc": None}

@@ -230,3 +230,15 @@ def test_a_later_stages_mistake_is_told_before_the_first_one_trains(run, tmp_pat
     if "--data" not in flags:
         status, _, err = run("train_salt.py", *TINY, "--dry_run", *flags)
         assert status == 2 and message in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("resume, message", [((), "holds a run: --resume"), (("--resume",), "run of train_vjepa.py")])
+def test_a_folder_of_another_run_is_refused_before_the_teacher_trains(run, tmp_path, resume, message):
+    """Its own stage would find out when the teacher has been trained."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps({"script": "train_vjepa", "config": {}}))
+    for script in ("train_salt.py", "train_mae4d.py"):
+        flags = [flag for flag in TINY if flag not in ("--split", 0.5)]
+        status, _, err = run(script, *flags, "--out_dir", out, *resume)
+        assert status == 2 and message in err and "Traceback" not in err and not (out / "stage1").exists(), err
