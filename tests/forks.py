@@ -58,25 +58,32 @@ def become(rank, port, job):
 
 def wait(pids, timeout):
     """The first exit status that is not 0, after which the other ranks are killed, as torchrun does; 124 for those
-    that took too long."""
+    that took too long. Of ranks that fail, or whose waiter is interrupted, no loader process stays either."""
     end = time.time() + timeout
     status = 0
     left = set(pids)
-    while left:
-        pid, told = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            left.discard(pid)
-            code = os.waitstatus_to_exitcode(told)
-            status = status or code
-        else:
-            time.sleep(0.01)
-        if time.time() > end:
-            status = status or 124
-        if status:
-            for other in left:
-                with contextlib.suppress(ProcessLookupError):  # it leads no group yet: at the next look
-                    os.killpg(other, signal.SIGKILL)
+    try:
+        while left:
+            pid, told = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                left.discard(pid)
+                status = status or os.waitstatus_to_exitcode(told)
+            else:
+                time.sleep(0.01)
+            if time.time() > end:
+                status = status or 124
+            if status:
+                kill(pids)
+    finally:
+        if left:
+            kill(pids)
     return status
+
+
+def kill(leaders):
+    for pid in leaders:
+        with contextlib.suppress(ProcessLookupError):  # it leads no group any more, or not yet: at the next look
+            os.killpg(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

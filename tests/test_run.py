@@ -1,6 +1,7 @@
 """The run: what a step needs of memory against what it holds, the choice of --micro_batch, what is said on the way."""
 import dataclasses
 import json
+import time
 import weakref
 from pathlib import Path
 
@@ -247,3 +248,18 @@ def test_nothing_is_compiled_again_after_the_first_step(script, flags, most, cal
         last = [8, 50]
     late = [at for at in compiled if at not in first + last]
     assert step[0] == 50 and 0 < sum(at in first for at in compiled) <= most and not late, compiled
+
+
+# --- the copies that tests run in: forks.py --------------------------------------------------------
+
+def test_a_copy_that_fails_leaves_no_process(forked, tmp_path):
+    """Its loader processes end with it, as those of torchrun's ranks do."""
+    script = tmp_path / "fails.py"
+    code = ["import os, subprocess", "print(subprocess.Popen(['sleep', '60']).pid, flush=True)", "os._exit(3)"]
+    script.write_text("\n".join(code))
+    status, out, _ = forked([script])
+    state = Path(f"/proc/{int(out[0])}/stat")
+    end = time.monotonic() + 5
+    while state.exists() and state.read_text().split()[2] != "Z" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert status == 3 and time.monotonic() < end
