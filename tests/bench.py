@@ -767,6 +767,8 @@ def compare(args):
     methods = args.rows or list(COMPARED)
     if unknown := set(methods) - {*COMPARED, *VARIANTS}:
         sys.exit(f"--rows {min(unknown)}: choose from {', '.join(COMPARED | VARIANTS)}")
+    if unknown := set(args.suite) - {*P.TASKS, "physics"}:
+        sys.exit(f"--suite {min(unknown)}: choose from {', '.join(P.TASKS)}, physics")
     if args.plan:
         return plan(args, methods)
     if not args.out:
@@ -822,20 +824,24 @@ def print_comparison(found, tasks):
 
 
 def print_suite(found, tasks):
-    """The tasks of space and time, of the larger budget."""
+    """The tasks of space and time, of the larger budget. A task that a method cannot do (physics without a predictor)
+    has no figures."""
     rows = {row["method"]: row["suite"] for row in found.values() if "suite" in row}
-    first = next(iter(rows.values()))[0]
-    print("\n| method | " + " | ".join(f"{task}, {first[task]['metric']} | random" for task in tasks) + " |")
+    about = {}
+    for runs in rows.values():
+        about |= {task: figures for task, figures in runs[0].items() if figures}
+    tasks = [task for task in tasks if task in about]
+    print("\n| method | " + " | ".join(f"{task}, {about[task]['metric']} | random" for task in tasks) + " |")
     print("|" + "---|" * (1 + 2 * len(tasks)))
     for name, runs in rows.items():
         cells = [name]
         for task in tasks:
             for key in ("value", "random"):
-                values = [run[task][key] for run in runs]
+                values = [run[task][key] for run in runs if key in run[task]]
                 deviation = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.3f}{deviation}")
+                cells.append(f"{statistics.mean(values):.3f}{deviation}" if values else "-")
         print("| " + " | ".join(cells) + " |")
-    print("| constant | " + " | | ".join(f"{first[task]['constant']:.3f}" for task in tasks) + " | |")
+    print("| constant | " + " | | ".join(f"{about[task]['constant']:.3f}" for task in tasks) + " | |")
 
 
 def draw_comparison(found, tasks, file):

@@ -4,6 +4,7 @@ leaves alone, every row, the masks."""
 import dataclasses
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -603,6 +604,23 @@ def test_compare_prints_deltas_to_the_baseline(tmp_path, capsys, monkeypatch):
     assert "x/ssv2.csv, linear | Δ | y/ssv2.csv, linear" in capsys.readouterr().out
     monkeypatch.setattr(P.sys, "argv", ["probe.py", "compare", "a", "b", "--baseline", "a"])
     assert P.parse_args().runs == ("a", "b")
+
+
+def test_a_task_that_a_method_cannot_do_has_no_figures_in_the_suites_table(capsys, monkeypatch):
+    import bench
+
+    depth = {"value": 0.2, "random": 0.4, "metric": "absrel", "constant": 0.5}
+    physics = {"value": 0.6, "random": 0.5, "metric": "relative_accuracy", "constant": 0.5}
+    found = {"DINO 1": {"method": "DINO", "suite": [{"physics": {}, "depth": depth}] * 2}, "V-JEPA 0": {},
+             "V-JEPA 1": {"method": "V-JEPA", "suite": [{"physics": physics, "depth": depth}]}}
+    bench.print_suite(found, ["physics", "depth"])
+    title, _, *rows = capsys.readouterr().out.strip().splitlines()
+    assert title == "| method | physics, relative_accuracy | random | depth, absrel | random |"
+    assert rows == ["| DINO | - | - | 0.200 +- 0.000 | 0.400 +- 0.000 |", "| V-JEPA | 0.600 | 0.500 | 0.200 | 0.400 |",
+                    "| constant | 0.500 | | 0.500 | |"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "compare", "--out", "x", "--suite", "depht"])
+    with pytest.raises(SystemExit, match="--suite depht: choose from classify"):
+        bench.compare(bench.parse_args())
 
 
 def test_halves_tell_a_still_half_of_the_channels_from_one_that_changes(tmp_path):
