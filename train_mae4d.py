@@ -24,10 +24,8 @@ if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
 
 import argparse
 import dataclasses
-import inspect
 import math
 import os
-import sys
 from functools import partial
 from typing import Literal
 
@@ -81,7 +79,7 @@ class Args:
     clip_grad: float = 0.0              # global norm, 0: off
     max_skips: int = 10                 # so many non-finite steps in a row end the run
     # --- the run
-    preset: str = ""                    # values that become the defaults: PRESETS
+    preset: str = ""                    # values that become the defaults; a wrong name lists all
     out_dir: str = "out/mae4d"
     seed: int = 0
     dtype: Literal["bf16", "fp32"] = "bf16"         # bf16 or fp32
@@ -122,33 +120,15 @@ LATER = {"standardise": False}  # what runs did before this was a flag
 
 def parse_args(argv=None):
     """The paper's recipe, then --preset, then the flags."""
-    argv = sys.argv[1:] if argv is None else argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--preset", default="")
     preset = peek.parse_known_args(argv)[0].preset
     if preset and preset not in PRESETS:
         peek.exit(2, f"error: --preset {preset}: choose from {', '.join(PRESETS)}\n")
     defaults = Args(preset=preset, **PRESETS.get(preset, {}))
-    if {"-h", "--help"} & set(argv):
-        print(help_page(defaults))
-        sys.exit()
     rank = os.environ.get("RANK", "0")
-    return tyro.cli(Args, args=argv, default=defaults, console_outputs=rank == "0")
-
-
-def help_page(defaults):
-    """The flags in the groups of Args: name, default, meaning."""
-    lines = [__doc__, "Switches: --flip or --no-flip. A wrong --preset lists the names."]
-    for line in inspect.getsource(Args).splitlines()[3:]:
-        field, _, comment = line.partition("# ")
-        name = field.partition(":")[0].strip()
-        if name:
-            value = getattr(defaults, name)
-            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            lines.append(f"  {f'--{name} {value}':34} {comment}")
-        else:
-            lines.append(f"\n{comment.removeprefix('--- ')}")
-    return "\n".join(lines)
+    return tyro.cli(Args, args=argv, default=defaults, description=__doc__, use_underscores=True,
+                    console_outputs=rank == "0")
 
 
 if __name__ == "__main__":

@@ -363,7 +363,7 @@ def test_a_new_objective_is_a_diff_of_under_30_lines(tmp_path):
     assert np.mean(got[-10:]) < 0.8 * np.mean(got[:5])
 
     page = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True).stdout
-    offered = re.findall(r"^  --(\w+)", page, re.M)
+    offered = re.findall(r"^[^\w\n]+--(\w+)", page, re.M)
     code = fork.read_text() + (ROOT / "model.py").read_text()
     assert len(offered) > 40 and not {"ema", "final_ema", "terms", "tau"} & set(offered)
     read = {name for name in offered if re.search(rf"\b(args|a)\.{name}\b", code)}
