@@ -386,7 +386,7 @@ class PatchEmbed(nn.Module):
 
 def check_divides(name, value, by, divisor):
     if value % divisor:
-        raise ValueError(f"{name} {value} is not divisible by {by} {divisor}")
+        raise data.DataError(f"{name} {value} is not divisible by {by} {divisor}")
 
 
 def interleave(firsts, seconds):
@@ -832,6 +832,12 @@ def param_groups(module, weight_decay, factors={}):
     return [groups[key] for key in sorted(groups, reverse=True)]
 
 
+def adamw(module, args, factors={}):
+    """Over param_groups; set_rates says at each step how fast each group learns."""
+    groups = param_groups(module, args.weight_decay, factors)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
+
+
 @torch.no_grad()
 def ema_update(targets, sources, m, skip=0.0):
     """targets <- m*targets + (1-m)*sources, for lists of tensors. skip: 1.0 where they stay; a
@@ -1089,8 +1095,10 @@ def occupied(out, resume, script):
 
 
 def budgeted(args, *parts):
-    """args with the --steps that --flops pays for. parts: (share of the steps, objective) of each
-    stage; a step costs the mean of cost(step) over 200 steps."""
+    """args, where --flops is given with the --steps that it pays for. parts: (share of the steps,
+    objective) of each stage; a step costs the mean of cost(step) over 200 steps."""
+    if not args.flops:
+        return args
     mean = 0.0
     for share, objective in parts:
         mean += share * sum(objective.cost(step) for step in range(200)) / 200
@@ -1145,17 +1153,14 @@ class Run:
         if args.workers < 0:
             self.workers = data.idle_cores(self.neighbours)
 
-        if args.batch_size % (self.ranks * max(1, args.micro_batch)):
-            raise UserError(f"--batch_size {args.batch_size} is not a multiple of {self.ranks} "
-                            f"rank(s) x --micro_batch {args.micro_batch or 1}")
+        shares = self.ranks * max(1, args.micro_batch)
+        check_divides("--batch_size", args.batch_size, "ranks x --micro_batch:", shares)
         self.per_rank = args.batch_size // self.ranks
         self.micro = args.micro_batch or self.per_rank  # until fit() has looked
         self.first = self.rank * self.per_rank  # of this rank's rows in a batch
-        if self.micro % args.clips_per_video:
-            raise UserError(f"--clips_per_video {args.clips_per_video} does not divide the "
-                            f"{self.micro} clips of a forward pass")
-        if args.shard_ranks and self.ranks % args.shard_ranks:
-            raise UserError(f"--shard_ranks {args.shard_ranks} does not divide {self.ranks} ranks")
+        several = args.clips_per_video
+        check_divides("clips of a forward pass:", self.micro, "--clips_per_video", several)
+        check_divides("ranks", self.ranks, "--shard_ranks", args.shard_ranks or 1)
         if args.wandb and not importlib.util.find_spec("wandb"):
             raise UserError("--wandb needs: pip install wandb")
 
@@ -1490,8 +1495,9 @@ class Run:
         self.broadcast(None)
 
     def load(self, net, optimizer):
-        """The newest whole checkpoint -> what save() was given, with its step; {} without one."""
-        found = self.newest(self.out)
+        """--resume: the newest whole checkpoint -> what save() was given, with its step; {} without
+        one."""
+        found = self.newest(self.out) if self.args.resume else None
         if found is None:
             return {}
         tensors = tensors_of(net, optimizer)

@@ -138,10 +138,10 @@ import torch
 import torch.nn as nn
 
 import data
-from model import IMAGENET, SIZES, LatentGridDecoder, Meter, Run, ViT, block_flops, budgeted
+from model import IMAGENET, SIZES, LatentGridDecoder, Meter, Run, ViT, adamw, block_flops, budgeted
 from model import clip_gradients, construct, days, dry_run, enlarge, health, launch, load_start
-from model import param_groups, patches, probe_lists, readout_layer, save_rows, set_rates
-from model import some_rows, split_time, sync_gradients, unpatch, warmup_decay
+from model import patches, probe_lists, readout_layer, save_rows, set_rates, some_rows, split_time
+from model import sync_gradients, unpatch, warmup_decay
 
 RGB = dict(mean=[0.0] * 3, std=[1.0] * 3)  # of raw pixels, in [0,1]
 
@@ -288,8 +288,7 @@ def plan(run, objective):
 
 def main(args):
     sketch = construct(build, dataclasses.replace(args, dry_run=True))
-    if args.flops:
-        args = budgeted(args, (1.0, sketch))
+    args = budgeted(args, (1.0, sketch))
     run = Run(args, later=LATER)
     run.fit(sketch, sketch.masks)
     if args.dry_run:
@@ -303,9 +302,8 @@ def main(args):
     run.open(__file__, sources)
 
     net = run.wrap(objective)  # what is called, trained and saved
-    groups = param_groups(objective, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
-    meter = Meter(run, run.load(net, optimizer) if args.resume else {})
+    optimizer = adamw(objective, args)
+    meter = Meter(run, run.load(net, optimizer))
     first = done = meter.state.pop("step", 0)
     if first == 0 and not args.init:  # before learning: what it has to beat
         meter.state["random_acc"] = run.accuracy(net, lists, clip, **objective.pixels)

@@ -146,17 +146,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT
-from model import budgeted, clip_gradients, construct, cosine, count, dry_run, gather, health
-from model import latent_surprise, launch, load_encoder, numbered, occupied, param_groups
-from model import patches, probe_lists, rankme, set_rates, some_rows, sync_gradients, warmup_decay
+from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT, adamw, budgeted
+from model import clip_gradients, construct, cosine, count, dry_run, gather, health, latent_surprise
+from model import launch, load_encoder, numbered, occupied, patches, probe_lists, rankme, set_rates
+from model import some_rows, sync_gradients, warmup_decay
 
 
 # --- SALT -----------------------------------------------------------------------------------------
 
 class MaskedPrediction(nn.Module):
     """What the stages share: an encoder of the context and a predictor of the rest (V-JEPA 2's),
-    masks, schedules, costs. What is predicted, and the loss, are each stage's own."""
+    masks, schedules, costs. What is predicted, targets(), and how an error counts are each
+    stage's own."""
 
     def __init__(self, args, out_width, teacher=None):
         super().__init__()
@@ -186,11 +187,22 @@ class MaskedPrediction(nn.Module):
         """What is exported and probed, and teaches the next stage."""
         return self.encoder
 
-    def total(self, losses, z, h):
-        """The mean over the masks, and what the log shows."""
-        names = numbered(self.args.masks)
-        metrics = {f"loss_{name}": loss.detach() for name, loss in zip(names, losses)}
-        metrics |= {"tokens": some_rows(torch.cat(z, 1)), "targets": some_rows(h)}
+    def forward(self, x, keep=None, pred=None):
+        """x (B,3,T,H,W); keep, pred: an entry a mask, ids (B,K) and (B,M) -> loss, metrics.
+
+        Without masks: the product's tokens (B,N,D), which probes and pictures read.
+        """
+        if keep is None:
+            return self.product(x)
+        h = self.targets(x)
+        z = self.encoder(x, keep)  # [(B,K,D)]
+        zhat = self.predictor(z, keep, pred)  # [(B,M,C)]
+        losses = []
+        metrics = {"tokens": some_rows(torch.cat(z, 1)), "targets": some_rows(h)}
+        for name, guess, ids in zip(numbered(self.args.masks), zhat, pred):
+            loss = self.error(guess - gather(h, ids)).mean()
+            metrics[f"loss_{name}"] = loss.detach()
+            losses.append(loss)
         return sum(losses) / len(losses), metrics
 
     def schedules(self, step):
@@ -243,18 +255,8 @@ class VPixel(MaskedPrediction):
     def __init__(self, args):
         super().__init__(args, out_width=3 * args.tubelet * args.patch**2)
 
-    def forward(self, x, keep=None, pred=None):
-        """x (B,3,T,H,W); keep, pred: an entry a mask, ids (B,K) and (B,M) -> loss, metrics.
-
-        Without masks: the product's tokens (B,N,D), which probes and pictures read.
-        """
-        if keep is None:
-            return self.product(x)
-        h = self.targets(x)
-        z = self.encoder(x, keep)  # [(B,K,D)]
-        zhat = self.predictor(z, keep, pred)  # [(B,M,C)]
-        losses = [(guess - gather(h, ids)).square().mean() for guess, ids in zip(zhat, pred)]
-        return self.total(losses, z, h)
+    def error(self, difference):
+        return difference.square()
 
     @torch.no_grad()
     def targets(self, x):
@@ -284,15 +286,8 @@ class Student(MaskedPrediction):
         self.teacher.eval()
         return self
 
-    def forward(self, x, keep=None, pred=None):
-        """As VPixel's."""
-        if keep is None:
-            return self.product(x)
-        h = self.targets(x)
-        z = self.encoder(x, keep)  # [(B,K,D)]
-        zhat = self.predictor(z, keep, pred)  # [(B,M,C)]
-        losses = [(guess - gather(h, ids)).abs().mean() for guess, ids in zip(zhat, pred)]
-        return self.total(losses, z, h)
+    def error(self, difference):
+        return difference.abs()
 
     @torch.no_grad()
     def targets(self, x):
@@ -467,10 +462,9 @@ def train(args, number, before):
     run.open(__file__, sources, f"stage {number} of {len(args.split)}, {objective.title}: ")
 
     net = run.wrap(objective)  # what is called, trained and saved
-    groups = param_groups(objective, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
+    optimizer = adamw(objective, args)
     costs = {"flops": before["flops"], "ledger": before["ledger"]}  # go on over the stages
-    meter = Meter(run, costs | (run.load(net, optimizer) if args.resume else {}))
+    meter = Meter(run, costs | run.load(net, optimizer))
     first = done = meter.state.pop("step", 0)
     if first == 0:  # before learning: what it has to beat
         meter.state["random_acc"] = run.accuracy(net, lists, clip)

@@ -172,11 +172,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import IMAGENET, SIZES, Meter, MotionEncoder, Run, UserError, ViT, budgeted
-from model import clip_gradients, colour_frames, colours, construct, cosine, dry_run, ema_update
-from model import each_frame, enlarge, exact, health, init_weights, launch, linear_probe, load_start
-from model import param_groups, probe_lists, rotate, save_rows, set_rates, sync_gradients, to_unit
-from model import warmup_decay
+from model import IMAGENET, SIZES, Meter, MotionEncoder, Run, UserError, ViT, adamw, budgeted
+from model import clip_gradients, colour_frames, colours, construct, cosine, dry_run, each_frame
+from model import ema_update, enlarge, exact, health, init_weights, launch, linear_probe, load_start
+from model import probe_lists, rotate, save_rows, set_rates, sync_gradients, to_unit, warmup_decay
 
 # rows of the centres
 CLS = 0
@@ -865,8 +864,7 @@ def check(args):
 def main(args):
     check(args)
     sketch = construct(build, dataclasses.replace(args, dry_run=True))
-    if args.flops:
-        args = budgeted(args, (1.0, sketch))
+    args = budgeted(args, (1.0, sketch))
     run = Run(args, free=("ce_rows",))
     # bytes: four float32 arrays of logits in ChunkedCE
     run.fit(sketch, extra=16 * args.ce_rows * args.prototypes)
@@ -880,9 +878,8 @@ def main(args):
     run.open(__file__, sources)
 
     net = run.wrap(objective)  # what is called, trained and saved
-    groups = param_groups(objective, args.weight_decay, {"motion.": args.motion_lr})
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
-    state = run.load(net, optimizer) if args.resume else {}
+    optimizer = adamw(objective, args, {"motion.": args.motion_lr})
+    state = run.load(net, optimizer)
     meter = Meter(run, {"random_knn": None} | state)
     first = done = meter.state.pop("step", 0)
     if first == 0 and not args.init:  # before learning: what it has to beat

@@ -245,10 +245,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import SIZES, Meter, Predictor, Run, UserError, ViT
-from model import budgeted, clip_gradients, construct, cosine, dry_run, ema_update, exact, gather
-from model import health, latent_surprise, launch, linear, load_start, numbered, param_groups
-from model import probe_lists, set_rates, some_rows, sync_gradients, warmup_decay
+from model import SIZES, Meter, Predictor, Run, UserError, ViT, adamw, budgeted, clip_gradients
+from model import construct, cosine, dry_run, ema_update, exact, gather, health, latent_surprise
+from model import launch, linear, load_start, numbered, probe_lists, set_rates, some_rows
+from model import sync_gradients, warmup_decay
 
 
 # --- V-JEPA ---------------------------------------------------------------------------------------
@@ -751,8 +751,7 @@ def build(args):
 
 def main(args):
     sketch = construct(build, dataclasses.replace(args, dry_run=True))
-    if args.flops:
-        args = budgeted(args, (1.0, sketch))
+    args = budgeted(args, (1.0, sketch))
     run = Run(args)
     if args.init_optimizer and not (os.path.isdir(args.init) or args.dry_run):
         raise UserError("--init_optimizer goes on from a run: give its folder as --init, or say "
@@ -768,9 +767,8 @@ def main(args):
     run.open(__file__, sources)
 
     net = run.wrap(objective)  # what is called, trained and saved
-    groups = param_groups(objective, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
-    meter = Meter(run, run.load(net, optimizer) if args.resume else {})
+    optimizer = adamw(objective, args)
+    meter = Meter(run, run.load(net, optimizer))
     first = done = meter.state.pop("step", 0)
     if first == 0 and args.init_optimizer:
         run.carry_optimizer(net, optimizer)

@@ -831,7 +831,7 @@ def test_a_resumed_run_keeps_its_settings(train, whole, pictures, tmp_path, flag
     [
         (("--batch_size", 0), ("--batch_size 0",)),
         (("--lr", "nan"), ("--lr nan",)),
-        (("--micro_batch", 3), ("--batch_size 8 is not a multiple",)),
+        (("--micro_batch", 3), ("--batch_size 8 is not divisible",)),
         (("--ema", 1.5), ("--ema 1.5",)),
         (("--frames", 7), ("frames 7 is not divisible by tubelet 2",)),
         (("--patch", 7), ("size 32 is not divisible by patch 7",)),

@@ -270,7 +270,7 @@ def test_equal_masks_have_a_line_each_in_the_log():
         (("--preset", "lapdog"), "--preset lapdog: choose from"),
         (("--preset", "laptop", "--lr", "nan"), "--lr nan: a positive finite number"),
         (("--preset", "laptop", "--batch_size", "0"), "--batch_size 0: a positive finite number"),
-        (("--preset", "laptop", "--micro_batch", "5"), "--batch_size 16 is not a multiple"),
+        (("--preset", "laptop", "--micro_batch", "5"), "--batch_size 16 is not divisible"),
         (("--preset", "laptop", "--masks", "8by0.1"), "8by0.1"),
         (("--preset", "laptop", "--model", "vit_x"), "--model vit_x: choose from"),
         (("--preset", "laptop", "--data", "nowhere.csv"), "nowhere.csv"),
