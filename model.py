@@ -1544,7 +1544,8 @@ class Run:
         return found
 
     def export(self, objective, step, **notes):
-        """encoder.safetensors, for probes and for sharing; all ranks take part."""
+        """encoder.safetensors, for probes and for sharing; all ranks take part. It comes before the
+        checkpoint: a run that is killed between the two, and resumed, exports again."""
         product = objective.product
         state = {name: whole(value) for name, value in product.state_dict().items()}
         if self.rank == 0:
@@ -2232,10 +2233,22 @@ def save_rows(path, rows):
     data.save_png(path, image.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
 
 
+def to_rgb(x, mean, std):
+    """Pixels (...,3,T,H,W) that were normalised by these -> RGB in [0,1]."""
+    mean, std = x.new_tensor([mean, std]).view(2, 3, 1, 1, 1)
+    return x * std + mean
+
+
 def colour_frames(x):
     """A normalised clip (3,T,H,W) -> RGB in [0,1], (T,H,W,3)."""
-    x = x.permute(1, 2, 3, 0).float().cpu()
-    return x * torch.tensor(IMAGENET["std"]) + torch.tensor(IMAGENET["mean"])
+    return to_rgb(x.float().cpu(), **IMAGENET).permute(1, 2, 3, 0)
+
+
+def hide(frames, ids, grid):
+    """Frames (t,H,W,3), one a slice: what a mask that keeps ids (K,) leaves of them, on grey."""
+    seen = torch.zeros(math.prod(grid), 1).index_fill(0, ids.cpu(), 1.0)
+    seen = enlarge(seen, grid, frames.shape[1])
+    return frames * seen + 0.5 * (1 - seen)
 
 
 def mask_rows(x, keep, tokens, grid):
@@ -2243,13 +2256,8 @@ def mask_rows(x, keep, tokens, grid):
     and the first three principal components of its tokens (N,D)."""
     clip = colour_frames(x)
     clip = clip[:: len(clip) // grid[0]]  # (t,H,W,3)
-    size = clip.shape[1]
-    rows = [clip]
-    for ids in keep:
-        seen = torch.zeros(math.prod(grid), 1).index_fill(0, ids.cpu(), 1.0)
-        seen = enlarge(seen, grid, size)
-        rows.append(clip * seen + 0.5 * (1 - seen))
-    return [*rows, enlarge(colours(tokens), grid, size)]
+    masked = [hide(clip, ids, grid) for ids in keep]
+    return [clip, *masked, enlarge(colours(tokens), grid, clip.shape[1])]
 
 
 # collapse alarms, online probes
@@ -3113,22 +3121,6 @@ def export_main():
     print(json.dumps({"out": str(out), "params": count(encoder)}))
 
 
-def conv_kernel(kernel):
-    return kernel.permute(4, 3, 0, 1, 2)
-
-
-def position_table(table):
-    return table.flatten(0, 2)[None]
-
-
-def to_heads(kernel):
-    return kernel.flatten(1).T
-
-
-def from_heads(kernel):
-    return kernel.flatten(0, 1).T
-
-
 FOURDS_NAMES = {
     "/": ".",
     r"\.(kernel|scale)$": ".weight",
@@ -3145,11 +3137,11 @@ FOURDS_NAMES = {
 # flax kernels are (in, out): their axes, a letter for each size (H heads of d channels), and how
 # they become ours
 FOURDS_AXES = {
-    r"patch_embed\.proj\.weight": ("appcD", conv_kernel),
-    r"pos_embed": ("tssD", position_table),
-    r"attn\.(query|key|value)\.weight": ("DHd", to_heads),
+    r"patch_embed\.proj\.weight": ("appcD", lambda kernel: kernel.permute(4, 3, 0, 1, 2)),
+    r"pos_embed": ("tssD", lambda table: table.flatten(0, 2)[None]),
+    r"attn\.(query|key|value)\.weight": ("DHd", lambda kernel: kernel.flatten(1).T),
     r"attn\.(query|key|value)\.bias": ("Hd", torch.flatten),
-    r"attn\.proj\.weight": ("HdD", from_heads),
+    r"attn\.proj\.weight": ("HdD", lambda kernel: kernel.flatten(0, 1).T),
     r"mlp\.fc1\.weight": ("DF", torch.t),
     r"mlp\.fc2\.weight": ("FD", torch.t),
 }

@@ -24,7 +24,6 @@ if __name__ == "__main__":  # Ctrl-C before the run listens: no traceback
 
 import argparse
 import dataclasses
-import math
 import os
 from functools import partial
 from typing import Literal
@@ -139,9 +138,9 @@ import torch.nn as nn
 
 import data
 from model import IMAGENET, SIZES, LatentGridDecoder, Meter, Run, ViT, adamw, block_flops, budgeted
-from model import clip_gradients, construct, days, dry_run, enlarge, health, launch, load_start
+from model import clip_gradients, construct, days, dry_run, health, hide, launch, load_start
 from model import patches, probe_lists, readout_layer, save_rows, set_rates, some_rows, split_time
-from model import sync_gradients, unpatch, warmup_decay
+from model import sync_gradients, to_rgb, unpatch, warmup_decay
 
 RGB = dict(mean=[0.0] * 3, std=[1.0] * 3)  # of raw pixels, in [0,1]
 
@@ -211,11 +210,7 @@ class MAE4D(nn.Module):
 
     def raw(self, x):
         """What the encoder sees (B,3,T,H,W) -> RGB in [0,1], the target."""
-        if self.pixels == RGB:
-            return x
-        mean = x.new_tensor(self.pixels["mean"]).view(3, 1, 1, 1)
-        std = x.new_tensor(self.pixels["std"]).view(3, 1, 1, 1)
-        return x * std + mean
+        return to_rgb(x, **self.pixels)
 
     def schedules(self, step):
         """Functions of the step alone."""
@@ -251,19 +246,15 @@ def kept(mask, seed, grid, step, batch_size, rows=None):
 
 
 def picture(path, x, keep, decoded, grid):
-    """Clips x (b,3,T,H,W) in [0,1], two rows each, of the first and the middle frame:
+    """Clips x (b,3,T,H,W) in [0,1], two rows each, of the first and the middle slice:
     masked | reconstructed | original."""
-    frames = x.shape[2]
     rows = []
-    for clip, ids, guess in zip(x.cpu(), keep.cpu(), decoded.cpu()):
-        seen = torch.zeros(math.prod(grid), 1).index_fill(0, ids, 1.0)
-        seen = enlarge(seen, grid, x.shape[3])  # (t,H,W,1)
-        for frame in (0, frames // 2):
-            visible = seen[frame * grid[0] // frames]
-            original = clip[:, frame].permute(1, 2, 0)  # (H,W,3)
-            reconstructed = guess[:, frame].permute(1, 2, 0)
-            masked = original * visible + 0.5 * (1 - visible)
-            rows.append(torch.stack([masked, reconstructed, original]))
+    tubelet = x.shape[2] // grid[0]
+    for clip, ids, guess in zip(x.cpu(), keep, decoded.cpu()):
+        original = clip[:, ::tubelet].permute(1, 2, 3, 0)  # (t,H,W,3)
+        reconstructed = guess[:, ::tubelet].permute(1, 2, 3, 0)
+        columns = torch.stack([hide(original, ids, grid), reconstructed, original], 1)
+        rows += [columns[0], columns[grid[0] // 2]]
     save_rows(path, rows)
 
 
@@ -347,15 +338,13 @@ def main(args):
                 file = run.out / "samples" / f"step_{done:08d}.png"
                 picture(file, objective.raw(x[:3]), keep[:3], decoded, grid)
         if meter.saves(done, net, x, keep):
-            run.save(done, net, optimizer, meter.state)
             run.export(objective, done, **objective.pixels, **objective.layers)
+            run.save(done, net, optimizer, meter.state)
         if run.stop:
             break
         if run.probes(done):
             run.accuracy(net, lists, clip, done, **objective.pixels)
 
-    if first == run.last:  # resumed at its end: a kill may have come before the export
-        run.export(objective, done, **objective.pixels, **objective.layers)
     probe_acc = None
     if done == args.steps:
         probe_acc = run.accuracy(net, lists, clip, done, **objective.pixels)

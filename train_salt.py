@@ -149,7 +149,7 @@ import data
 from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT, adamw, budgeted
 from model import clip_gradients, construct, cosine, count, dry_run, gather, health, latent_surprise
 from model import launch, load_encoder, numbered, occupied, patches, probe_lists, rankme, set_rates
-from model import some_rows, sync_gradients, warmup_decay
+from model import some_rows, sync_gradients, to_rgb, warmup_decay
 
 
 # --- SALT -----------------------------------------------------------------------------------------
@@ -311,9 +311,8 @@ def renormalise(x, mean, std):
     """Pixels (B,3,T,H,W) by ImageNet's statistics -> by these."""
     if IMAGENET == {"mean": mean, "std": std}:
         return x
-    numbers = torch.tensor([IMAGENET["mean"], IMAGENET["std"], mean, std])  # (4,3)
-    old_mean, old_std, mean, std = numbers.view(4, 3, 1, 1, 1).to(x)
-    return (x * old_std + old_mean - mean) / std
+    mean, std = x.new_tensor([mean, std]).view(2, 3, 1, 1, 1)
+    return (to_rgb(x, **IMAGENET) - mean) / std
 
 
 def tokens_of(masks):
@@ -509,15 +508,13 @@ def train(args, number, before):
         if run.due(args.sample_every, done):
             run.mask_picture(net, x, keep, objective.encoder.grid, done)
         if meter.saves(done, net, x, keep, pred):
-            run.save(done, net, optimizer, meter.state)
             run.export(objective, done)
+            run.save(done, net, optimizer, meter.state)
         if run.stop:
             break
         if run.probes(done):
             run.accuracy(net, lists, clip, done)
 
-    if first == run.last:  # resumed at its end: a kill may have come before the export
-        run.export(objective, done)
     probe_acc = run.accuracy(net, lists, clip, done) if done == args.steps else None
     costs = {name: meter.state[name] for name in costs}
     stage = {"stage": number, "teacher_acc": before["probe_acc"]}

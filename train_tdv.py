@@ -926,15 +926,13 @@ def main(args):
         if run.due(args.sample_every, done):
             show(run, net, objective, x, done)
         if meter.saves(done, net, x, batch["index"]):
-            run.save(done, net, optimizer, meter.state)
             run.export(objective, done)
+            run.save(done, net, optimizer, meter.state)
         if run.stop:
             break
         if run.probes(done):
             accuracies(run, net, objective, lists, clip, done)
 
-    if first == run.last:  # resumed at its end: a kill may have come before the export
-        run.export(objective, done)
     found = accuracies(run, net, objective, lists, clip, done) if done == args.steps else {}
     knn = {"knn_acc": found.get("knn_acc"), "random_knn": meter.state["random_knn"]}
     run.finish(meter.summary(done, found.get("probe_acc")) | knn)

@@ -812,15 +812,13 @@ def main(args):
         if run.due(args.sample_every, done):
             run.mask_picture(net, x, keep, objective.grid, done)
         if meter.saves(done, net, x, keep, pred):
-            run.save(done, net, optimizer, meter.state)
             run.export(objective, done)
+            run.save(done, net, optimizer, meter.state)
         if run.stop:
             break
         if run.probes(done):
             run.accuracy(net, lists, clip, done)
 
-    if first == run.last:  # resumed at its end: a kill may have come before the export
-        run.export(objective, done)
     probe_acc = run.accuracy(net, lists, clip, done) if done == args.steps else None
     run.finish(meter.summary(done, probe_acc))
 

@@ -305,10 +305,10 @@ def test_when_no_checkpoint_is_whole_nothing_is_started(train, whole, tmp_path):
     one_line(err, "none of its checkpoints is whole")
 
 
-def test_a_run_killed_after_its_last_checkpoint_still_exports(train, whole, tmp_path):
-    out = copy_of(whole, tmp_path, 6)
-    (out / "encoder.safetensors").unlink()
-    assert train("--resume")[0] == 0 and (out / "encoder.safetensors").exists()
+def test_a_run_that_has_a_checkpoint_has_exported(train, tmp_path):
+    status, _ = train(code="M.Run.save = lambda *_: os._exit(9)\n")
+    assert status == 9 and (tmp_path / "out" / "encoder.safetensors").exists()
+    assert train("--resume")[0] == 0
 
 
 # --- exact resume ---------------------------------------------------------------------------------
