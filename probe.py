@@ -1708,9 +1708,12 @@ def overlap(ends, cells):
     return (high - low).clamp(min=0)
 
 
+MOVES = ("right", "down", "nearer", "left", "up", "away")
+
+
 def moves(boxes):
-    """Where the pictures of boxes (B,T,O,4) move: right, down, nearer, left, up, away, by a fifth
-    of their size or more over the frames that show them. The middle frame's boxes alone are pooled,
+    """Which of MOVES the pictures of boxes (B,T,O,4) make, by a fifth of their size or more over
+    the frames that show them. The middle frame's boxes alone are pooled,
     as of AVA's key frames: how a box moves would tell what it does."""
     frames = boxes.shape[1]
     seen = boxes.isfinite().all(-1)
@@ -2781,9 +2784,9 @@ def figure(args, name, title, columns, rows):
             axis.set(xticks=[], yticks=[], frame_on=False)
         for k, picture in enumerate(row.pictures if row else ()):
             image = line[k].imshow(picture.numpy(), interpolation="nearest", **row.paint)
-            for place, colour in row.marks[k] if row.marks else ():
-                mark(line[k], place * torch.tensor(picture.shape[1::-1]).repeat(len(place) // 2),
-                     f"C{colour}")
+            for place, colour, *word in row.marks[k] if row.marks else ():
+                pixels = place * torch.tensor(picture.shape[1::-1]).repeat(len(place) // 2)
+                mark(line[k], pixels, f"C{colour}", *word)
         if row:
             line[0].set_ylabel(row.label, fontsize=8)
         if row and row.unit:
@@ -2797,8 +2800,8 @@ def figure(args, name, title, columns, rows):
     return finish(args, name, shown)
 
 
-def mark(axis, place, colour):
-    """A point or a box, in pixels."""
+def mark(axis, place, colour, word=""):
+    """A point or a box, in pixels, and what stands above it."""
     x, y, *end = (place - 0.5).tolist()
     if not place.isfinite().all():
         return
@@ -2807,6 +2810,7 @@ def mark(axis, place, colour):
         width = end[0] - x
         height = end[1] - y
         axis.add_patch(pyplot().Rectangle((x, y), width, height, fill=False, edgecolor=colour))
+        axis.text(x, y, word, color="w", fontsize=6, verticalalignment="bottom", clip_on=True)
     else:
         axis.plot(x, y, "o", color=colour, markersize=3, markeredgecolor="w", markeredgewidth=0.3)
 
@@ -2914,10 +2918,15 @@ def mark_boxes(task, p, y, clip, frame):
 
 
 def mark_actions(task, p, y, clip, frame):
-    """In the colour of the true class, and of the one with the highest score."""
+    """With the name and colour of the true class, and of the one with the highest score."""
     boxes = y["boxes"][clip, frame] / task.size
-    return [
-        [*zip(boxes, scores[clip].nan_to_num().argmax(1).tolist())] for scores in (y["y"], p)]
+    names = [*(MOVES if task.args.data else range(task.classes)), "none"]
+    both = []
+    for scores in (y["y"], p):
+        highest, called = scores[clip].nan_to_num().max(1)
+        called = called.masked_fill(highest <= 0, -1).tolist()
+        both.append([(box, k % 8, names[k]) for box, k in zip(boxes, called)])
+    return both
 
 
 MARKS = {"points": mark_points, "boxes": mark_boxes, "detect": mark_actions}
@@ -2944,8 +2953,10 @@ def draw_pose(args, title, truth, p):
     for axis, name in zip(axes, ("turn", "shift")):
         some = np.arange(12) % 4 == 3
         some = some if name == "shift" else ~some
-        axis.plot(truth[:, some], p[:, some], ".", markersize=4)
+        dots = axis.plot(truth[:, some], p[:, some], ".", markersize=4)
         axis.axline((0, 0), slope=1, color="0.7", linewidth=0.8)
+        words = "right down ahead" if name == "shift" else "xx xy xz yx yy yz zx zy zz"
+        axis.legend(dots, words.split(), fontsize=6)
         axis.set(title=name, xlabel="truth", ylabel="answer")
     return finish(args, "pose", shown)
 
