@@ -2367,8 +2367,8 @@ def check(path: str, workers: int = 2, frames: int = 16, stride: int = 4, fps: f
     for name, value in summary.items():
         print(f"{name:20} {value}")
     if summary["shorter_than_a_clip"]:
-        print(f"a clip is {length:.6g} {measure} here (--frames, --stride, --fps); of shorter videos "
-              "it repeats the last frame, or what a script's --short says")
+        print(f"a clip is {length:.6g} {measure} here (--frames, --stride, --fps), and repeats the "
+              "last frame of shorter videos: --short says what else")
     if summary["read_without_seeking"]:
         print(f"faster, and without these: python data.py pack {path} packed/")
     return summary, int(bool(bad))

@@ -339,7 +339,7 @@ def stages(args):
         raise UserError(f"--teacher_model {args.teacher_model}: choose from {', '.join(SIZES)}")
     rows = []
     for number, share in enumerate(args.split, 1):
-        a = dataclasses.replace(args, steps=round(args.steps * share))
+        a = dataclasses.replace(args, steps=max(1, round(args.steps * share)))
         if number < last:
             a.out_dir = f"{args.out_dir}/stage{number}"
             a.model = args.teacher_model or args.model

@@ -350,8 +350,8 @@ def test_mae4d(films, train):
     """Section 3.1: RGB of all patches, from a quarter of them and latents in the last blocks."""
     out = train(train_mae4d, f"--steps {STEPS} --mask random:0.75 --final_lr 1e-5 --zoom 1.25")
     torch.manual_seed(SEED)
-    encoder = ViT(**LAPTOP, pos="learned", final_norm=False, act="gelu_tanh", init_std=0.06)
-    decoder = LatentGridDecoder(width=128, frames=8, size=32, patch=(2, 8), init_std=0.06)
+    encoder = ViT(**LAPTOP, pos="learned", final_norm=False, act="gelu_tanh", init_std=0.04)
+    decoder = LatentGridDecoder(width=128, frames=8, size=32, patch=(2, 8), init_std=0.04)
     adam = Adam(encoder, decoder)
     lines = []
     both = zip(batches(films, IMAGENET, zoom=1.25), batches(films, RGB, zoom=1.25))

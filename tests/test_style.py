@@ -31,9 +31,9 @@ BUDGETS = {
     "model.py": 22_660,
     # 250: --flops, --init_optimizer, --decay, hw_share, laptop_fwm; 550: V-JEPA 2.1, images
     "train_vjepa.py": 6_255,
-    "train_salt.py": 3_415,
+    "train_salt.py": 3_420,
     "train_tdv.py": 7_485,
-    "train_mae4d.py": 2_450,
+    "train_mae4d.py": 2_455,
     # far over the 16,000 of the plan: any container right, lists that share memory, names, datasets,
     # what is lost is told; 320 for micro-batches of images alone; 320 for masks by the loader; 1,320
     # less after a slimming pass
@@ -331,9 +331,9 @@ def test_tests_may_be_wider():
 
 
 def test_budget_counts_tokens_not_lines():
-    source = "x = [\n" + "1,\n" * 1284 + "]"  # 2,572 tokens
+    source = "x = [\n" + "1,\n" * 1287 + "]"  # 2,578 tokens
     assert over_budget(source, "train_mae4d.py") == []
     assert over_budget(source.replace("\n", ""), "train_mae4d.py") == []
     assert over_budget("'1, 2'\n" + source.replace("]", "# 1, 2\n]"), "train_mae4d.py") == []
     found = over_budget(source + " + 1", "train_mae4d.py")
-    assert found == ["train_mae4d.py:1: 2574 tokens, at most 2572 (its budget)"]
+    assert found == ["train_mae4d.py:1: 2580 tokens, at most 2578 (its budget)"]
