@@ -261,6 +261,7 @@ from tqdm import tqdm
 
 import data
 import model
+from data import DataError
 
 # --- heads of classification: tokens (B,N,D) -> logits (B,classes) --------------------------------
 
@@ -608,8 +609,8 @@ def read_labels(path, names, cut, size):
     beside = Path(path).with_suffix(".safetensors")
     size = torch.as_tensor(size).expand(2)
     if not beside.is_file():
-        raise data.DataError(f"{path}: no dense labels (no file {beside}); `python data.py index "
-                             "LAYOUT ROOT` makes them")
+        raise DataError(f"{path}: no dense labels (no file {beside}); `python data.py index "
+                        "LAYOUT ROOT` makes them")
     found = {}
     with safe_open(beside, "pt") as file:
         has = set(file.keys())
@@ -617,7 +618,7 @@ def read_labels(path, names, cut, size):
             if name in has:
                 found[name] = in_clip(name, label_rows(file, name, cut), cut, size)
             elif name not in SEEN:
-                raise data.DataError(
+                raise DataError(
                     f"{beside}: no label {name!r}; it has {', '.join(sorted(has))}")
     for name in set(SEEN) & set(names):
         known = torch.tensor(True) if name not in found else found[name]
@@ -745,7 +746,7 @@ def dense_batches(source, clip, names, **how):
     if not names:
         return data.eval_batches(source, clip, **how)
     if clip.fps or (clip.stride > 1 and any(name.startswith("flow") for name in names)):
-        raise data.DataError(
+        raise DataError(
             "dense labels are those of frames: give stride, not fps, and with flow stride 1")
     clip = replace(clip, flip=False)
     if source.split:  # the world renders its own
@@ -764,7 +765,7 @@ def with_labels(batch, names, size):
         cuts = batch["cut"][clips] if batch["ok"][i] else ()
         try:
             mine = [read_labels(path, names, cut, size) for cut in cuts]
-        except data.DataError:
+        except DataError:
             raise
         except data.DAMAGE as error:
             batch["ok"][i] = False
@@ -798,7 +799,7 @@ class Pixels(nn.Module):
 def load(args):
     """--encoder -> (module, its config)."""
     if not args.encoder:
-        raise data.DataError("give --encoder FILE (or random:vit_s, pixels:diff)")
+        raise DataError("give --encoder FILE (or random:vit_s, pixels:diff)")
     if args.encoder in ("pixels:frame", "pixels:diff"):
         config = dict(model=args.encoder, mean=[0.0] * 3, std=[1.0] * 3)
         if args.data:
@@ -815,7 +816,7 @@ def load(args):
     try:
         return model.load_encoder(args.encoder, **override)
     except ValueError as error:
-        raise data.DataError(f"--encoder {error}") from error
+        raise DataError(f"--encoder {error}") from error
 
 
 # one vector a clip, of tokens (b,n,D)
@@ -978,7 +979,7 @@ class Features:
         self.bad.update(bad)
         if self.bad and len(self.bad) == self.videos:
             *_, reason = self.bad.values()
-            raise data.DataError(
+            raise DataError(
                 f"{self.source.name}: no video can be read; the last one: {reason}")
 
     # what is stored: files of a few hundred MB at most, each of so many rows
@@ -1044,8 +1045,8 @@ class Features:
             if name in self.keys:
                 columns[name] = columns[name].to(self.type)
                 if not columns[name].isfinite().all():
-                    raise data.DataError(f"{self.source.name}: features are not finite in "
-                                         f"{self.type}; --cache_gb 0 keeps them in float32")
+                    raise DataError(f"{self.source.name}: features are not finite in "
+                                    f"{self.type}; --cache_gb 0 keeps them in float32")
         temp = file.with_suffix(f".{os.getpid()}")
         try:
             save_file(columns, temp, {"bad": json.dumps(self.bad)})
@@ -1555,7 +1556,7 @@ class Segment(Moments):
             mask = torch.tensor(kinds, device=mask.device)[mask]
         top = self.top(mask)
         if self.classes and top >= self.classes:
-            raise data.DataError(
+            raise DataError(
                 f"segment: a mask has the label {top}, but there are {self.classes} classes (of "
                 f"the first clips of --train): give --classes {top + 1}")
         return self.of_moments(mask)
@@ -1988,7 +1989,7 @@ def endless(train, rows, batch, micro, seed):
             seen += len(part)
             yield x, labels, len(part) / size, done % batch == 0 or done == len(order)
         if not seen:
-            raise data.DataError(f"{train.source.name}: no video can be read")
+            raise DataError(f"{train.source.name}: no video can be read")
 
 
 def pooled_features(train, rows):
@@ -2015,7 +2016,7 @@ def evaluate(task, features, rows, answers, encode=True):
             found.append(task.score(p, y).double().cpu())
         first = first or (p, y, part)
     if not seen:
-        raise data.DataError(f"{features.source.name}: no video can be read")
+        raise DataError(f"{features.source.name}: no video can be read")
     for row in np.setdiff1d(rows, seen):
         lost = task.unread(features.source.labels[row])
         for found in scored if lost is not None else ():
@@ -2118,7 +2119,7 @@ def evaluate_whole(task, features, rows, head, constant):
         for found, one in zip(scored, (p, scale * fixed)):
             found.append(task.score(one, y).double().cpu())
     if not scored[0]:
-        raise data.DataError(f"{features.source.name}: no video can be read")
+        raise DataError(f"{features.source.name}: no video can be read")
     return [torch.cat(found) for found in scored]
 
 
@@ -2139,8 +2140,8 @@ def hold_outs(paths, group, share, seed, folds=1):
     for part in parts:
         held = np.isin(video, part)
         if held.all():
-            raise data.DataError(f"nothing is left to train on: all {len(paths)} videos are held "
-                                 f"out (--holdout {share}, --group {group!r})")
+            raise DataError(f"nothing is left to train on: all {len(paths)} videos are held "
+                            f"out (--holdout {share}, --group {group!r})")
         splits.append((np.flatnonzero(~held), np.flatnonzero(held)))
     return splits
 
@@ -2200,7 +2201,7 @@ def lists(args, labelled=True, rooms=False):
     """The train and the val source. rooms: of the built-in world, the splits for tasks of space."""
     given = (args.data, bool(args.train), bool(args.val))
     if given not in (("world", False, False), ("", True, True)):
-        raise data.DataError("give --train LIST and --val LIST, or --data world")
+        raise DataError("give --train LIST and --val LIST, or --data world")
     if args.data:
         # none shares a clip with what encoders are trained on
         splits = ("rooms", "rooms_val") if rooms else ("probe", "val")
@@ -2243,10 +2244,10 @@ def check_classes(train, val):
             name = source.paths[i] if source.paths else f"{source.name} {i}"
             label = source.labels[i]
             if label < 0:
-                raise data.DataError(f"{flag}: {name}: no label")
+                raise DataError(f"{flag}: {name}: no label")
             told = source.classes[label] if source.classes else label
-            raise data.DataError(f"{flag}: {name}: label {told} is not in --train, which has "
-                                 f"{len(known)} classes")
+            raise DataError(f"{flag}: {name}: label {told} is not in --train, which has "
+                            f"{len(known)} classes")
 
 
 def clip_of(args, config, tasks=("classify",)):
@@ -2315,7 +2316,7 @@ def open_features(args, tasks, device):
             both.append(Features(
                 args, encoder, config, some, cut, device, tuple(layers), [*names], form))
         except ValueError as error:
-            raise data.DataError(
+            raise DataError(
                 f"--encoder {args.encoder} cannot take these clips: {error}") from error
     if not (args.finetune or args.dry_run):
         store_what_fits(args, *both)
@@ -2325,19 +2326,19 @@ def open_features(args, tasks, device):
 def check_encoder(args, config, form):
     depth = config.get("depth", 0)
     if args.layer > depth:
-        raise data.DataError(f"--layer {args.layer}: the encoder has {depth} blocks")
+        raise DataError(f"--layer {args.layer}: the encoder has {depth} blocks")
     if not depth and form not in POOLS:
-        raise data.DataError(f"--encoder {args.encoder}: {args.task} needs tokens, and this gives "
-                             "one vector a clip: classify with --head linear, ridge or knn")
+        raise DataError(f"--encoder {args.encoder}: {args.task} needs tokens, and this gives "
+                        "one vector a clip: classify with --head linear, ridge or knn")
     if form in ("cls", "concat") and not config.get("cls", False):
-        raise data.DataError(f"--pool {form}: this encoder has no CLS token")
+        raise DataError(f"--pool {form}: this encoder has no CLS token")
 
 
 def check_grid(args, clip, config):
     if args.width % 8:
-        raise data.DataError(f"--width {args.width}: readouts have a width that 8 divides")
+        raise DataError(f"--width {args.width}: readouts have a width that 8 divides")
     if clip.frames % 2 or clip.size % 8 or clip.size % config["patch"]:
-        raise data.DataError(
+        raise DataError(
             f"--frames {clip.frames} must be even, --size {clip.size} divisible by 8 and by the "
             f"encoder's patch of {config['patch']}")
 
@@ -2359,13 +2360,13 @@ def learn_labels(task, train):
     parts = train.batches(rows, args.micro_batch, encode=False)
     labels = [some for _, some, part in parts if len(part)]
     if not labels:
-        raise data.DataError(f"{train.source.name}: no video can be read")
+        raise DataError(f"{train.source.name}: no video can be read")
     task.classes = task.classes_of([task.labels(some) for some in labels], train.source)
     ys = [task.labels(some) for some in labels]
     if task.channels:
         values = known_values(ys, task.channels)
         if len(values) < 2:
-            raise data.DataError(
+            raise DataError(
                 f"{train.source.name}: {len(rows)} clips of it have no labels for {args.task}")
         task.mean = values.mean(0)
         task.std = values.std(0) + 1e-6
@@ -2396,7 +2397,7 @@ def probe(args, device, opened=None):
     metric = next(iter(base))
     for source, found in ((train.source, on_train), (val.source, base)):
         if not math.isfinite(found[metric]):
-            raise data.DataError(f"{source.name}: its clips have no labels for {args.task}")
+            raise DataError(f"{source.name}: its clips have no labels for {args.task}")
     best, tried = choose(task, train)
     file = Path(args.out_dir) / (f"head_{args.task}.safetensors" if opened else "head.safetensors")
     save_head(file, task, val, best)
@@ -2471,7 +2472,7 @@ def dry_run(args, device):
         args = replace(args, head="readout")
         tasks = [name for name in args.tasks or labelled_tasks(args) if name in TASKS]
     elif args.task not in TASKS:
-        raise data.DataError(f"--dry_run: {args.task} trains no head")
+        raise DataError(f"--dry_run: {args.task} trains no head")
     meta = torch.device("meta")
     train, val = open_features(args, tasks, meta)
     one = flops_of(train.blank) * len(train.keys)
@@ -2519,8 +2520,8 @@ def check_place(args):
     target = (out / "encoder.safetensors").resolve()
     given = Path(args.encoder).resolve()
     if target in (given, given / target.name) or (out / "latest").exists():
-        raise data.DataError(f"--out_dir {out}: --finetune saves {target.name} there, and there is "
-                             "one: give another folder")
+        raise DataError(f"--out_dir {out}: --finetune saves {target.name} there, and there is "
+                        "one: give another folder")
 
 
 SHAPE = ("width", "heads", "grid", "frames", "size", "classes")  # of a Task, after its args
@@ -2562,7 +2563,7 @@ def open_head(path, device):
         state, metadata = model.read_safetensors(path)
         about = json.loads(metadata["probe"])
     except (ValueError, KeyError, OSError) as error:
-        raise data.DataError(f"--head {path}: not a head that probe.py saved ({error})") from None
+        raise DataError(f"--head {path}: not a head that probe.py saved ({error})") from None
     flags = {name: as_flag(value) for name, value in about["args"].items()}
     task = TASKS[about["task"]](Args(**flags), *(as_flag(about[name]) for name in SHAPE))
     task.mean, task.std = (state.pop(name, None) for name in ("units.mean", "units.std"))
@@ -2580,7 +2581,7 @@ def open_out(args, *kinds):
     """--out, before any work."""
     out = Path(args.out)
     if out.suffix not in kinds:
-        raise data.DataError(f"--out {args.out!r}: a file that ends in {', '.join(kinds)}")
+        raise DataError(f"--out {args.out!r}: a file that ends in {', '.join(kinds)}")
     if ranks()[0]:
         return Path(args.out_dir) / out.name
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -2595,7 +2596,7 @@ def write_table(out, heading, paths, values, **more):
     if out.suffix == ".csv":
         flat = values.reshape(len(values), -1)
         if flat.shape[1] > 16_384:
-            raise data.DataError(f"--out {out}: {flat.shape[1]} columns a row; give another ending")
+            raise DataError(f"--out {out}: {flat.shape[1]} columns a row; give another ending")
         with open(temp, "w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["path", *more, *(heading or range(flat.shape[1]))])
@@ -2622,7 +2623,7 @@ def predict(args, device):
     where = args.encoder or about["encoder"]
     encoder, config = load(replace(task.args, encoder=where))
     if weights_hash(encoder) != about["encoder_hash"]:
-        raise data.DataError(f"--encoder {where}: not the weights that {args.head} was trained on")
+        raise DataError(f"--encoder {where}: not the weights that {args.head} was trained on")
     source = data.parse_list(args.data)
     if args.data == "world":
         given = replace(task.args, data="world", train="", val="", val_clips=args.val_clips)
@@ -2705,7 +2706,7 @@ def export_features(args, device):
                 paths += [names[rows[row]]] * len(z)
         bad |= features.bad
     if not vectors:
-        raise data.DataError(f"{source.name}: no video can be read")
+        raise DataError(f"{source.name}: no video can be read")
     vectors = torch.stack(vectors)
     write_table(out, None, paths, vectors, window=windows)
     return {
@@ -2989,19 +2990,19 @@ def restore(args, device):
     found = Path(args.encoder.removeprefix("random:"))
     folder = found.parent if is_checkpoint(found) else found
     if not (folder / "latest").exists() or not (folder / "config.json").exists():
-        raise data.DataError(f"--encoder {folder}: {args.task} needs the folder of a training run; "
-                             "predictors and decoders are not in encoder files")
+        raise DataError(f"--encoder {folder}: {args.task} needs the folder of a training run; "
+                        "predictors and decoders are not in encoder files")
     if folder == found:
         found = model.newest(folder)
     elif broken := model.broken(found):
         found = f"{broken}: damaged or missing"
     if isinstance(found, str):
-        raise data.DataError(found)
+        raise DataError(found)
     torch.manual_seed(args.seed)
     try:
         objective = build(folder, args.encoder.startswith("random:"))
     except ValueError as error:
-        raise data.DataError(f"--encoder {folder}: {error}") from error
+        raise DataError(f"--encoder {folder}: {error}") from error
     if not args.encoder.startswith("random:"):
         model.read_checkpoint({"model": objective.state_dict()}, found)
     return objective.to(device).eval().requires_grad_(False)
@@ -3045,8 +3046,8 @@ def forecaster(args, device):
             if predictor.predictor_proj.out_features != target.levels * target.width:
                 raise ValueError(f"{name}: its predictor answers for another encoder, its teacher")
         except ValueError as error:
-            raise data.DataError(f"--encoder {error}; physics needs an encoder and its predictor: "
-                                 "a run's folder, or a file with both") from error
+            raise DataError(f"--encoder {error}; physics needs an encoder and its predictor: "
+                            "a run's folder, or a file with both") from error
         for module in (predictor, target):
             module.to(device)
 
@@ -3058,7 +3059,7 @@ def forecaster(args, device):
         return surprise, dict(frames=16, stride=4, size=config["size"], **model.IMAGENET)
     objective = restore(args, device)
     if not hasattr(objective, "surprise") or getattr(objective, "motion", objective) is None:
-        raise data.DataError(f"--encoder {args.encoder}: has no predictor, so it foretells nothing")
+        raise DataError(f"--encoder {args.encoder}: has no predictor, so it foretells nothing")
     run = objective.args
     pixels = getattr(objective, "pixels", model.IMAGENET)
     return objective.surprise, dict(frames=run.frames, stride=run.stride, size=run.size, **pixels)
@@ -3069,11 +3070,11 @@ def first_length(source):
     for path in source.paths:
         try:
             return data.open_frames(path).frames
-        except data.DataError:
+        except DataError:
             raise
         except data.DAMAGE:
             continue
-    raise data.DataError(f"{source.name}: no video can be read")
+    raise DataError(f"{source.name}: no video can be read")
 
 
 @torch.no_grad()
@@ -3089,8 +3090,8 @@ def physics(args, device):
         frames = max(window, first_length(val) // stride)
     contexts = args.context or (window // 2,)
     if not all(0 < seen < window and seen % 2 == 0 for seen in contexts) or frames < window:
-        raise data.DataError(f"--context {contexts} --frames {frames}: of windows of {window} "
-                             "frames an even part is seen, the rest foretold")
+        raise DataError(f"--context {contexts} --frames {frames}: of windows of {window} "
+                        "frames an even part is seen, the rest foretold")
     size = args.size or about["size"]
     clip = data.Clip(frames, stride, size=size, train=False, short=args.short)
     starts = range(0, frames - window + 1, 2)  # the paper's stride of 2
@@ -3111,7 +3112,7 @@ def physics(args, device):
         bad |= dict(batch["bad"])
     possible, impossible, kind = torch.cat(rows).double().T
     if not len(kind):
-        raise data.DataError(f"{val.name}: no video can be read")
+        raise DataError(f"{val.name}: no video can be read")
     right = (torch.sign(impossible - possible) + 1) / 2
     names = data.IMPOSSIBLE if args.data else range(256)
     kinds = {str(names[int(k)]): right[kind == k].mean().item() for k in kind.unique()}
@@ -3167,8 +3168,8 @@ def everything(args, device):
     args = replace(args, head="readout")
     tasks = labelled_tasks(args)
     if unknown := {*args.tasks} - {*tasks}:
-        raise data.DataError(f"--tasks {min(unknown)}: not a task with labels in this data; there "
-                             f"are {', '.join(tasks)}")
+        raise DataError(f"--tasks {min(unknown)}: not a task with labels in this data; there "
+                        f"are {', '.join(tasks)}")
     tasks = args.tasks or tasks
     seeds = args.seeds or (args.seed,)
     found = {}
@@ -3180,7 +3181,7 @@ def everything(args, device):
         if task == "physics":
             try:
                 result, _ = physics(a, device)
-            except data.DataError as error:
+            except DataError as error:
                 print(f"physics is left out: {error}", file=sys.stderr)
                 continue
         else:
@@ -3190,7 +3191,7 @@ def everything(args, device):
               f"{result['value']:.4f}  constant {result['constant']:.4f}",
               file=sys.stderr, flush=True)
     if not found:
-        raise data.DataError("no task could be run")
+        raise DataError("no task could be run")
     table = [summary(task, results) for task, results in found.items()]
     out = Path(args.out_dir)
     model.write(out / "all.md", markdown(args.encoder, seeds, table))
@@ -3312,7 +3313,7 @@ def runs_of(args):
             found[run] = steps
     if not found:
         runs = " ".join(args.runs) or "(none)"
-        raise data.DataError(f"--runs {runs}: no folder with a log.jsonl")
+        raise DataError(f"--runs {runs}: no folder with a log.jsonl")
     return found
 
 
@@ -3349,7 +3350,7 @@ def plot(args, device):
         if any(curves):
             panels.append((x, y, curves))
     if not panels:
-        raise data.DataError(f"--runs {' '.join(found)}: nothing is logged yet")
+        raise DataError(f"--runs {' '.join(found)}: nothing is logged yet")
     high = -(-len(panels) // 4)
     shown, axes = pyplot().subplots(
         high, min(4, len(panels)), figsize=(14, 3.2 * high), squeeze=False, layout="constrained")
@@ -3396,8 +3397,8 @@ def compare(args, device):
     found = runs_of(args)
     baseline = args.baseline or next(iter(found))
     if baseline not in found:
-        raise data.DataError(f"--baseline {baseline}: not among the runs with a log.jsonl: "
-                             f"{' '.join(found)}")
+        raise DataError(f"--baseline {baseline}: not among the runs with a log.jsonl: "
+                        f"{' '.join(found)}")
     table = {run: accuracies(run, steps) for run, steps in found.items()}
     columns = list(dict.fromkeys(itertools.chain(*table.values())))
     heading = [*COSTS, *(f"{title} | Δ" for title in titles(columns))]
@@ -3468,9 +3469,9 @@ def check_flags(args):
                 continue
             if not 0 <= number < math.inf or (name in POSITIVE and not number):
                 need = "positive" if name in POSITIVE else "non-negative"
-                raise data.DataError(f"--{name} {number}: a {need} finite number is needed")
+                raise DataError(f"--{name} {number}: a {need} finite number is needed")
     if args.head not in HEADS and args.task != "predict":
-        raise data.DataError(f"--head {args.head}: choose from {', '.join(HEADS)}")
+        raise DataError(f"--head {args.head}: choose from {', '.join(HEADS)}")
     mixes = args.mixup or args.cutmix or args.erasing
     for wrong, why in (
         (len(args.layers) not in (0, 4), "--layers: four blocks are needed"),
@@ -3480,9 +3481,9 @@ def check_flags(args):
          "--mixup, --cutmix and --erasing are for classify --finetune with --segments 1"),
     ):
         if wrong:
-            raise data.DataError(why)
+            raise DataError(why)
     if args.finetune and args.task == "classify" and args.head in ("ridge", "knn"):
-        raise data.DataError(f"--finetune: --head {args.head} is not trained by gradients")
+        raise DataError(f"--finetune: --head {args.head} is not trained by gradients")
 
 
 def find_device(args):
@@ -3494,7 +3495,7 @@ def find_device(args):
         re.compile(args.group)
         device = torch.device(args.device or usual)
     except (re.error, RuntimeError) as error:
-        raise data.DataError(
+        raise DataError(
             f"--group {args.group!r} or --device {args.device!r}: {error}") from None
     if device.type == "cpu":
         model.tune_cpu()
@@ -3517,7 +3518,7 @@ def main(args):
         if not has_matplotlib():
             missing = "no pictures without matplotlib: pip install matplotlib"
             if args.task == "plot":
-                raise data.DataError(missing)
+                raise DataError(missing)
             print(missing, file=sys.stderr)
         command = dry_run if args.dry_run else COMMANDS[args.task]
         result, details = command(args, device)
@@ -3526,7 +3527,7 @@ def main(args):
         if not why:
             raise
         model.leave(why, 1)
-    except (data.DataError, OSError) as error:
+    except (DataError, OSError) as error:
         model.leave(error, 2)
     finally:
         data.end_workers()
