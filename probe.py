@@ -593,8 +593,8 @@ POOLED = ("linear", "ridge", "knn")  # read one vector a clip
 
 # --- dense labels ---------------------------------------------------------------------------------
 
-PER_CLIP = ("K", "actions", "kind", "change")  # all other labels have a row for each frame
-PICTURES = ("depth", "masks", "flow", "flow_visible", "disparity", "disparity_visible")
+PER_CLIP = "K actions kind change".split()  # all other labels have a row for each frame
+PICTURES = "depth masks flow flow_visible disparity disparity_visible".split()
 # in a file that lacks it: wherever the other is known
 SEEN = {"visible": "tracks", "flow_visible": "flow", "disparity_visible": "disparity"}
 
@@ -1709,7 +1709,7 @@ def overlap(ends, cells):
     return (high - low).clamp(min=0)
 
 
-MOVES = ("right", "down", "nearer", "left", "up", "away")
+MOVES = "right down nearer left up away".split()
 
 
 def moves(boxes):
@@ -2524,7 +2524,7 @@ def check_place(args):
                         "one: give another folder")
 
 
-SHAPE = ("width", "heads", "grid", "frames", "size", "classes")  # of a Task, after its args
+SHAPE = "width heads grid frames size classes".split()  # of a Task, after its args
 
 
 def save_head(file, task, features, best):
@@ -3457,8 +3457,9 @@ COMMANDS = {
     "plot": plot, "compare": compare,
 }
 
-POSITIVE = {"segments", "views", "epochs", "micro_batch", "train_clips", "val_clips", "holdout",
-            "grid_lr", "fraction", "draws", "tflops"}  # flags that 0 does not switch off
+# flags that 0 does not switch off
+POSITIVE = ("segments views epochs micro_batch train_clips val_clips holdout grid_lr fraction "
+            "draws tflops").split()
 
 
 def check_flags(args):
