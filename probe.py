@@ -852,6 +852,7 @@ class Features:
     def __post_init__(self):
         config = self.config
         clip = self.clip
+        self.encoder.to(self.device).eval().requires_grad_(False)
         self.want = self.layers  # of these the batches have tokens
         self.keys = ["video", "right"] if "right" in self.names else ["video"]
         self.names = [name for name in self.names if name != "right"]
@@ -1214,11 +1215,11 @@ def commonest(task, ys):
     """Task.constants of a classifier."""
     values = torch.cat([y["y"].flatten() for y in ys])
     best = values[values < task.classes].bincount().argmax()
-    return [partial(always, best, task.classes)]
+    return [partial(always, torch.eye(task.classes, device=best.device)[best])]
 
 
-def always(best, classes, y):
-    return torch.eye(classes, device=y["y"].device)[best].expand(*y["y"].shape, -1)
+def always(p, y):
+    return p.expand(*y["y"].shape, -1)
 
 
 def known(y):
@@ -2295,7 +2296,6 @@ def open_features(args, tasks, device):
     if classified:
         check_classes(source, val_source)
     encoder, config = load(args)
-    encoder.to(device).eval().requires_grad_(False)
     if args.compile:
         model.compile_blocks(encoder)
     check_encoder(args, config, form)
@@ -2630,7 +2630,6 @@ def predict(args, device):
         _, source = lists(given, False, rooms=about["form"] == "grid")
     args = replace(args, seed=task.args.seed, dtype=task.args.dtype)
     clip = data.Clip(**about["clip"])
-    encoder.to(device).eval()
     features = Features(
         args, encoder, config, source, clip, device, tuple(about["layers"]), task.given,
         about["form"])
@@ -2677,7 +2676,6 @@ def export_features(args, device):
     out = open_out(args, ".npz", ".safetensors", ".csv")
     source = data.parse_list(args.data)
     encoder, config = load(args)
-    encoder.to(device).eval()
     form = "all" if args.tokens else args.pool
     check_encoder(args, config, form)
     clip = replace(clip_of(args, config), train=False)
