@@ -40,7 +40,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -54,7 +53,8 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Literal
 
@@ -972,7 +972,7 @@ class Features:
             for i, ok in enumerate(batch["ok"].tolist()):
                 yield {name: values[i] for name, values in columns.items()} if ok else None
 
-    @functools.cached_property
+    @cached_property
     def videos(self):
         return len(set(self.source.paths))
 
@@ -1025,10 +1025,10 @@ class Features:
             missing = [part for part in parts if not self.file(part[0], turn).exists()]
             gathered([None])  # all have looked before any writes
             missing = missing[rank::many]
-            rows = np.array([*itertools.chain(*missing)], int)
+            rows = np.array([*chain(*missing)], int)
             clips = self.fresh(rows, self.args.micro_batch, turn)
             for part in missing:
-                self.write(self.file(part[0], turn), list(itertools.islice(clips, len(part))))
+                self.write(self.file(part[0], turn), list(islice(clips, len(part))))
             gathered([None])  # all have written
             for part in parts:
                 about = open_file(self.file(part[0], turn)).metadata()
@@ -1067,7 +1067,7 @@ class Features:
         return {name: file.get_slice(name)[place] for name in names}
 
 
-@functools.lru_cache(maxsize=512)
+@lru_cache(maxsize=512)
 def open_file(path):
     return safe_open(str(path), "pt")
 
@@ -1161,7 +1161,7 @@ class Task:
         if self.args.finetune:
             rates = (1e-3,) if self.args.data else (1e-4, 3e-4)
         decay = 0.05 if self.args.finetune == "vjepa" else 1e-4
-        return list(itertools.product(self.args.grid_lr or rates, self.args.grid_wd or (decay,)))
+        return list(product(self.args.grid_lr or rates, self.args.grid_wd or (decay,)))
 
     def plan(self, videos):
         """Batch size, steps and warm-up: 4DS's (A.2)."""
@@ -1260,7 +1260,7 @@ class Classify(Task):
         if args.head == "readout" or args.finetune:
             return super().pairs()
         rates, decays, _ = HEADS[args.head]
-        return list(itertools.product(args.grid_lr or rates, args.grid_wd or decays))
+        return list(product(args.grid_lr or rates, args.grid_wd or decays))
 
     def plan(self, videos):
         args = self.args
@@ -1346,7 +1346,7 @@ class Pose(Task):
     def score(self, p, y):
         ok = known(y).all(1)
         apart = (rigid(p[ok]) - rigid(y["y"][ok])).view(-1, 3, 4)
-        corners = [*itertools.product((-0.5, 0.5), (-0.5, 0.5), (0.5, 1.5), (1.0,))]
+        corners = [*product((-0.5, 0.5), (-0.5, 0.5), (0.5, 1.5), (1.0,))]
         return sums((apart.new_tensor(corners) @ apart.mT).norm(dim=-1))   # (B, 8)
 
 
@@ -1798,7 +1798,7 @@ def gathered(values):
         return values
     found = [None] * many
     dist.all_gather_object(found, values)
-    order = itertools.chain(*itertools.zip_longest(*found, fillvalue=ranks))
+    order = chain(*itertools.zip_longest(*found, fillvalue=ranks))
     return [value for value in order if value is not ranks]
 
 
@@ -2105,7 +2105,7 @@ def evaluate_whole(task, features, rows, head, constant):
             scale = torch.tensor([w / size, h / size])[: task.channels]
         scale = scale.to(features.device)
         total = 0
-        for top, left in itertools.product(starts(high, h), starts(wide, w)):
+        for top, left in product(starts(high, h), starts(wide, w)):
             x = {}
             for key, clip in clips.items():
                 cut = data.crop_resize(clip, (top, left, h, w), size)
@@ -2296,8 +2296,8 @@ def open_features(args, tasks, device):
     clip = clip_of(args, config, tasks)
     if form == "grid":
         check_grid(args, clip, config)
-    layers = sorted({*itertools.chain(*(layers_of(task, args, config) for task in tasks))})
-    names = dict.fromkeys(itertools.chain(*(TASKS[task].names for task in tasks)))
+    layers = sorted({*chain(*(layers_of(task, args, config) for task in tasks))})
+    names = dict.fromkeys(chain(*(TASKS[task].names for task in tasks)))
     if args.data:
         names.pop("actions", None)  # the world's are found by how boxes move
     clips = (
@@ -3091,7 +3091,7 @@ def physics(args, device):
     bad = {}
     how = dict(batch_size=args.micro_batch, workers=args.workers)
     for batch in dense_batches(val, clip, ("impossible", "kind"), **how):
-        windows = list(itertools.product(starts, contexts))
+        windows = list(product(starts, contexts))
         pair = []
         for key in ("video", "impossible"):
             x = data.prepare(
@@ -3168,7 +3168,7 @@ def everything(args, device):
     opened = {}
     pictures = {}
     begin = time.time()
-    for seed, task in itertools.product(seeds, tasks):
+    for seed, task in product(seeds, tasks):
         a = replace(args, seed=seed, task=task)
         if task == "physics":
             try:
@@ -3274,7 +3274,7 @@ def radar(args, table):
     names = [f"{row['task']}\n{row['metric']} {row['value']:.3g}" for row in table]
     axis.set_xticks(angle, names, fontsize=8)
     axis.tick_params(pad=12)
-    axis.set_ylim(min(-0.1, *skill, *itertools.chain(*(row["skills"] for row in table))), 1)
+    axis.set_ylim(min(-0.1, *skill, *chain(*(row["skills"] for row in table))), 1)
     axis.set_title(f"skill of {args.encoder}: 1 is perfect, 0 (dashed) the constant", fontsize=9)
     return finish(args, "radar", shown)
 
@@ -3354,7 +3354,7 @@ def plot(args, device):
         axis.set(xlabel=x, ylabel=y, xscale="log" if x == "flops" else "linear")
     shown.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     pairs = {run: pairs_of(steps, "loss", "probe_acc") for run, steps in found.items()}
-    points = [*itertools.chain(*pairs.values())]
+    points = [*chain(*pairs.values())]
     return {
         "metric": "r2",
         "value": r2(points),
@@ -3392,7 +3392,7 @@ def compare(args, device):
         raise DataError(f"--baseline {baseline}: not among the runs with a log.jsonl: "
                         f"{' '.join(found)}")
     table = {run: accuracies(run, steps) for run, steps in found.items()}
-    columns = list(dict.fromkeys(itertools.chain(*table.values())))
+    columns = list(dict.fromkeys(chain(*table.values())))
     heading = [*COSTS, *(f"{title} | Δ" for title in titles(columns))]
     print(f"| run | {' | '.join(heading)} |\n|{'---|' * (1 + len(COSTS) + 2 * len(columns))}")
     base = table[baseline]
