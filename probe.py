@@ -2119,8 +2119,6 @@ def evaluate_whole(task, features, rows, head, constant):
             p = p[..., 0]
         for found, one in zip(scored, (p, scale * fixed)):
             found.append(task.score(one, y).double().cpu())
-    if not scored[0]:
-        raise DataError(f"{features.source.name}: no video can be read")
     return [torch.cat(found) for found in scored]
 
 
@@ -2353,8 +2351,6 @@ def learn_labels(task, train):
         rows = np.linspace(0, len(rows) - 1, 512).astype(int)
     parts = train.batches(rows, args.micro_batch, encode=False)
     labels = [some for _, some, part in parts if len(part)]
-    if not labels:
-        raise DataError(f"{train.source.name}: no video can be read")
     task.classes = task.classes_of([task.labels(some) for some in labels], train.source)
     ys = [task.labels(some) for some in labels]
     if task.channels:
@@ -2981,7 +2977,7 @@ def restore(args, device):
     made it, with those weights, of a folder the newest ones."""
     found = Path(args.encoder.removeprefix("random:"))
     folder = found.parent if is_checkpoint(found) else found
-    if not (folder / "latest").exists() or not (folder / "config.json").exists():
+    if not (folder / "latest").exists():
         raise DataError(f"--encoder {folder}: {args.task} needs the folder of a training run; "
                         "predictors and decoders are not in encoder files")
     if folder == found:
