@@ -2298,21 +2298,17 @@ def open_features(args, tasks, device):
     names = dict.fromkeys(chain(*(TASKS[task].names for task in tasks)))
     if args.data:
         names.pop("actions", None)  # the world's are found by how boxes move
-    clips = (
-        replace(clip, train=args.train_passes > 0),
-        replace(clip, train=False, views=1 if space else args.views),
-    )
-    both = []
-    for some, cut in zip((source, val_source), clips):
-        try:
-            both.append(Features(
-                args, encoder, config, some, cut, device, tuple(layers), [*names], form))
-        except ValueError as error:
-            raise DataError(
-                f"--encoder {args.encoder} cannot take these clips: {error}") from error
+    train_clip = replace(clip, train=args.train_passes > 0)
+    val_clip = replace(clip, train=False, views=1 if space else args.views)
+    how = (device, tuple(layers), [*names], form)
+    try:
+        train = Features(args, encoder, config, source, train_clip, *how)
+        val = Features(args, encoder, config, val_source, val_clip, *how)
+    except ValueError as error:
+        raise DataError(f"--encoder {args.encoder} cannot take these clips: {error}") from error
     if not (args.finetune or args.dry_run):
-        store_what_fits(args, *both)
-    return both
+        store_what_fits(args, train, val)
+    return train, val
 
 
 def check_encoder(args, config, form):
@@ -3031,19 +3027,18 @@ def forecaster(args, device):
             predictor, _ = model.load_predictor(name)
             encoder = model.load_encoder(name, key="encoder")[0].to(device)
             target, config = model.load_encoder(name)
+            target.to(device)
             if predictor.predictor_proj.out_features != target.levels * target.width:
                 raise ValueError(f"{name}: its predictor answers for another encoder, its teacher")
         except ValueError as error:
             raise DataError(f"--encoder {error}; physics needs an encoder and its predictor: "
                             "a run's folder, or a file with both") from error
-        for module in (predictor, target):
-            module.to(device)
 
         def targets(x):
             h = target(x, levels=True).float().unflatten(2, (target.levels, -1))
             return F.layer_norm(h, h.shape[-1:]).flatten(2)
 
-        surprise = partial(model.latent_surprise, encoder, predictor, targets)
+        surprise = partial(model.latent_surprise, encoder, predictor.to(device), targets)
         return surprise, dict(frames=16, stride=4, size=config["size"], **model.IMAGENET)
     objective = restore(args, device)
     if not hasattr(objective, "surprise") or getattr(objective, "motion", objective) is None:
@@ -3459,20 +3454,21 @@ def check_flags(args):
             if not 0 <= number < math.inf or (name in POSITIVE and not number):
                 need = "positive" if name in POSITIVE else "non-negative"
                 raise DataError(f"--{name} {number}: a {need} finite number is needed")
-    if args.head not in HEADS and args.task != "predict":
-        raise DataError(f"--head {args.head}: choose from {', '.join(HEADS)}")
     mixes = args.mixup or args.cutmix or args.erasing
+    tuned = args.finetune and args.task == "classify"
     for wrong, why in (
+        (args.head not in HEADS and args.task != "predict",
+         f"--head {args.head}: choose from {', '.join(HEADS)}"),
+        (tuned and args.head in ("ridge", "knn"),
+         f"--finetune: --head {args.head} is not trained by gradients"),
         (len(args.layers) not in (0, 4), "--layers: four blocks are needed"),
         (args.fraction > 1, "--fraction: a share of --train, at most 1"),
         (args.fraction < 1 and args.data, "--fraction: of the world give --train_clips"),
-        (mixes and (args.segments > 1 or not args.finetune or args.task != "classify"),
+        (mixes and (args.segments > 1 or not tuned),
          "--mixup, --cutmix and --erasing are for classify --finetune with --segments 1"),
     ):
         if wrong:
             raise DataError(why)
-    if args.finetune and args.task == "classify" and args.head in ("ridge", "knn"):
-        raise DataError(f"--finetune: --head {args.head} is not trained by gradients")
 
 
 def find_device(args):
