@@ -3368,12 +3368,6 @@ def accuracies(run, steps):
     return found
 
 
-def titles(columns):
-    """linear for lists/ssv2.csv is called `ssv2, linear`, if no other column is."""
-    short = [re.sub(r"^.*/|\.\w+(?=, \w+$)", "", column) for column in columns]
-    return [s if short.count(s) == 1 else column for s, column in zip(short, columns)]
-
-
 def compare(args, device):
     """A Markdown table, a row a run: what it cost and how it ended, then accuracies in per cent,
     each beside its difference to the baseline in points (FWM-HW-LD, Table 4)."""
@@ -3384,7 +3378,7 @@ def compare(args, device):
                         f"{' '.join(found)}")
     table = {run: accuracies(run, steps) for run, steps in found.items()}
     columns = list(dict.fromkeys(chain(*table.values())))
-    heading = [*COSTS, *(f"{title} | Δ" for title in titles(columns))]
+    heading = [*COSTS, *(f"{column} | Δ" for column in columns)]
     print(f"| run | {' | '.join(heading)} |\n|{'---|' * (1 + len(COSTS) + 2 * len(columns))}")
     base = table[baseline]
     deltas = {}
