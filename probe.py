@@ -415,7 +415,7 @@ class Readout(nn.Module):
         if self.steps != self.moments:
             series = z.unflatten(1, (self.moments, -1)).flatten(2)[:, None]     # (B, 1, t, n*D)
             size = (self.steps, series.shape[3])
-            series = F.interpolate(series, size, mode=self.mode, align_corners=False)
+            series = F.interpolate(series, size, mode=self.mode)
             z = series[:, 0].unflatten(2, (-1, z.shape[2])).flatten(1, 2)
         each = z.shape[1] // self.positions.shape[1]
         z = self.norm(z) + self.positions.repeat_interleave(each, 1)
@@ -469,7 +469,7 @@ def conv(a, b, kernel=3):
 
 
 def resize(x, size):
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+    return F.interpolate(x, tuple(size), mode="bilinear")
 
 
 def pyramid(z, grid, convs):
@@ -1181,7 +1181,7 @@ class Task:
         return out.float(), y
 
     def answer(self, out):
-        return out
+        return out[..., 0] if self.channels == 1 else out
 
     def total(self, rows):
         """Rows of sums."""
@@ -1496,9 +1496,6 @@ class Depth(Task):
     def loss(self, out, y):
         return squares(out[..., 0], y)
 
-    def answer(self, out):
-        return out[..., 0]
-
     def score(self, p, y):
         return sums(((p - y["y"]).abs() / y["y"])[known(y)])
 
@@ -1638,9 +1635,6 @@ class Stereo(Moments):
         log_b = out[..., 1][ok].clamp(-5, 5)
         error = (out[..., 0][ok] - y["y"][ok]).abs()
         return mean_of(error * (-log_b).exp() + log_b)
-
-    def answer(self, out):
-        return out[..., 0]
 
     def score(self, p, y):
         error = (p - y["y"])[known(y)].abs()
@@ -2581,8 +2575,6 @@ def write_table(out, heading, paths, values, **more):
     temp = out.with_name(f"{out.stem}.tmp{out.suffix}")
     if out.suffix == ".csv":
         flat = values.reshape(len(values), -1)
-        if flat.shape[1] > 16_384:
-            raise DataError(f"--out {out}: {flat.shape[1]} columns a row; give another ending")
         with open(temp, "w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["path", *more, *(heading or range(flat.shape[1]))])
@@ -2674,14 +2666,13 @@ def export_features(args, device):
     vectors = []
     windows = []
     bad = {}
-    folder = Path(args.cache_dir or Path(args.out_dir) / "features")
     for segments, rows in groups.items():
         some = rows_of(source, rows)
         cut = replace(clip, segments=segments)
         features = Features(
             args, encoder, config, some, cut, device, layers, (), form, args.windows > 0)
         features.videos = len({*names})  # all of a group's may be damaged
-        features.store(folder)
+        store_what_fits(args, features)
         for x, _, part in features.batches(np.arange(len(some)), args.micro_batch):
             for row, z in zip(part, x["video"][:, 0].cpu() if len(part) else ()):
                 z = z[None] if args.tokens else z  # (windows, D), tokens (1, N, D)
@@ -2888,13 +2879,10 @@ def draw(task, features, scored, p, y, rows):
 
 def mark_points(task, p, y, clip, frame):
     """Points where they are and where they are said to be, if visible."""
-    both = [], []
-    for thing in y["asked"][clip].nonzero().flatten()[:16].tolist():
-        if y["seen"][clip, thing, frame]:
-            both[0].append((y["y"][clip, thing, frame], thing))
-        if p[clip, thing, frame, 2] > 0.5:
-            both[1].append((p[clip, thing, frame, :2], thing))
-    return both
+    things = y["asked"][clip].nonzero().flatten()[:16].tolist()
+    truth = [(y["y"][clip, k, frame], k) for k in things if y["seen"][clip, k, frame]]
+    answer = [(p[clip, k, frame, :2], k) for k in things if p[clip, k, frame, 2] > 0.5]
+    return truth, answer
 
 
 def mark_boxes(task, p, y, clip, frame):
