@@ -2199,10 +2199,7 @@ def lists(args, labelled=True, rooms=False):
         # none shares a clip with what encoders are trained on
         splits = ("rooms", "rooms_val") if rooms else ("probe", "val")
         train, val = [data.parse_list("world", split) for split in splits]
-        return (
-            replace(train, labels=train.labels[: args.train_clips]),
-            replace(val, labels=val.labels[: args.val_clips]),
-        )
+        return rows_of(train, slice(args.train_clips)), rows_of(val, slice(args.val_clips))
     train, val = [data.parse_list(spec, labelled=labelled) for spec in (args.train, args.val)]
     if labelled:
         train, val = data.match_classes(train, val)
@@ -2222,7 +2219,7 @@ def few(labels, fraction, seed):
 
 
 def rows_of(source, rows):
-    """These rows of a list."""
+    """These rows of a list (of the world, which has no paths, or a slice of it)."""
     paths = source.paths
     if len(paths):
         paths = data.Paths.of([paths[row] for row in rows])
