@@ -656,10 +656,9 @@ def in_clip(name, value, cut, size):
             at = (corner[side] + centres / scale[side]) * value.shape[axis] / cut.shape[axis]
             value = value.index_select(axis, at.long())
     if name in ("right", "impossible"):
-        value = value[:, top : top + height, left : left + width]
         if size.tolist() == [width, height]:
-            return value
-        return data.crop_resize(value, (0, 0, height, width), int(size[0]))
+            return value[:, top : top + height, left : left + width]
+        return data.crop_resize(value, cut.box, int(size[0]))
     if name == "flow":  # the last frame may be repeated
         steps = torch.from_numpy(np.diff(cut.ids) == 1)[:, None, None, None]
         return torch.where(steps, value * scale, math.nan)
@@ -881,11 +880,6 @@ class Features:
         video = torch.zeros(clips, clip.frames, clip.size, clip.size, 3, dtype=torch.uint8)
         return self.encode(video, torch.zeros(clips, dtype=torch.bool))
 
-    @property
-    def mixing(self):
-        training = self.tuned is not None and self.tuned.training
-        return training and (self.args.mixup or self.args.cutmix or self.args.erasing)
-
     def autocast(self):
         kind = "cpu" if self.device.type == "meta" else self.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.bf16)
@@ -952,21 +946,24 @@ class Features:
         if not len(rows) or not (encode or self.names):
             yield from ({} for _ in rows)
             return
+        args = self.args
+        training = encode and self.tuned is not None and self.tuned.training
         batches = dense_batches(
             self.source,
             self.clip,
             [*self.names, *self.keys[1:]],
             rows=rows,
             batch_size=size,
-            workers=self.args.workers,
-            seed=self.args.seed * 1000 + turn,
+            workers=args.workers,
+            seed=args.seed * 1000 + turn,
         )
         for batch in batches:
             self.note(batch["bad"])
             columns = {name: batch[name] for name in self.names}
-            if self.mixing and encode and batch["ok"].any():
-                rng = np.random.default_rng((self.args.seed, turn, *batch["index"].tolist()))
-                columns["other"], columns["share"] = mix(self.args, batch, rng)
+            mixes = training and (args.mixup or args.cutmix or args.erasing)
+            if mixes and batch["ok"].any():
+                rng = np.random.default_rng((args.seed, turn, *batch["index"].tolist()))
+                columns["other"], columns["share"] = mix(args, batch, rng)
             for key in self.keys if encode else ():
                 columns[key] = self.encode(batch[key], batch["flip"])
             for i, ok in enumerate(batch["ok"].tolist()):
