@@ -1128,11 +1128,6 @@ class Task:
     up = False  # higher is better
     folds = 1  # of a cross-validation that chooses a head where few videos would be held out
 
-    @staticmethod
-    def form(args):
-        """Of Features."""
-        return "grid"
-
     def classes_of(self, ys, train):
         """How many classes: from labels y of some clips, and the train source."""
         return 0
@@ -1245,6 +1240,7 @@ class Classify(Task):
 
     @staticmethod
     def form(args):
+        """Of Features; other tasks read the grid."""
         if args.head == "readout":
             return "grid"
         return args.pool if args.head in POOLED else "all"
@@ -2272,7 +2268,7 @@ def open_features(args, tasks, device):
     space = {*tasks} != {"classify"}
     classified = "classify" in tasks
     form = "grid" if space else Classify.form(args)
-    source, val_source = lists(args, classified, rooms=space or form == "grid")
+    source, val_source = lists(args, classified, rooms=form == "grid")
     if classified:
         check_classes(source, val_source)
     encoder, config = load(args)
