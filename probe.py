@@ -2331,6 +2331,8 @@ def learn_labels(task, train):
         rows = np.linspace(0, len(rows) - 1, 512).astype(int)
     parts = train.batches(rows, args.micro_batch, encode=False)
     labels = [some for _, some, part in parts if len(part)]
+    if not labels:
+        raise DataError(f"{train.source.name}: none of {len(rows)} videos can be read")
     task.classes = task.classes_of([task.labels(some) for some in labels], train.source)
     ys = [task.labels(some) for some in labels]
     if task.channels:
