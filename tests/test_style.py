@@ -42,7 +42,7 @@ BUDGETS = {
     # protocols, V-JEPA's fine-tuning, whole frames by tiles, 4DS's readout as released, few labels,
     # the cost beforehand, figures with titles, units, legends; item by item in assets/probes.md; 445
     # less after a slimming pass
-    "probe.py": 28_365,
+    "probe.py": 28_375,
 }
 
 CODE = {"NAME", "OP", "NUMBER", "STRING", "FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END"}
