@@ -1702,8 +1702,8 @@ MOVES = "right down nearer left up away".split()
 
 def moves(boxes):
     """Which of MOVES the pictures of boxes (B,T,O,4) make, by a fifth of their size or more over
-    the frames that show them. The middle frame's boxes alone are pooled,
-    as of AVA's key frames: how a box moves would tell what it does."""
+    the frames that show them. The middle frame's boxes alone are pooled, as of AVA's key frames:
+    how a box moves would tell what it does."""
     frames = boxes.shape[1]
     seen = boxes.isfinite().all(-1)
     first = seen.int().argmax(1)                                        # (B, O)
