@@ -1429,19 +1429,25 @@ def turns(batch_size, micro_batch, steps, start_step=0, rank=0, ranks=1, **_):
         yield from range(first, first + each)
 
 
+def kinds_of(sources):
+    """(those with videos, those of images alone), and the images' share of the samples."""
+    weights = [source.weight for source in sources]
+    if weights.count(None) == len(weights):
+        weights = [len(source) for source in sources]
+    kinds = ([], [])
+    sizes = [0.0, 0.0]
+    for source, weight in zip(sources, weights):
+        still = len(source.paths) > 0 and all(suffix_of(path) in IMAGES for path in source.paths)
+        kinds[still].append(source)
+        sizes[still] += 1.0 if weight is None else weight
+    return kinds, sizes[1] / sum(sizes)
+
+
 def mixed_loader(sources, clip, masks=None, **flags):
     """make_loader's micro-batches, each of videos alone or of images alone, which are single frames
     (b,1,H,W,3). Their share of the micro-batches, evenly spread, is that of the samples. Each kind
     has `workers` processes."""
-    weights = [1.0 if source.weight is None else source.weight for source in sources]
-    if all(source.weight is None for source in sources):
-        weights = [len(source) for source in sources]
-    kinds = ([], [])
-    share = 0.0
-    for source, weight in zip(sources, weights):
-        still = len(source.paths) and all(suffix_of(path) in IMAGES for path in source.paths)
-        kinds[bool(still)].append(source)
-        share += weight / sum(weights) if still else 0.0
+    kinds, share = kinds_of(sources)
 
     def place(turn):
         """Kind of a micro-batch (1: images), and its number among those of this kind."""

@@ -281,6 +281,7 @@ class VJEPA(nn.Module):
         # of the forward pass that comes next: place() sets both
         self.step = 0
         self.grid = self.encoder.grid
+        self.images = 0.0  # with --stills, their share of the samples
         if start is not None:
             self.encoder.load_state_dict(start.state_dict())
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
@@ -384,7 +385,13 @@ class VJEPA(nn.Module):
     def cost(self, step):
         """FLOPs of a step, over all ranks."""
         batch = self.args.batch_size
-        return batch * self.flops(*self.masks(step, batch, rows=slice(0, 1)))
+        t, h, w = self.encoder.grid
+        total = 0.0
+        for share, self.grid in ((self.images, (1, h, w)), (1 - self.images, (t, h, w))):
+            if share:
+                masks = self.masks(step, batch, rows=slice(0, 1), grid=self.grid)
+                total += share * batch * self.flops(*masks)
+        return total
 
     def surprise(self, x, context):
         """(B,): error in foretelling what follows the first `context` frames of x."""
@@ -751,6 +758,9 @@ def build(args):
 
 def main(args):
     sketch = construct(build, dataclasses.replace(args, dry_run=True))
+    if args.flops and args.stills:
+        lists = [data.parse_list(spec, look=False) for spec in args.data]
+        sketch.images = data.kinds_of(lists)[1]
     args = budgeted(args, (1.0, sketch))
     run = Run(args)
     if args.init_optimizer and not (os.path.isdir(args.init) or args.dry_run):

@@ -307,3 +307,15 @@ def test_a_mixture_trains(mixture, tmp_path):
     with torch.no_grad():
         assert encoder(torch.randn(1, 3, 1, 32, 32)).shape == (1, 16, 128)
         assert encoder(torch.randn(1, 3, 8, 32, 32)).shape == (1, 64, 128)
+
+
+def test_a_budget_counts_images_as_images(mixture, tmp_path):
+    """--flops where three quarters are single frames, which cost a ninth of a clip."""
+    asked = 4e10
+    args = V.parse_args([
+        "--preset", "laptop", "--data", "world:0.25", f"{mixture}/stills.txt:0.75", "--stills", "--flops", str(asked),
+        "--batch_size", "8", "--micro_batch", "2", "--probe_data", "--log_every", "1", "--sample_every", "0",
+        "--workers", "0", "--out_dir", str(tmp_path)])
+    V.main(args)
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] > 10 and abs(last["flops"] / asked - 1) < 0.01 + 1 / last["step"], last
