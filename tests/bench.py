@@ -304,9 +304,13 @@ def step(args):
     return result
 
 
+# By a shell: a process's peak memory starts at that of the one that starts it
+ALONE = ("sh", "-c", '"$@"; exit $?', "sh")
+
+
 def child(command):
     """The last line of a process's output, as JSON."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*ALONE, *command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}:\n{done.stderr}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -555,7 +559,7 @@ def train_row(args, row, seed, out):
     for name, value in row.items():
         values = value if isinstance(value, tuple) else (value,)
         command += [f"--{name}", *(str(v) for v in values if v is not True)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*ALONE, *command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{out.name}: {done.stderr[-2000:]}")
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
