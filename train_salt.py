@@ -272,8 +272,10 @@ class Student(MaskedPrediction):
     title = "a student of the frozen teacher"
 
     def __init__(self, args, teacher, config):
-        """config: load_encoder's, which says what pixels the teacher was trained on."""
+        """config: load_encoder's, which says what pixels the teacher was trained on, and of 4DS
+        after which block it is read: never the last, where its context had no gradient."""
         super().__init__(args, out_width=teacher.width, teacher=teacher)
+        self.teacher.blocks = self.teacher.blocks[: config.get("layer")]
         self.teacher.eval().requires_grad_(False)
         self.teacher_pixels = (config["mean"], config["std"])
         grid = grid_of(teacher, args)
@@ -320,11 +322,12 @@ def tokens_of(masks):
     return sum(ids.shape[1] for ids in masks)
 
 
-def published(encoder, predictor, teacher, tokens, clips, kept=0.1, masks=2):
+def published(encoder, predictor, teacher, tokens, clips):
     """The ledger of a stage as Tables 10 and 11 have it: parameters, tokens of a full clip, clips.
-    A mask keeps a tenth of the tokens, and the predictor sees all of them for each mask; the
+    Each of two masks keeps a tenth of the tokens, and the predictor sees all of them for each; the
     log's ledger counts the masks as they are drawn."""
-    return clips * tokens * (6 * encoder * kept * masks + 6 * predictor * masks + 2 * teacher)
+    # 6 x parameters x tokens of what is trained
+    return clips * tokens * (6 * 0.2 * encoder + 6 * 2 * predictor + 2 * teacher)
 
 
 # --- stages ---------------------------------------------------------------------------------------

@@ -76,6 +76,11 @@ def test_the_layer_that_is_read():
     assert {name: M.readout_layer(M.SIZES[name]["depth"]) for name in wanted} == wanted
     assert [M.readout_layer(depth, 0.75) for depth in (4, 12, 24, 64)] == [3, 9, 18, 48]
     assert [M.readout_layer(depth) for depth in (1, 2)] == [1, 1]
+    # of 12 blocks: frozen classification 9, fine-tuned and all other tasks 11
+    config = dict(layer=11, layer_classify=9, depth=12)
+    read = [P.layers_of(task, SimpleNamespace(layer=0, layers=None, finetune=tuned), config)
+            for task, tuned in (("classify", ""), ("classify", "4ds"), ("pose", ""), ("pose", "4ds"))]
+    assert read == [(9,), (11,), (11,), (11,)]
 
     args, objective, x, keep = setting()
     seen = []

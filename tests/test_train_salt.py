@@ -81,6 +81,16 @@ def test_the_teacher_gets_no_gradient_stays_in_eval_mode_and_its_pixels():
     assert (objective.targets(x) - want).abs().max() < 1e-5
 
 
+def test_a_teacher_of_4ds_is_read_where_its_file_says():
+    """In its last block the context never had a gradient."""
+    encoder, config = teacher(final_norm=False, pos="learned", size_of=dict(depth=3))
+    _, _, x, _, _ = setting(S.VPixel)
+    want = torch.nn.functional.layer_norm(encoder(x, blocks=2), (96,))
+    objective = setting(S.Student, encoder, config | {"layer": 2})[1]
+    assert torch.equal(objective.targets(x), want.detach())
+    assert objective.teacher_flops() == encoder.flops(64) and len(encoder.blocks) == 2
+
+
 def test_a_teacher_on_another_grid_is_refused():
     encoder = M.ViT(width=96, depth=1, heads=2, mlp=96, patch=16, frames=8, size=32)
     with pytest.raises(ValueError, match="grid of \\(4, 2, 2\\), the student's on \\(4, 4, 4\\)"):
