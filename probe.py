@@ -3386,7 +3386,7 @@ COSTS = {
     "FLOPs": ("flops", "{:.2e}"),
     "loss": ("loss", "{:.4f}"),
     "RankMe": ("rankme", "{:.1f}"),
-    "random": ("random_acc", "{:.3f}"),
+    "random": ("random_acc", "{:.2%}"),
     "hours": ("hours", "{:.2f}"),
 }
 
