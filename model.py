@@ -905,7 +905,9 @@ SHARES = {"ema", "final_ema", "max_bad_fraction", "betas", "temporal_keep", "mot
 FREE = {  # flags that a resumed run may change
     "out_dir", "resume", "stop_at", "workers", "timeout", "micro_batch", "save_every", "keep",
     "log_every", "probe_every", "sample_every", "compile", "fsdp", "shard_ranks", "checkpoint",
-    "wandb", "max_bad_fraction", "max_skips", "dry_run", "new_data",
+    "wandb", "max_bad_fraction", "max_skips", "dry_run", "new_data", "stage", "ce_rows",
+    # the same data under other paths are the same data, which a hash tells
+    "data", "data_hash", "data_times",
 }
 GONE = {"bucket": 1}  # flags of runs that were begun earlier, and what all runs do now
 
@@ -1080,18 +1082,20 @@ def construct(build, args):
         raise UserError(str(error)) from error
 
 
-def occupied(out, resume, script):
-    """Why a run of this script cannot begin or go on in a folder, or None."""
+def run_in(out, resume, script):
+    """config.json of the run of this script that goes on in a folder, {} where one begins.
+    UserError: neither can be."""
     file = Path(out, "config.json")
     if not os.path.exists(file):  # nor where the folder cannot be looked into
-        return None
+        return {}
     if not resume:
-        return f"{out} holds a run: --resume continues it, another --out_dir starts afresh"
-    try:
-        other = json.loads(file.read_text()).get("script", script)
-    except ValueError:
-        return f"{file} is damaged: it is not JSON"
-    return f"{out} holds a run of {other}.py: another --out_dir" if other != script else None
+        raise UserError(
+            f"{out} holds a run: --resume continues it, another --out_dir starts afresh")
+    head = read_config(file)
+    other = head.get("script", script)
+    if other != script:
+        raise UserError(f"{out} holds a run of {other}.py: another --out_dir")
+    return head
 
 
 def budgeted(args, *parts):
@@ -1137,11 +1141,9 @@ class Run:
     stop = False
     say = staticmethod(say)
 
-    def __init__(self, args, free=(), later={}):
-        """free: flags of this script that a resumed run may change, besides FREE. later: {flag:
-        what runs did before it was one}, where that is not its default."""
+    def __init__(self, args, later={}):
+        """later: {flag: what runs did before it was one}, where that is not its default."""
         self.args = args
-        self.free = FREE | set(free)
         self.later = later
         self.out = Path(args.out_dir)
         self.started = time.time()
@@ -1193,12 +1195,9 @@ class Run:
         rank. A resumed run on as many ranks keeps what it had."""
         self.plan = Plan(self, objective, masks, extra)
         sizes = self.plan.sizes
-        before = self.broadcast(self.before())
-        terms = getattr(objective, "by_pass", ())
-        if not self.args.micro_batch and before in sizes:
-            self.micro = before
-        elif not self.args.micro_batch:
-            if terms:
+        self.micro = self.args.micro_batch or self.broadcast(self.before())
+        if self.micro not in sizes:
+            if terms := getattr(objective, "by_pass", ()):
                 raise UserError(f"--micro_batch must be given: the value of {' and '.join(terms)} "
                                 "depends on the clips of a forward pass")
             fitting = [n for n in sizes if self.plan.fits(n)]
@@ -1212,12 +1211,8 @@ class Run:
 
     def before(self):
         """The clips of a forward pass of the run that is resumed, or None."""
-        if not self.args.resume or not (self.out / "latest").exists():
-            return None
-        try:
-            head = json.loads((self.out / "config.json").read_text())
-        except (OSError, ValueError):  # open() says so
-            return None
+        file = self.out / "config.json"
+        head = read_config(file) if self.args.resume and os.path.exists(file) else {}
         return head["config"].get("micro_batch") if head.get("ranks") == self.ranks else None
 
     def wrap(self, objective):
@@ -1273,6 +1268,19 @@ class Run:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def once(self, find, *given):
+        """find(*given) by rank 0 -> what it gives, on all ranks; what it refuses, all refuse."""
+        found = None
+        if self.rank == 0:
+            try:
+                found = find(*given)
+            except UserError as error:
+                found = UserError(str(error))
+        found = self.broadcast(found)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
     def gather(self, value):
         """The values of all ranks in a list, on all ranks."""
         values = [value] * self.ranks
@@ -1300,10 +1308,10 @@ class Run:
         files = (script, data.__file__, __file__)
         code = b"".join(Path(file).read_bytes() for file in files)
         cuda = self.device.type == "cuda"
-        config = json.loads(json.dumps(vars(self.args) | {"micro_batch": self.micro}))
+        config = json.loads(json.dumps(vars(self.args)))
         if self.rank == 0:
             config |= data.fingerprint(sources)
-        head = {
+        self.head = {
             "script": Path(script).stem,
             "config": config,
             "argv": sys.argv,
@@ -1313,15 +1321,12 @@ class Run:
             "ranks": self.ranks,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
         }
-        self.head = head
-        error = self.broadcast(self.claim(head) if self.rank == 0 else None)
-        if error:
-            raise UserError(error)
+        self.once(self.claim)
         self.banner(sources, title)
         if self.rank == 0 and self.args.wandb:
             import wandb
-            wandb.init(project=self.args.wandb, config=head["config"])
-        self.log(head, show=False)
+            wandb.init(project=self.args.wandb, config=config)
+        self.log(self.head, show=False)
         for number in data.SIGNALS:
             # nohup ignores this one
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -1349,8 +1354,8 @@ class Run:
         if self.rank == 0:
             write(self.out / "config.json", json.dumps(self.head, indent=1))
 
-    def claim(self, head):
-        """Rank 0: lock the folder and write config.json -> None, or why it cannot be taken."""
+    def claim(self):
+        """Rank 0: lock the folder and write config.json. UserError: why it cannot be taken."""
         import fcntl  # not on Windows, where no run trains but everything else works
 
         try:
@@ -1360,10 +1365,8 @@ class Run:
             # the lock is closed, so nobody else opens it. On NFS both are the same lock.
             self.lock = open(self.out / "lock", "a")
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file = self.out / "config.json"
-            error = self.mixes(head["config"], file) if file.exists() else None
-            if error:
-                return error
+            if before := run_in(self.out, self.args.resume, self.head["script"]):
+                self.check_same(before["config"])
             if self.args.resume and not (self.out / "latest").exists():
                 self.say(f"--resume: {self.out} has no checkpoint, so this run starts afresh")
             self.write_head()
@@ -1371,23 +1374,21 @@ class Run:
             log.touch()
             text = log.read_text()
             write(log, text[: text.rfind("\n") + 1])  # no half line of a run killed as it wrote
-        except BlockingIOError:
-            return f"{self.out} is in use by another run"
+        except BlockingIOError as error:
+            raise UserError(f"{self.out} is in use by another run") from error
         except OSError as error:
-            return f"--out_dir {self.out}: {error.strerror}"
-        return None
+            raise UserError(f"--out_dir {self.out}: {error.strerror}") from error
 
-    def mixes(self, config, file):
-        """Why the run in the folder cannot go on with this config, or None.
+    def check_same(self, old):
+        """UserError: the run in the folder, which had this config, had other settings or data.
 
-        A flag that the run did not have yet counts as what runs did then.
+        A flag that it did not have yet counts as what runs did then.
         """
-        if error := occupied(self.out, self.args.resume, self.head["script"]):
-            return error
-        old = json.loads(file.read_text())["config"]
+        config = self.head["config"]
         if old.get("data_hash") != config["data_hash"] and not self.args.new_data:
-            return (f"{self.out} was started with other data than {' '.join(self.args.data)}: "
-                    "files, sizes or labels differ; --new_data goes on with these")
+            raise UserError(
+                f"{self.out} was started with other data than {' '.join(self.args.data)}: files, "
+                "sizes or labels differ; --new_data goes on with these")
         if old.get("data_times") not in (None, config["data_times"]):
             self.say("note: the files of --data have other times than when the run was started")
         defaults = json.loads(json.dumps(vars(type(self.args)()) | self.later))
@@ -1396,13 +1397,11 @@ class Run:
             before = old.get(name, defaults.get(name))
             now = config.get(name, GONE.get(name, "no such flag any more"))
             gone = name not in config and not before
-            # the same data under other paths are the same data
-            told = name in ("data", "data_hash", "data_times")
-            if name not in self.free and before != now and not gone and not told:
+            if name not in FREE and before != now and not gone:
                 differ.append(f"{name} ({before} -> {now})")
         if differ:
-            return f"{self.out} was started with other settings: {', '.join(differ)}"
-        return None
+            raise UserError(
+                f"{self.out} was started with other settings: {', '.join(differ)}")
 
     def log(self, line, show=True):
         """Add a line to log.jsonl and show it, or of a step's line SHOWN and how long to go."""
@@ -1497,7 +1496,7 @@ class Run:
     def load(self, net, optimizer):
         """--resume: the newest whole checkpoint -> what save() was given, with its step; {} without
         one."""
-        found = self.newest(self.out) if self.args.resume else None
+        found = self.once(newest, self.out) if self.args.resume else None
         if found is None:
             return {}
         tensors = tensors_of(net, optimizer)
@@ -1510,21 +1509,14 @@ class Run:
         """--init RUN, before anything is written or sharded: that run's newest weights, which must
         hold all of the objective's tensors, in these shapes; heads may be new."""
         folder = self.args.init
-        found = self.newest(folder) if folder and Path(folder).is_dir() else None
+        found = self.once(newest, folder) if folder and Path(folder).is_dir() else None
         if found is None:
             return
         there = CheckpointReader(found).read_metadata().state_dict_metadata
         state = {}
-        differ = []
         for name, value in objective.state_dict().items():
-            old = getattr(there.get(f"model.{name}"), "size", None)
-            if old == value.shape:
+            if f"model.{name}" in there or not name.startswith("heads."):
                 state[name] = value
-            elif old is not None or not name.startswith("heads."):
-                was = tuple(old) if old else "none"
-                differ.append(f"{name} {tuple(value.shape)} (there {was})")
-        if differ:
-            raise UserError(f"--init {folder}: that run had other flags: {', '.join(differ[:3])}")
         read_checkpoint({"model": state}, found)  # into the objective's own tensors
         if bad := not_finite(state):
             raise UserError(f"--init {folder}: not finite {', '.join(bad[:3])}")
@@ -1533,15 +1525,8 @@ class Run:
         """--init_optimizer, after continue_from: the moments of --init's run too. A fresh Adam's
         first updates are about five times as large as those of one that goes on."""
         state = {"optimizer": dcs.get_optimizer_state_dict(net, optimizer)}
-        read_checkpoint(state, self.newest(self.args.init))
+        read_checkpoint(state, self.once(newest, self.args.init))
         dcs.set_optimizer_state_dict(net, optimizer, state["optimizer"])
-
-    def newest(self, folder):
-        """The folder's newest whole checkpoint, or None; the same on all ranks."""
-        found = self.broadcast(newest(folder) if self.rank == 0 else None)
-        if isinstance(found, str):
-            raise UserError(found)
-        return found
 
     def export(self, objective, step, **notes):
         """encoder.safetensors, for probes and for sharing; all ranks take part. It comes before the
@@ -1634,20 +1619,16 @@ METADATA = {
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    def __init__(self, file):
-        super().__init__(file)
-        self.path = file.name
-
     def find_class(self, module, name):
         if name not in METADATA.get(module, "").split():
-            raise UserError(f"{self.path} asks for {module}.{name}: not a checkpoint of ours")
+            raise UserError(f"asks for {module}.{name}: not a checkpoint of ours")
         return super().find_class(module, name)
 
 
 class CheckpointReader(dcp.FileSystemReader):
     def read_metadata(self, *args, **named):
         path = Path(self.path) / ".metadata"
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file:
             return MetadataUnpickler(file).load()
 
 
@@ -2372,7 +2353,7 @@ def discard(folder):
 
 def newest(folder):
     """The checkpoint that `latest` names, or the newest before it that is whole; None where there
-    is none, a text that says so where all are damaged."""
+    is none. UserError: all are damaged."""
     folder = Path(folder)
     if not (folder / "latest").exists():
         return None
@@ -2383,7 +2364,7 @@ def newest(folder):
         if not bad:
             return path
         print(f"not used, {bad} is damaged or missing: {path}", file=sys.stderr)
-    return f"{folder}: none of its checkpoints is whole"
+    raise UserError(f"{folder}: none of its checkpoints is whole")
 
 
 def broken(folder):
@@ -2410,7 +2391,7 @@ SHAPE = tuple(name for name in VIT_KEYS if name not in ("frames", "size", "init_
 PARTS = ("ema_encoder", "target_encoder", "teacher", "model", "module", "state_dict")
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """What a weight file lacks: one line of at most 200 characters, however long its path."""
 
     def __init__(self, path, what):
@@ -3116,7 +3097,7 @@ def export_main():
             for line in log.read_text().splitlines()[1:] if log.exists() else ():
                 config |= json.loads(line)
             encoder.save_hf(out, predictor, config)
-    except (OSError, ValueError, UserError) as error:
+    except (OSError, ValueError) as error:
         leave(error, 2)
     print(json.dumps({"out": str(out), "params": count(encoder)}))
 

@@ -2959,9 +2959,7 @@ def restore(args, device):
     if folder == found:
         found = model.newest(folder)
     elif broken := model.broken(found):
-        found = f"{broken}: damaged or missing"
-    if isinstance(found, str):
-        raise DataError(found)
+        raise DataError(f"{broken}: damaged or missing")
     torch.manual_seed(args.seed)
     try:
         objective = build(folder, args.encoder.startswith("random:"))

@@ -148,7 +148,7 @@ import torch.nn.functional as F
 import data
 from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT, adamw, budgeted
 from model import clip_gradients, construct, cosine, count, dry_run, gather, health, latent_surprise
-from model import launch, load_encoder, numbered, occupied, patches, probe_lists, rankme, set_rates
+from model import launch, load_encoder, numbered, patches, probe_lists, rankme, run_in, set_rates
 from model import some_rows, sync_gradients, to_rgb, warmup_decay
 
 
@@ -441,8 +441,7 @@ def main(args):
     rows = stages(args)
     # what only a later stage would meet is told before the first one trains: another run in the
     # last one's folder, a wrong list
-    if error := run.broadcast(occupied(rows[-1][1].out_dir, args.resume, "train_salt")):
-        raise UserError(error)
+    run.once(run_in, rows[-1][1].out_dir, args.resume, "train_salt")
     for spec in set().union(*(a.data for _, a in rows)).difference(rows[0][1].data):
         data.parse_list(spec, look=run.rank == 0)
     line = {"flops": 0.0, "ledger": 0.0, "probe_acc": None}
@@ -455,7 +454,7 @@ def main(args):
 
 def train(args, number, before):
     """One stage -> its last line. before: that of the stage before."""
-    run = Run(args, free=("stage",))
+    run = Run(args)
     objective = construct(partial(build, stage=number), args)
     run.fit(objective, objective.masks)
     lists = probe_lists(args)

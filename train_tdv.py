@@ -865,7 +865,7 @@ def main(args):
     check(args)
     sketch = construct(build, dataclasses.replace(args, dry_run=True))
     args = budgeted(args, (1.0, sketch))
-    run = Run(args, free=("ce_rows",))
+    run = Run(args)
     # bytes: four float32 arrays of logits in ChunkedCE
     run.fit(sketch, extra=16 * args.ce_rows * args.prototypes)
     if args.dry_run:

@@ -937,7 +937,7 @@ def test_a_run_folder_may_not_name_any_module_as_its_script(whole, tmp_path):
 def test_a_cut_config_is_named(call, whole, tmp_path):
     out = copy_of(whole, tmp_path)
     (out / "config.json").write_text((out / "config.json").read_text()[:100])
-    with pytest.raises(M.UserError, match="config.json is damaged"):
+    with pytest.raises(M.UserError, match="config.json: its config is no JSON"):
         call(V, *TINY, "--resume", "--out_dir", out)
 
 
