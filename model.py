@@ -884,11 +884,10 @@ def compile_blocks(module):
 #   product                             the encoder that is exported and probed
 #   schedules(step) -> {"lr": ...}      the rates, functions of the step alone
 #   after_step(step, skip)              after every optimizer step, taken or skipped: EMA
-#   cost(step)                          FLOPs of a step, forward and backward
+#   masks(step, B, rows=)               what forward() takes after x; or None: sample numbers.
+#                                       Called in loader processes, so it holds no weights
+#   flops(*masks)                       of one clip, forward and backward
 #   surprise(x, context)                for probe.py physics
-#
-# and, where masks are drawn, masks(step, B, rows=) -> what forward() takes after x. It is called in
-# loader processes, so it holds no weights.
 #
 # Only the scripts know more of it.
 
@@ -1098,14 +1097,26 @@ def run_in(out, resume, script):
     return head
 
 
+def drawn(objective, step):
+    """The masks of a clip at this step, or ()."""
+    if objective.masks is None:
+        return ()
+    return objective.masks(step, objective.args.batch_size, rows=slice(0, 1))
+
+
+def cost(objective, step):
+    """FLOPs of a step, over all ranks."""
+    return objective.args.batch_size * objective.flops(*drawn(objective, step))
+
+
 def budgeted(args, *parts):
     """args, where --flops is given with the --steps that it pays for. parts: (share of the steps,
-    objective) of each stage; a step costs the mean of cost(step) over 200 steps."""
+    objective) of each stage; a step costs the mean over 200 steps."""
     if not args.flops:
         return args
     mean = 0.0
     for share, objective in parts:
-        mean += share * sum(objective.cost(step) for step in range(200)) / 200
+        mean += share * sum(cost(objective, step) for step in range(200)) / 200
     steps = round(args.flops / mean)
     if steps < 1:
         raise UserError(f"--flops {args.flops:.3g}: one step costs {mean:.3g}")
@@ -1190,10 +1201,10 @@ class Run:
 
     # memory
 
-    def fit(self, objective, masks=None, extra=0):
+    def fit(self, objective, extra=0):
         """Plan a step, and choose --micro_batch where it is 0: the most clips that fit on every
         rank. A resumed run on as many ranks keeps what it had."""
-        self.plan = Plan(self, objective, masks, extra)
+        self.plan = Plan(self, objective, extra)
         sizes = self.plan.sizes
         self.micro = self.args.micro_batch or self.broadcast(self.before())
         if self.micro not in sizes:
@@ -1997,9 +2008,8 @@ class Plan:
     """What a step of an objective needs: FLOPs of all ranks, and bytes of each, term by term."""
     advice = ""  # of this process, should memory run out
 
-    def __init__(self, run, objective, masks=None, extra=0):
-        """masks: as the loader's; None where forward() takes sample numbers. extra: bytes that are
-        at work for a moment."""
+    def __init__(self, run, objective, extra=0):
+        """extra: bytes that are at work for a moment."""
         args = run.args
         self.run = run
         self.extra = extra
@@ -2007,23 +2017,21 @@ class Plan:
         each = args.clips_per_video
         self.sizes = [n for n in range(run.per_rank, 0, -1) if run.per_rank % n == n % each == 0]
         self.clip_bytes = 3 * args.frames * args.size**2
-        self.flops = sum(objective.cost(step) for step in range(8)) / 8
+        self.flops = sum(cost(objective, step) for step in range(8)) / 8
         self.trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
         self.frozen = count(objective) - self.trained
         blocks = [count(module) for module in objective.modules() if isinstance(module, Block)]
         self.block = max(blocks, default=0)
         self.rest = count(objective) - sum(blocks)
-        self.masks = None
-        if masks:
-            several = [masks(step, args.batch_size, rows=slice(0, 1)) for step in range(8)]
-            self.masks = max(several, key=lambda ids: sum(i.numel() for i in tree_leaves(ids)))
+        several = [drawn(objective, step) for step in range(8)]
+        self.masks = max(several, key=lambda ids: sum(i.numel() for i in tree_leaves(ids)))
         self.kept_bytes(objective)
 
     def example(self, clips, device):
         """What forward() takes, for so many clips, with the most tokens of eight steps."""
         args = self.run.args
         x = torch.zeros(clips, 3, args.frames, args.size, args.size, device=device)
-        if self.masks is None:
+        if not self.masks:
             return x, torch.arange(clips)
         repeated = tree_map(lambda ids: ids.repeat(clips, 1).to(device), tuple(self.masks))
         return x, *repeated

@@ -218,19 +218,13 @@ class MAE4D(nn.Module):
         lr = warmup_decay(step, a.warmup, a.steps, 0.0, a.lr, a.final_lr)
         return {"lr": lr, "weight_decay": a.weight_decay}
 
-    def flops(self, kept):
-        """Of one clip with so many kept tokens, forward and backward; a backward pass costs two
-        forward passes."""
+    def flops(self, keep):
+        """Of one clip, forward and backward; a backward pass costs two forward passes."""
         e = self.encoder
+        kept = keep.shape[1]
         joined = kept + self.decoder.latents.shape[1]
         more = block_flops(e.width, e.mlp, [joined]) - block_flops(e.width, e.mlp, [kept])
         return 3 * (e.flops(kept) + self.args.dec_blocks * more + self.decoder.flops())
-
-    def cost(self, step):
-        """FLOPs of a step, over all ranks."""
-        batch = self.args.batch_size
-        keep = self.masks(step, batch, rows=slice(0, 1))[0]
-        return batch * self.flops(keep.shape[1])
 
     def surprise(self, x, context):
         """(B,): error in decoding what follows the first `context` frames of x."""
@@ -281,7 +275,7 @@ def main(args):
     sketch = construct(build, dataclasses.replace(args, dry_run=True))
     args = budgeted(args, (1.0, sketch))
     run = Run(args, later=LATER)
-    run.fit(sketch, sketch.masks)
+    run.fit(sketch)
     if args.dry_run:
         return plan(run, sketch)
     objective = construct(build, args)
@@ -317,7 +311,7 @@ def main(args):
                 loss, metrics = net(x, keep)
             (loss * (run.micro / run.per_rank)).backward()
             tokens = metrics.pop("tokens")
-            meter.add(loss, metrics, batch, flops=objective.flops(keep.shape[1]))
+            meter.add(loss, metrics, batch, flops=objective.flops(keep))
 
         # 3. the step; where a loss or gradient is not finite, all ranks skip it alike
         grad_norm = clip_gradients(objective, args.clip_grad)

@@ -147,9 +147,9 @@ import torch.nn.functional as F
 
 import data
 from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT, adamw, budgeted
-from model import clip_gradients, construct, cosine, count, dry_run, gather, health, latent_surprise
-from model import launch, load_encoder, numbered, patches, probe_lists, rankme, run_in, set_rates
-from model import some_rows, sync_gradients, to_rgb, warmup_decay
+from model import clip_gradients, construct, cosine, count, drawn, dry_run, gather, health, launch
+from model import latent_surprise, load_encoder, numbered, patches, probe_lists, rankme, run_in
+from model import set_rates, some_rows, sync_gradients, to_rgb, warmup_decay
 
 
 # --- SALT -----------------------------------------------------------------------------------------
@@ -224,11 +224,6 @@ class MaskedPrediction(nn.Module):
         hidden = [ids.shape[1] for ids in pred]
         trained = self.encoder.flops(*kept) + self.predictor.flops(*zip(kept, hidden))
         return self.teacher_flops() + 3 * trained
-
-    def cost(self, step):
-        """FLOPs of a step, over all ranks."""
-        batch = self.args.batch_size
-        return batch * self.flops(*self.masks(step, batch, rows=slice(0, 1)))
 
     def teacher_flops(self):
         """It sees every token of a clip, of images a frame at a time."""
@@ -398,7 +393,7 @@ def sketch(args):
     for number, a in stages(args):
         make = partial(build, stage=number, teacher=teacher)
         objective = construct(make, dataclasses.replace(a, dry_run=True))
-        objective.cost(0)  # also a mask that cannot be drawn
+        drawn(objective, 0)  # also a mask that cannot be drawn
         rows.append((number, a, objective))
         teacher = (objective.product, IMAGENET)
     return rows
@@ -410,7 +405,7 @@ def plan(run, rows):
     counted = 0.0
     ledger = 0.0
     for number, args, objective in rows:
-        run.fit(objective, objective.masks)
+        run.fit(objective)
         clips = args.steps * args.batch_size
         tokens = math.prod(objective.encoder.grid)
         nets = [count(net) for net in (objective.encoder, objective.predictor, objective.teacher)]
@@ -456,7 +451,7 @@ def train(args, number, before):
     """One stage -> its last line. before: that of the stage before."""
     run = Run(args)
     objective = construct(partial(build, stage=number), args)
-    run.fit(objective, objective.masks)
+    run.fit(objective)
     lists = probe_lists(args)
     clip = run.clip()
     sources = run.sources()

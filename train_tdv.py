@@ -190,6 +190,7 @@ MOTION_SHAPE = (
 class TDV(nn.Module):
     """The whole method: encoder, motion encoder, teacher, head, loss, schedules (section 3)."""
     train_scale = True  # prototypes learn their length; those of DINO and iBOT keep length 1
+    masks = None  # forward() takes sample numbers
 
     def __init__(self, args):
         super().__init__()
@@ -403,10 +404,6 @@ class TDV(nn.Module):
         trained = encoder * (1 / 3 if a.freeze else 1) + motion + head
         return (a.frames - 1) * (3 * trained + self.target.flops(n) + head)
 
-    def cost(self, step):
-        """FLOPs of a step, over all ranks."""
-        return self.args.batch_size * self.flops()
-
     def head_flops(self, tokens):
         """Forward, of the head and its prototypes."""
         weights = 0
@@ -516,7 +513,7 @@ class Views(TDV):
             h = [self.target(view) for view in wide]  # [(F,1+n,D)]
         fill = (None, None)
         if a.w_patch:
-            hidden = [self.masks(index, frames, view).to(x.device) for view in (0, 1)]  # [(F,n)]
+            hidden = [self.hide(index, frames, view).to(x.device) for view in (0, 1)]  # [(F,n)]
             fill = [(mask, self.mask_token) for mask in hidden]
         z = [self.encoder(view, fill=mask) for view, mask in zip(wide, fill)]
 
@@ -568,7 +565,7 @@ class Views(TDV):
         normalised = [((view - mean) / std)[:, :, None] for view in wide + local]
         return normalised[:2], normalised[2:]
 
-    def masks(self, index, frames, view):
+    def hide(self, index, frames, view):
         """iBOT hides patches of half of the frames: bool (F,n)."""
         a = self.args
         numbers = [2 * int(number) + view for number in index]

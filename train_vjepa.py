@@ -281,7 +281,6 @@ class VJEPA(nn.Module):
         # of the forward pass that comes next: place() sets both
         self.step = 0
         self.grid = self.encoder.grid
-        self.images = 0.0  # with --stills, their share of the samples
         if start is not None:
             self.encoder.load_state_dict(start.state_dict())
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
@@ -382,16 +381,12 @@ class VJEPA(nn.Module):
         trained = self.encoder.flops(*kept) + self.predictor.flops(*zip(kept, hidden))
         return self.target.flops(math.prod(self.grid)) + 3 * trained
 
-    def cost(self, step):
-        """FLOPs of a step, over all ranks."""
-        batch = self.args.batch_size
-        t, h, w = self.encoder.grid
-        total = 0.0
-        for share, self.grid in ((self.images, (1, h, w)), (1 - self.images, (t, h, w))):
-            if share:
-                masks = self.masks(step, batch, rows=slice(0, 1), grid=self.grid)
-                total += share * batch * self.flops(*masks)
-        return total
+    def of_images(self):
+        """The same where every clip is one frame: what its steps cost."""
+        images = copy.copy(self)
+        images.grid = (1, *self.grid[1:])
+        images.masks = partial(self.masks, grid=images.grid)
+        return images
 
     def surprise(self, x, context):
         """(B,): error in foretelling what follows the first `context` frames of x."""
@@ -758,15 +753,17 @@ def build(args):
 
 def main(args):
     sketch = construct(build, dataclasses.replace(args, dry_run=True))
+    parts = [(1.0, sketch)]
     if args.flops and args.stills:
         lists = [data.parse_list(spec, look=False) for spec in args.data]
-        sketch.images = data.kinds_of(lists)[1]
-    args = budgeted(args, (1.0, sketch))
+        clips, images = data.kinds_of(lists)
+        parts = [(clips, sketch), (images, sketch.of_images())]
+    args = budgeted(args, *parts)
     run = Run(args)
     if args.init_optimizer and not (os.path.isdir(args.init) or args.dry_run):
         raise UserError("--init_optimizer goes on from a run: give its folder as --init, or say "
                         "--no-init_optimizer")
-    run.fit(sketch, sketch.masks)
+    run.fit(sketch)
     if args.dry_run:
         return dry_run(run, sketch)
     objective = construct(build, args)

@@ -167,8 +167,6 @@ class Step:
 
     def flops(self):
         """Of one clip."""
-        if isinstance(self.objective, E.MAE4D):
-            return self.objective.flops(self.masks[0].shape[1])
         return self.objective.flops(*self.masks)
 
 

@@ -29,7 +29,7 @@ def lines(out):
 def planned(script, args):
     objective = M.construct(script.build, dataclasses.replace(args, dry_run=True))
     run = M.Run(dataclasses.replace(args, dry_run=True))
-    run.fit(objective, None if script is T else objective.masks)
+    run.fit(objective)
     return run.plan
 
 
@@ -77,7 +77,7 @@ import model as M, train_mae4d as T
 args = T.parse_args()
 run = M.Run(args)
 objective = M.construct(T.build, args)
-run.fit(objective, objective.masks)
+run.fit(objective)
 net = run.wrap(objective)
 optimizer = torch.optim.AdamW(M.param_groups(objective, 0.05), fused=True)
 held = []
@@ -158,7 +158,7 @@ def test_several_clips_of_a_video_stay_together(monkeypatch):
     args = V.parse_args([str(flag) for flag in TINY] + ["--clips_per_video", "2"])
     run = M.Run(args)
     objective = V.build(args)
-    run.fit(objective, objective.masks)
+    run.fit(objective)
     assert run.micro == 2 and run.plan.sizes == [8, 4, 2]
 
 
