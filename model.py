@@ -1553,12 +1553,16 @@ class Run:
 
     @torch.no_grad()
     def mask_picture(self, net, x, keep, grid, done):
-        """samples/step_*.png of the first clip of x, under its masks keep [(b,K)]."""
+        """samples/step_*.png of the first clip of x (b,3,T,H,W): the clip, what each mask keep
+        [(b,K)] leaves of it, and the first three principal components of its tokens."""
         with self.autocast():
             tokens = net(x[:1])[0]
         if self.rank == 0:
-            file = self.out / "samples" / f"step_{done:08d}.png"
-            save_rows(file, mask_rows(x[0], [ids[0] for ids in keep], tokens, grid))
+            clip = colour_frames(x[0])
+            clip = clip[:: len(clip) // grid[0]]  # (t,H,W,3), a frame a slice
+            masked = [hide(clip, ids[0], grid) for ids in keep]
+            seen = enlarge(colours(tokens), grid, clip.shape[1])
+            save_rows(self.out / "samples" / f"step_{done:08d}.png", [clip, *masked, seen])
 
     # the online probe
 
@@ -1668,9 +1672,6 @@ def tensors_of(net, optimizer):
     }
 
 
-COUNTED = {"bad", "padded", "flops", "ledger"}  # over all ranks
-
-
 class Meter:
     """What a run counts. `state` is saved with each checkpoint and goes on after --resume:
     FLOPs, unreadable videos, the last loss, and the terms of the steps since the last log line."""
@@ -1681,8 +1682,8 @@ class Meter:
                       "flops": 0.0, "skipped": 0}
         self.state |= state
         self.skips = 0
-        self.parts = []
-        self.costs = Counter()
+        self.parts = []  # of this step: numbers and files of each micro-batch
+        self.sums = Counter()
         self.pending = None
         self.fresh = True
         self.restart()
@@ -1713,10 +1714,11 @@ class Meter:
         numbers = {}
         for name, value in {"loss": loss.detach(), **metrics}.items():
             numbers[name] = torch.as_tensor(value, device=self.run.device).double()
-        # without its pixels: they would stay on the device
-        self.parts.append((numbers, {name: batch[name] for name in ("path", "bad", "padded")}))
+        # without the batch: its pixels would stay on the device
+        self.parts.append((numbers, batch["path"]))
+        self.sums.update(bad=len(batch["bad"]), padded=batch["padded"])
         for name, cost in per_clip.items():
-            self.costs[name] += cost * self.run.micro
+            self.sums[name] += cost * self.run.micro
         passes = self.run.per_rank // self.run.micro
         seconds = time.perf_counter() - self.since
         if self.fresh and self.run.device.type == "cpu" and passes * seconds > 60:
@@ -1731,13 +1733,7 @@ class Meter:
         self.step = step
         device = self.run.device
         means = averages([numbers for numbers, _ in self.parts])
-        sums = {
-            "bad": sum(len(batch["bad"]) for _, batch in self.parts),
-            "padded": sum(batch["padded"] for _, batch in self.parts),
-            "asked": self.run.asked,
-            **self.costs,
-        }
-        told = torch.tensor(list(sums.values()), dtype=torch.float64)
+        told = torch.tensor([self.run.asked, *self.sums.values()], dtype=torch.float64)
         if device.type == "cuda":
             told = told.pin_memory().to(device, non_blocking=True)
         found = torch.cat([torch.stack([*means.values()]), told])
@@ -1746,8 +1742,8 @@ class Meter:
         found[: len(means)] /= self.run.ranks
         skip = 1 - torch.isfinite(found.sum() + grad_norm).float()
         found = torch.cat([found, torch.stack([grad_norm, skip]).double()])
-        names = [*means, *sums, "grad_norm", "skip"]
-        self.pending = (names, found.to("cpu", non_blocking=True), self.parts)
+        names = [*means, "asked", *self.sums, "grad_norm", "skip"]
+        self.pending = (names, found.to("cpu", non_blocking=True), self.parts, set(self.sums))
         self.copied = moment(device)
         self.clips += self.run.args.batch_size
         return skip
@@ -1758,10 +1754,10 @@ class Meter:
             return
         if self.run.device.type == "cuda":
             self.copied.synchronize()
-        names, found, parts = self.pending
+        names, found, parts, counted = self.pending
         self.pending = None
         means = dict(zip(names, found.tolist()))
-        for name in COUNTED & means.keys():
+        for name in counted:
             self.state[name] += round(means.pop(name))
         self.grad_norm = means.pop("grad_norm")
         skipped = means.pop("skip")
@@ -1779,7 +1775,7 @@ class Meter:
         """Log the files of a step that was skipped; too many in a row end the run."""
         step = self.step
         suspects = [part for part in parts if not math.isfinite(part[0]["loss"])] or parts
-        files = set(chain(*[batch["path"] for _, batch in suspects]))
+        files = set(chain(*[paths for _, paths in suspects]))
         paths = sorted(set().union(*self.run.gather(files)))
         reason = "loss or gradient is not finite"
         self.run.log({"step": step, "skipped": reason, "files": paths[:100]})
@@ -1808,7 +1804,7 @@ class Meter:
     def after_step(self, done):
         """Forget the micro-batches; too many unreadable videos end the run."""
         self.parts = []
-        self.costs = Counter()
+        self.sums = Counter()
         args = self.run.args
         if self.run.due(args.log_every, done):
             self.catch_up()
@@ -2238,15 +2234,6 @@ def hide(frames, ids, grid):
     seen = torch.zeros(math.prod(grid), 1).index_fill(0, ids.cpu(), 1.0)
     seen = enlarge(seen, grid, frames.shape[1])
     return frames * seen + 0.5 * (1 - seen)
-
-
-def mask_rows(x, keep, tokens, grid):
-    """One clip x (3,T,H,W), a frame a slice: the clip, what each mask leaves of it, keep [(K,)],
-    and the first three principal components of its tokens (N,D)."""
-    clip = colour_frames(x)
-    clip = clip[:: len(clip) // grid[0]]  # (t,H,W,3)
-    masked = [hide(clip, ids, grid) for ids in keep]
-    return [clip, *masked, enlarge(colours(tokens), grid, clip.shape[1])]
 
 
 # collapse alarms, online probes
@@ -2771,13 +2758,13 @@ def from_torch(path, part, predictor, override):
         with naming(path, family):
             config = shapes_config(state)
             size = fold_cls(state) * config["patch"]
-        config.update(pos="learned", images=True, cls=cls, frames=16, size=size)
+        config.update(pos="learned", images=True, cls=cls, size=size)
     elif videomae:
         family = "VideoMAE"
         # bare after fine-tuning, without norm where an fc_norm follows
         final_norm = not any("fc_norm." in str(name) for name in part)
         config = shapes_config(state)
-        config.update(pos="sinusoid1d", final_norm=final_norm, frames=16, size=224)
+        config.update(pos="sinusoid1d", final_norm=final_norm)
     else:
         levels = "level_norms.0.weight" in state
         pos = "sincos" if "predictor_pos_embed" in predictor else "rope"
@@ -2892,8 +2879,7 @@ def from_hf(path):
     folder = path if path.is_dir() else path.parent
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not (folder / "config.json").exists():
-        lacks = "config.json" if files else ".safetensors"
-        raise ValueError(f"neither our format nor HF's: no {lacks} in {folder.name}")
+        raise ValueError("neither our format nor HF's: no .safetensors with a config.json beside it")
     hf = read_config(folder / "config.json")
     kind = str(hf.get("model_type"))
     if kind not in HF:
@@ -2910,16 +2896,11 @@ def from_hf(path):
     state = rename(state, patterns)
     fold(state)
     predictor = {}
-    if kind == "vjepa2":
-        for i, token in enumerate(state.pop("mask_tokens", [])):
-            predictor[f"mask_tokens.{i}"] = token
-        for name in [name for name in state if name.startswith("predictor_")]:
-            predictor[name] = state.pop(name)
-    elif kind == "videomae":
-        if not hf.get("qv_bias", hf.get("qkv_bias", True)):
-            for name in [name for name in state if name.endswith("attn.qkv.weight")]:
-                state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
-    else:
+    for i, token in enumerate(state.pop("mask_tokens", [])):
+        predictor[f"mask_tokens.{i}"] = token
+    for name in [name for name in state if name.startswith("predictor_")]:
+        predictor[name] = state.pop(name)
+    if "images" in config:
         with naming(path, family):
             fold_cls(state)
     return family, state, predictor, config
@@ -2934,12 +2915,9 @@ def hf_config(kind, hf):
     ratio = hf.get("mlp_ratio", 4)
     config["mlp"] = hf.get("intermediate_size", 0) or round(config["width"] * ratio)
     config["model"] = size_name(config["width"], config["depth"])
-    if kind == "vjepa2":
-        config["predictor_heads"] = hf.get("pred_num_attention_heads")
-    elif kind == "videomae":
+    config["predictor_heads"] = hf.get("pred_num_attention_heads")
+    if kind == "videomae":
         config["final_norm"] = not pick(hf, "use_mean_pooling")[0]
-    else:
-        config["frames"] = 16
     return config
 
 

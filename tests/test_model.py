@@ -783,14 +783,6 @@ def test_videomae_features_equal_transformers(videomae, kind, pooled):
         swap = [pair[::-1] for pair in swap]
 
 
-def test_videomae_without_biases(videomae):
-    """qv_bias False: no biases in the file, zeros in the encoder."""
-    oracle, folder = videomae("VideoMAEModel", False, qv_bias=False)
-    with torch.no_grad():
-        z = M.load_encoder(folder)[0](clip(2, 8, 64))
-        assert gap(z, oracle(clip(2, 8, 64).transpose(1, 2)).last_hidden_state) < 1e-5
-
-
 def videomae_file(path, state, part, **more):
     """A file in the layout of VideoMAE's own scripts from a state of HF's VideoMAEModel: qkv in one, biases apart,
     all prefixed in pretraining."""
