@@ -893,21 +893,18 @@ def compile_blocks(module):
 
 # dense bf16
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
-POSITIVE = {  # flags that 0 does not switch off
-    "steps", "batch_size", "lr", "frames", "stride", "size", "patch", "tubelet", "prototypes",
-    "log_every", "save_every", "keep", "timeout", "ce_rows", "temp", "tau", "temporal_keep",
-    "levels",
-}
 # of a step's line, which log.jsonl has whole
-SHOWN = ("step", "loss", "lr", "grad_norm", "rankme", "clips_per_s", "wait_pct", "eta")
-SHARES = {"ema", "final_ema", "max_bad_fraction", "betas", "temporal_keep", "motion_uniform"}
-FREE = {  # flags that a resumed run may change
-    "out_dir", "resume", "stop_at", "workers", "timeout", "micro_batch", "save_every", "keep",
-    "log_every", "probe_every", "sample_every", "compile", "fsdp", "shard_ranks", "checkpoint",
-    "wandb", "max_bad_fraction", "max_skips", "dry_run", "new_data", "stage", "ce_rows",
-    # the same data under other paths are the same data, which a hash tells
-    "data", "data_hash", "data_times",
-}
+SHOWN = "step loss lr grad_norm rankme clips_per_s wait_pct eta".split()
+# flags that 0 does not switch off
+POSITIVE = set(
+    "steps batch_size lr frames stride size patch tubelet prototypes log_every save_every keep "
+    "timeout ce_rows temp tau temporal_keep levels".split())
+SHARES = set("ema final_ema max_bad_fraction betas temporal_keep motion_uniform".split())
+# flags that a resumed run may change; the same data under other paths are the same data, by a hash
+FREE = set(
+    "out_dir resume stop_at workers timeout micro_batch save_every keep log_every probe_every "
+    "sample_every compile fsdp shard_ranks checkpoint wandb max_bad_fraction max_skips dry_run "
+    "new_data stage ce_rows data data_hash data_times".split())
 GONE = {"bucket": 1}  # flags of runs that were begun earlier, and what all runs do now
 
 
@@ -1206,7 +1203,7 @@ class Run:
         rank. A resumed run on as many ranks keeps what it had."""
         self.plan = Plan(self, objective, extra)
         sizes = self.plan.sizes
-        self.micro = self.args.micro_batch or self.broadcast(self.before())
+        self.micro = self.args.micro_batch or self.once(self.before)
         if self.micro not in sizes:
             if terms := getattr(objective, "by_pass", ()):
                 raise UserError(f"--micro_batch must be given: the value of {' and '.join(terms)} "
@@ -1458,14 +1455,17 @@ class Run:
         return batches
 
     def steps(self, first):
-        """The numbers of the steps to take: none where a signal has come before the first."""
+        """The numbers of the steps to take: none where a signal has come before the first. No
+        random state outlives a step."""
         numbers = range(first, first if self.told() else self.last)
         quiet = self.rank > 0 or not sys.stderr.isatty()
         # what lives now lives on: the collector need not walk through it (0.1 s) ever again
         gc.collect()
         gc.freeze()
         self.bar = tqdm(numbers, initial=first, total=self.args.steps, disable=quiet)
-        return self.bar
+        for step in self.bar:
+            torch.manual_seed(self.args.seed * 1_000_003 + step)
+            yield step
 
     def due(self, every, done):
         """Is it time, after `done` steps, for what happens every so many and at the end?"""
@@ -1495,9 +1495,7 @@ class Run:
         """Written aside, hashed, flushed, renamed, then the pointer: a kill at any moment leaves
         the last good one. state: what load() gives back, as JSON."""
         temp = self.out / "saving"
-        if self.rank == 0:
-            shutil.rmtree(temp, ignore_errors=True)
-        self.broadcast(None)
+        self.once(shutil.rmtree, temp, True)  # what a killed run left
         dcp.save(tensors_of(net, optimizer), checkpoint_id=temp)
         if self.rank == 0:
             (temp / "extra.json").write_text(json.dumps({"step": step, **state}))
@@ -1544,12 +1542,11 @@ class Run:
         checkpoint: a run that is killed between the two, and resumed, exports again."""
         product = objective.product
         state = {name: whole(value) for name, value in product.state_dict().items()}
-        if self.rank == 0:
-            args = self.args
-            config = product.config | {"model": args.model, **IMAGENET, **notes}
-            config |= {"stride": args.stride, "fps": args.fps, "step": step}
-            save_encoder(self.out / "encoder.safetensors", state, config)
-        self.broadcast(None)  # whoever reads it next, on any rank, finds it
+        args = self.args
+        config = product.config | {"model": args.model, **IMAGENET, **notes}
+        config |= {"stride": args.stride, "fps": args.fps, "step": step}
+        # whoever reads it next, on any rank, finds it
+        self.once(save_encoder, self.out / "encoder.safetensors", state, config)
 
     @torch.no_grad()
     def mask_picture(self, net, x, keep, grid, done):
@@ -1966,29 +1963,20 @@ def memory(device, neighbours):
     return 0.8 * min(free) / neighbours
 
 
-CGROUPS = {  # of both versions: limit, what is used, and what of that is a cache of files
-    "": ("memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
-
-
 def cgroup_memory(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
-    """Bytes that each group of processes around this one has left: a container's, a SLURM job's."""
+    """Bytes that each group of processes around this one has left: a container's, a SLURM job's.
+    (Of cgroups' second version, whose line is 0::/path.)"""
     left = []
-    lines = Path(own).read_text().splitlines() if Path(own).exists() else []
-    for line in lines:
-        _, kind, path = line.split(":", 2)
-        if kind not in CGROUPS:
-            continue
-        limit, used, cache = CGROUPS[kind]
-        top = Path(root, kind)
-        folder = top / path.lstrip("/")
+    text = Path(own).read_text() if Path(own).exists() else ""
+    for path in re.findall("^0::/(.*)$", text, re.MULTILINE):
+        folder = Path(root, path)
         for group in (folder, *folder.parents):
-            file = group / limit
-            if group.is_relative_to(top) and file.exists() and file.read_text().strip().isdigit():
+            limit = group / "memory.max"
+            if group.is_relative_to(root) and limit.exists() and limit.read_text() != "max\n":
                 stat = (group / "memory.stat").read_text().split()
-                held = int((group / used).read_text()) - int(stat[stat.index(cache) + 1])
-                left.append(int(file.read_text()) - held)
+                cache = int(stat[stat.index("inactive_file") + 1])  # of files
+                used = int((group / "memory.current").read_text())
+                left.append(int(limit.read_text()) - used + cache)
     return left
 
 
@@ -2383,7 +2371,7 @@ def broken(folder):
 # what weights fit
 SHAPE = tuple(name for name in VIT_KEYS if name not in ("frames", "size", "init_std"))
 # where a file keeps its encoder, if FILE#PART does not say it; never a student that has a teacher
-PARTS = ("ema_encoder", "target_encoder", "teacher", "model", "module", "state_dict")
+PARTS = "ema_encoder target_encoder teacher model module state_dict".split()
 
 
 class Refused(UserError):
@@ -2879,7 +2867,8 @@ def from_hf(path):
     folder = path if path.is_dir() else path.parent
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not (folder / "config.json").exists():
-        raise ValueError("neither our format nor HF's: no .safetensors with a config.json beside it")
+        raise ValueError(
+            "neither our format nor HF's: no .safetensors with a config.json beside it")
     hf = read_config(folder / "config.json")
     kind = str(hf.get("model_type"))
     if kind not in HF:

@@ -181,8 +181,7 @@ from model import probe_lists, rotate, save_rows, set_rates, sync_gradients, to_
 CLS = 0
 PATCHES = 1
 # what the motion encoder has of the encoder
-MOTION_SHAPE = (
-    "width", "depth", "heads", "mlp", "patch", "pos", "act", "eps", "frames", "size", "init_std")
+MOTION_SHAPE = "width depth heads mlp patch pos act eps frames size init_std".split()
 
 
 # --- TDV ------------------------------------------------------------------------------------------
@@ -886,8 +885,6 @@ def main(args):
     loader = run.loader(sources, clip, first)
 
     for step in run.steps(first):
-        torch.manual_seed(args.seed * 1_000_003 + step)  # no random state outlives a step
-
         # 1. the rates of this step
         rates = objective.schedules(step)
         set_rates(optimizer, rates)

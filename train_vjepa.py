@@ -784,8 +784,6 @@ def main(args):
     loader = run.loader(sources, clip, first, objective.masks)
 
     for step in run.steps(first):
-        torch.manual_seed(args.seed * 1_000_003 + step)  # no random state outlives a step
-
         # 1. the rates of this step
         rates = objective.schedules(step)
         set_rates(optimizer, rates)
