@@ -1527,8 +1527,8 @@ class Run:
             if f"model.{name}" in there or not name.startswith("heads."):
                 state[name] = value
         read_checkpoint({"model": state}, found)  # into the objective's own tensors
-        if bad := not_finite(state):
-            raise UserError(f"--init {folder}: not finite {', '.join(bad[:3])}")
+        with naming(folder):
+            check_finite(state)
 
     def carry_optimizer(self, net, optimizer):
         """--init_optimizer, after continue_from: the moments of --init's run too. A fresh Adam's
@@ -2497,30 +2497,23 @@ def apply_override(config, override, *needed):
     return config
 
 
-def not_finite(state):
-    return [name for name, value in state.items() if not value.isfinite().all()]
+def check_finite(state):
+    """ValueError: the first tensor that is not."""
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"not finite {name}")
 
 
 def fill(module, state):
-    """Load state into module (on the meta device) strictly, as float32 copies."""
-    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in state.items()}
-    faults = {
-        "missing": [name for name in ours if name not in theirs],
-        "unexpected": [name for name in theirs if name not in ours],
-        "wrong shape": [f"{name} {theirs[name]} instead of {shape}" for name, shape in ours.items()
-                        if theirs.get(name, shape) != shape],
-        "not finite": not_finite(state),
-    }
-    complaints = []
-    for fault, names in faults.items():
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            complaints.append(f"{fault} {names[0]}{more}")
-    if complaints:
-        raise ValueError("; ".join(complaints))
+    """Load state into module (on the meta device) strictly, as float32 copies. ValueError: torch's
+    list of the names that are missing, unexpected or misshaped."""
+    check_finite(state)
     state = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
-    module.load_state_dict(state, assign=True)
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        names = str(error).partition("\n")[2]  # the first line has none
+        raise ValueError(names.replace("(s) in state_dict", "s")) from error
 
 
 def read_weights(name, key, override):
