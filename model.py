@@ -1564,11 +1564,8 @@ class Run:
     # the online probe
 
     def accuracy(self, net, lists, clip, step=None, **pixels):
-        """Accuracy of a linear probe on the mean of the product's tokens; None without lists, and
-        where a signal cuts it short. step: log it as that of this step."""
-        if not lists:
-            return None
-
+        """Accuracy of a linear probe on the mean of the product's tokens; None where probe()
+        finds none. step: log it as that of this step."""
         def features(x):
             with self.autocast():
                 return net(x).mean(1)  # (B,D)
@@ -1583,9 +1580,11 @@ class Run:
 
         features: x -> (B,D). heads: {name: function of x (n,D), y (n,), xv -> classes of xv}.
         pixels: mean and std of what the encoder was trained on, else ImageNet's. A video that
-        cannot be read, or has no finite features, counts as wrong. All ranks take part. {} where a
-        signal cuts it short.
+        cannot be read, or has no finite features, counts as wrong. All ranks take part. {}
+        without lists, and where a signal cuts it short.
         """
+        if not lists:
+            return {}
         self.say("probing ..." if step else "probing the random weights ...")
 
         def read(x):
@@ -1821,7 +1820,7 @@ class Meter:
         line = {"step": done} | averages(window) | rates
         line["grad_norm"] = self.grad_norm if math.isfinite(self.grad_norm) else None
         line |= health
-        kept = ("flops", "ledger", "random_acc")
+        kept = ("flops", "ledger", "random_acc", "bad")
         line |= {name: self.state[name] for name in kept if name in self.state}
         left = seconds * (run.args.steps - done) * run.args.batch_size / self.clips
         line |= {
@@ -1830,7 +1829,6 @@ class Meter:
             **mfu(speed / run.ranks, run.device),
             "wait_pct": 100 * sum(between(*times) for times in self.waits) / seconds,
             "peak_gb": peak_gb(run.device),
-            "bad": self.state["bad"],
             "padded_pct": 100 * self.state["padded"] / (done * run.args.batch_size),
             "eta": str(datetime.timedelta(seconds=round(left))),
         }
@@ -2142,7 +2140,23 @@ def dry_run(run, objective, total=None, **more):
         }))
 
 
-# foretelling: what surprise() of the objectives shares
+# masked prediction: what V-JEPA and SALT share
+
+def mask_tokens(args):
+    """How many the predictor has: --mask_tokens, or one for each mask."""
+    if args.mask_tokens > len(args.masks):
+        raise ValueError(f"--mask_tokens {args.mask_tokens}: at most one for each of the "
+                         f"{len(args.masks)} --masks")
+    return args.mask_tokens or len(args.masks)
+
+
+def masked_flops(encoder, predictor, keep, pred):
+    """Forward FLOPs of one clip: the tokens keep [(B,K)] encoded, those at pred [(B,M)] foretold.
+    """
+    kept = [ids.shape[1] for ids in keep]
+    hidden = [ids.shape[1] for ids in pred]
+    return encoder.flops(*kept) + predictor.flops(*zip(kept, hidden))
+
 
 def split_time(encoder, x, context):
     """Ids (B,K) of the tokens of the first `context` frames of x (B,3,T,H,W), and (B,M) of the

@@ -148,8 +148,9 @@ import torch.nn.functional as F
 import data
 from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT, adamw, budgeted
 from model import clip_gradients, construct, cosine, count, drawn, dry_run, gather, health, launch
-from model import latent_surprise, load_encoder, numbered, patches, probe_lists, rankme, run_in
-from model import set_rates, some_rows, sync_gradients, to_rgb, warmup_decay
+from model import latent_surprise, load_encoder, mask_tokens, masked_flops, numbered, patches
+from model import probe_lists, rankme, run_in, set_rates, some_rows, sync_gradients, to_rgb
+from model import warmup_decay
 
 
 # --- SALT -----------------------------------------------------------------------------------------
@@ -171,11 +172,8 @@ class MaskedPrediction(nn.Module):
         self.predictor = Predictor(
             in_width=shape["width"], out_width=out_width,
             width=args.pred_width, depth=args.pred_depth, heads=args.pred_heads or shape["heads"],
-            grid=self.encoder.grid, pos=args.pos, mask_tokens=args.mask_tokens or len(args.masks),
+            grid=self.encoder.grid, pos=args.pos, mask_tokens=mask_tokens(args),
             init_std=args.init_std, checkpoint=args.checkpoint)
-        if args.mask_tokens > len(args.masks):
-            raise ValueError(f"--mask_tokens {args.mask_tokens}: at most one for each of the "
-                             f"{len(args.masks)} --masks")
         # masks(step, B, rows=) -> keep, pred: an entry a mask, ids (b,K) and (b,M), of these rows
         # of the batch; a function of the seed and the step
         self.masks = partial(
@@ -220,9 +218,7 @@ class MaskedPrediction(nn.Module):
 
     def flops(self, keep, pred):
         """Of one clip."""
-        kept = [ids.shape[1] for ids in keep]
-        hidden = [ids.shape[1] for ids in pred]
-        trained = self.encoder.flops(*kept) + self.predictor.flops(*zip(kept, hidden))
+        trained = masked_flops(self.encoder, self.predictor, keep, pred)
         return self.teacher_flops() + 3 * trained
 
     def teacher_flops(self):

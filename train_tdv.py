@@ -776,9 +776,6 @@ def accuracies(run, net, objective, lists, clip, step=None):
     the student's, of which a short run's teacher has only a share. probe_acc: on the teacher's and
     what the motion encoder knows. knn_acc, knn_student: the paper's monitor, on CLS.
     """
-    if not lists:
-        return {}
-
     def features(x):
         """(b,4D), with a motion encoder (b,5D)."""
         frames = x.shape[2]  # tokens: CLS of each frame, then patches

@@ -247,8 +247,8 @@ import torch.nn.functional as F
 import data
 from model import SIZES, Meter, Predictor, Run, UserError, ViT, adamw, budgeted, clip_gradients
 from model import construct, cosine, dry_run, ema_update, exact, gather, health, latent_surprise
-from model import launch, linear, load_start, numbered, probe_lists, set_rates, some_rows
-from model import sync_gradients, warmup_decay
+from model import launch, linear, load_start, mask_tokens, masked_flops, numbered, probe_lists
+from model import set_rates, some_rows, sync_gradients, warmup_decay
 
 
 # --- V-JEPA ---------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ class VJEPA(nn.Module):
             in_width=width, out_width=width,
             width=args.pred_width, depth=args.pred_depth, heads=args.pred_heads or shape["heads"],
             grid=self.encoder.grid, pos=args.pos, rope_quirk=self.encoder.rope_quirk,
-            rope_scaled=args.rope_scaled, mask_tokens=args.mask_tokens or len(args.masks),
+            rope_scaled=args.rope_scaled, mask_tokens=mask_tokens(args),
             hidden=shape["width"] if args.levels > 1 else 0, context=args.context_loss > 0,
             stills=args.stills, init_std=args.init_std, checkpoint=args.checkpoint)
         # of the forward pass that comes next: place() sets both
@@ -284,9 +284,6 @@ class VJEPA(nn.Module):
         if start is not None:
             self.encoder.load_state_dict(start.state_dict())
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
-        if args.mask_tokens > len(args.masks):
-            raise ValueError(f"--mask_tokens {args.mask_tokens}: at most one for each of the "
-                             f"{len(args.masks)} --masks")
         # masks(step, B, rows=) -> keep, pred: an entry a mask, ids (b,K) and (b,M), of these rows
         # of the batch; a function of the seed and the step
         self.masks = partial(
@@ -376,9 +373,7 @@ class VJEPA(nn.Module):
 
     def flops(self, keep, pred):
         """Of one clip, forward and backward; a backward pass costs two forward passes."""
-        kept = [ids.shape[1] for ids in keep]
-        hidden = [ids.shape[1] for ids in pred]
-        trained = self.encoder.flops(*kept) + self.predictor.flops(*zip(kept, hidden))
+        trained = masked_flops(self.encoder, self.predictor, keep, pred)
         return self.target.flops(math.prod(self.grid)) + 3 * trained
 
     def of_images(self):
