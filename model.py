@@ -2405,7 +2405,7 @@ def naming(path, family=""):
         yield
     except Refused:
         raise
-    except (OSError, IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (OSError, IndexError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise Refused(f"{path} ({family})" if family else path, error) from error
 
 
@@ -2591,24 +2591,22 @@ def read_foreign(path):
         scalar = [np.dtype, np._core.multiarray.scalar, np.dtypes.Float64DType]
         with torch.serialization.safe_globals([argparse.Namespace, *scalar]):
             file = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(file, dict):
+            raise TypeError(f"it holds a {type(file).__name__}")
+        return file
     except Exception as e:
         first_line = str(e).partition("\n")[0]
         raise ValueError(f"not a readable weight file ({type(e).__name__}: {first_line})") from e
-    if not isinstance(file, dict):
-        raise ValueError(f"not a readable weight file (it holds a {type(file).__name__})")
-    return file
 
 
 def read_safetensors(path):
     """(state, metadata), after checking the sha256 beside the file if there is one."""
     side = Path(f"{path}.sha256")
-    if side.exists() and side.read_text().split()[:1] != [sha256(path)]:
-        raise Refused(path, f"differs from its sha256 in {side.name}: the file is damaged")
-    try:
+    with naming(path):
+        if side.exists() and side.read_text().split()[:1] != [sha256(path)]:
+            raise ValueError(f"differs from its sha256 in {side.name}: the file is damaged")
         with safe_open(path, "pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
-    except SafetensorError as e:
-        raise Refused(path, f"not a readable safetensors file ({e})") from e
 
 
 def size_name(width, depth):
@@ -2677,15 +2675,12 @@ def fuse_qkv(state):
     has a bias, as in VideoMAE, get zeros."""
     biased = any(name.endswith(".attn.key.bias") for name in state)
     for query in [name for name in state if ".attn.query." in name]:
-        key = query.replace("query", "key")
-        value = query.replace("query", "value")
-        if query.endswith(".bias") and value in state and not biased:
-            state.setdefault(key, torch.zeros_like(state[query]))
-        if key in state and value in state:
-            parts = [state.pop(name) for name in (query, key, value)]
-            # else the shape of the first alone is wrong, which is told
-            alike = len({part.shape[1:] for part in parts}) == 1 and parts[0].ndim
-            state[query.replace("query", "qkv")] = torch.cat(parts) if alike else parts[0]
+        names = [query.replace("query", part) for part in ("query", "key", "value")]
+        if query.endswith(".bias") and not biased:
+            state.setdefault(names[1], torch.zeros_like(state[query]))
+        if all(name in state for name in names):
+            parts = [state.pop(name) for name in names]
+            state[query.replace("query", "qkv")] = torch.cat(parts)
 
 
 def fold(state):
