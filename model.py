@@ -1780,6 +1780,10 @@ class Meter:
                        f"and gradient, the last one with {', '.join(paths[:3])} ...; "
                        f"the last good checkpoint: {newest(self.run.out)}")
 
+    def logs(self, done):
+        """Is it time for a line? Not where every step since the last one was skipped."""
+        return self.run.due(self.run.args.log_every, done) and self.state["window"]
+
     def saves(self, done, net, *inputs):
         """Is it time for a checkpoint, and are the weights worth one? Not while steps are skipped,
         nor after one that ruined them: net(*inputs), the last micro-batch once more, must still

@@ -119,15 +119,14 @@ LATER = {"standardise": False}  # what runs did before this was a flag
 
 def parse_args(argv=None):
     """The paper's recipe, then --preset, then the flags."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek = argparse.ArgumentParser(add_help=False)
     peek.add_argument("--preset", default="")
     preset = peek.parse_known_args(argv)[0].preset
     if preset and preset not in PRESETS:
         peek.exit(2, f"error: --preset {preset}: choose from {', '.join(PRESETS)}\n")
     defaults = Args(preset=preset, **PRESETS.get(preset, {}))
-    rank = os.environ.get("RANK", "0")
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__, use_underscores=True,
-                    console_outputs=rank == "0")
+                    console_outputs=os.environ.get("RANK", "0") == "0")
 
 
 if __name__ == "__main__":
@@ -321,7 +320,7 @@ def main(args):
         meter.after_step(done)
 
         # 4. log, pictures, checkpoint, probe
-        if run.due(args.log_every, done) and meter.state["window"]:
+        if meter.logs(done):
             run.log(meter.line(done, rates, health(tokens) if run.looks(done) else {}))
         if run.due(args.sample_every, done):
             with torch.no_grad(), run.autocast():

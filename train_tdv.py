@@ -151,15 +151,14 @@ PRESETS = {
 
 def parse_args(argv=None):
     """The paper's recipe, then --preset, then the flags."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek = argparse.ArgumentParser(add_help=False)
     peek.add_argument("--preset", default="")
     preset = peek.parse_known_args(argv)[0].preset
     if preset and preset not in PRESETS:
         peek.exit(2, f"error: --preset {preset}: choose from {', '.join(PRESETS)}\n")
     defaults = Args(preset=preset, **PRESETS.get(preset, {}))
-    rank = os.environ.get("RANK", "0")
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__, use_underscores=True,
-                    console_outputs=rank == "0")
+                    console_outputs=os.environ.get("RANK", "0") == "0")
 
 
 if __name__ == "__main__":
@@ -908,7 +907,7 @@ def main(args):
         meter.after_step(done)
 
         # 4. log, pictures, checkpoint, probes
-        if run.due(args.log_every, done) and meter.state["window"]:
+        if meter.logs(done):
             ranks = health(tokens, correction=0) if run.looks(done) else {}
             line = meter.line(done, rates, ranks)
             if line.get("still"):  # the share of the change that motion explains

@@ -225,15 +225,14 @@ for name in ("amg", "combo"):
 
 def parse_args(argv=None):
     """The paper's recipe, then --preset, then the flags."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek = argparse.ArgumentParser(add_help=False)
     peek.add_argument("--preset", default="")
     preset = peek.parse_known_args(argv)[0].preset
     if preset and preset not in PRESETS:
         peek.exit(2, f"error: --preset {preset}: choose from {', '.join(PRESETS)}\n")
     defaults = Args(preset=preset, **PRESETS.get(preset, {}))
-    rank = os.environ.get("RANK", "0")
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__, use_underscores=True,
-                    console_outputs=rank == "0")
+                    console_outputs=os.environ.get("RANK", "0") == "0")
 
 
 if __name__ == "__main__":
@@ -806,8 +805,7 @@ def main(args):
         meter.after_step(done)
 
         # 4. log, pictures, checkpoint, probe
-        # the window is empty where every step since the last line was skipped
-        if run.due(args.log_every, done) and meter.state["window"]:
+        if meter.logs(done):
             run.log(meter.line(done, rates, health(tokens) if run.looks(done) else {}))
         if run.due(args.sample_every, done):
             run.mask_picture(net, x, keep, objective.grid, done)
