@@ -956,13 +956,6 @@ def say(text):
 def launch(main, args):
     """Run main(args). What can be foreseen ends in one line, all else in a traceback."""
     keep_console()
-    if os.name == "posix":
-        import resource
-
-        # each loader process wants some files
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < 4096 <= hard:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
     poison = Path(args.out_dir) / "poison.txt"
     try:
         check_ranges(args)
@@ -1334,7 +1327,7 @@ class Run:
         if self.rank == 0 and self.args.wandb:
             import wandb
             wandb.init(project=self.args.wandb, config=config)
-        self.log(self.head, show=False)
+        self.log(self.head)
         for number in data.SIGNALS:
             # nohup ignores this one
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -1411,13 +1404,13 @@ class Run:
             raise UserError(
                 f"{self.out} was started with other settings: {', '.join(differ)}")
 
-    def log(self, line, show=True):
-        """Add a line to log.jsonl and show it, or of a step's line SHOWN and how long to go."""
+    def log(self, line):
+        """Add a line to log.jsonl and show it, if it is of a step: SHOWN, or all of a probe's."""
         if self.rank > 0:
             return
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-        if show:
+        if "step" in line:
             names = SHOWN if "loss" in line else line
             words = []
             for name in names:
