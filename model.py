@@ -2455,18 +2455,30 @@ def load_encoder(path, *, seed=0, key="", **override):
     return encoder.eval(), encoder.config | config
 
 
-def load_start(path, shape):
-    """What training starts from: (encoder, shape as the file has it, mean and std of the pixels it
-    has seen). path: a weight file, or the folder of a run. ValueError where it does not fit."""
-    encoder, config = load_encoder(path)
-    differ = []
-    for name, value in shape.items():
-        if name != "heads" and config[name] != value:
-            differ.append(f"{name} is {config[name]} there and {value} here")
-    if differ:
-        raise ValueError(f"--init {path}: {', '.join(differ)}")
-    shape = {name: config[name] for name in SHAPE}
-    return encoder, shape, {name: config[name] for name in ("mean", "std")}
+def make_encoder(args, shape, pixels=IMAGENET):
+    """(encoder for the clips of these flags, mean and std of the pixels it reads): of random
+    weights in this shape; with --init FILE in the file's, which must be the same but for heads.
+    Learned positions of another grid are interpolated."""
+    start = None
+    if args.init:
+        start, config = load_encoder(args.init)
+        differ = []
+        for name, value in shape.items():
+            if name != "heads" and config[name] != value:
+                differ.append(f"{name} is {config[name]} there and {value} here")
+        if differ:
+            raise ValueError(f"--init {args.init}: {', '.join(differ)}")
+        shape = {name: config[name] for name in SHAPE}
+        pixels = {name: config[name] for name in ("mean", "std")}
+    encoder = ViT(
+        **shape, frames=args.frames, size=args.size, init_std=args.init_std,
+        checkpoint=args.checkpoint)
+    if start is not None:
+        weights = start.state_dict()
+        if start.pos == "learned":
+            weights["pos_embed"] = start.positions(encoder.table_grid, "cpu")[None]
+        encoder.load_state_dict(weights)
+    return encoder, pixels
 
 
 def load_predictor(path, **override):

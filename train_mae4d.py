@@ -136,8 +136,8 @@ import torch
 import torch.nn as nn
 
 import data
-from model import IMAGENET, SIZES, LatentGridDecoder, Meter, Run, ViT, adamw, block_flops, budgeted
-from model import clip_gradients, construct, days, dry_run, health, hide, launch, load_start
+from model import IMAGENET, SIZES, LatentGridDecoder, Meter, Run, adamw, block_flops, budgeted
+from model import clip_gradients, construct, days, dry_run, health, hide, launch, make_encoder
 from model import patches, probe_lists, readout_layer, save_rows, set_rates, some_rows, split_time
 from model import sync_gradients, to_rgb, unpatch, warmup_decay
 
@@ -155,23 +155,19 @@ class MAE4D(nn.Module):
         shape = SIZES[args.model] | dict(
             patch=args.patch, tubelet=args.tubelet, pos="learned", final_norm=False,
             act="gelu_tanh", highpass=args.highpass)
-        start = None
         # of what the encoder sees. Raw pixels would make most of a token one constant: random
         # weights read flow no better than a constant does, and from standardised pixels they do
-        self.pixels = IMAGENET if args.standardise else RGB
-        if args.init:
-            start, shape, self.pixels = load_start(args.init, shape)
-        self.encoder = ViT(
-            **shape, frames=args.frames, size=args.size, init_std=args.init_std,
-            checkpoint=args.checkpoint)
+        pixels = IMAGENET if args.standardise else RGB
+        self.encoder, self.pixels = make_encoder(args, shape, pixels)
         self.decoder = LatentGridDecoder(
             width=shape["width"], frames=args.frames, size=args.size, patch=args.out_patch,
             init_std=args.init_std)
+        tables = [self.decoder.pos_embed, self.decoder.latents]
+        if not args.init:
+            tables.append(self.encoder.pos_embed)
         with torch.no_grad():
-            for table in (self.encoder.pos_embed, self.decoder.pos_embed, self.decoder.latents):
+            for table in tables:
                 table.mul_(args.pos_std / 0.02)
-        if start is not None:
-            self.encoder.load_state_dict(start.state_dict())
         depth = shape["depth"]
         if not 0 < args.dec_blocks <= depth:
             raise ValueError(f"--dec_blocks {args.dec_blocks}: the encoder has {depth}")

@@ -171,10 +171,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import IMAGENET, SIZES, Meter, MotionEncoder, Run, UserError, ViT, adamw, budgeted
+from model import IMAGENET, SIZES, Meter, MotionEncoder, Run, UserError, adamw, budgeted
 from model import clip_gradients, colour_frames, colours, construct, cosine, dry_run, each_frame
-from model import ema_update, enlarge, exact, health, init_weights, launch, linear_probe, load_start
-from model import probe_lists, rotate, save_rows, set_rates, sync_gradients, to_unit, warmup_decay
+from model import ema_update, enlarge, exact, health, init_weights, launch, linear_probe
+from model import make_encoder, probe_lists, rotate, save_rows, set_rates, sync_gradients, to_unit
+from model import warmup_decay
 
 # rows of the centres
 CLS = 0
@@ -195,17 +196,7 @@ class TDV(nn.Module):
         self.args = args
         shape = SIZES[args.model] | dict(
             patch=args.patch, tubelet=1, pos=args.pos, images=True, cls=True)
-        start = None
-        if args.init:
-            start, shape, _ = load_start(args.init, shape)
-        self.encoder = ViT(
-            **shape, frames=args.frames, size=args.size, init_std=args.init_std,
-            checkpoint=args.checkpoint)
-        if start is not None:
-            weights = start.state_dict()
-            if args.pos == "learned":  # of another size: interpolated
-                weights["pos_embed"] = start.positions(self.encoder.table_grid, "cpu")[None]
-            self.encoder.load_state_dict(weights)
+        self.encoder, _ = make_encoder(args, shape)
         self.head = ProjectionHead(
             shape["width"], args.prototypes, args.head_hidden, args.head_bottleneck,
             self.train_scale)

@@ -244,9 +244,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import SIZES, Meter, Predictor, Run, UserError, ViT, adamw, budgeted, clip_gradients
+from model import SIZES, Meter, Predictor, Run, UserError, adamw, budgeted, clip_gradients
 from model import construct, cosine, dry_run, ema_update, exact, gather, health, latent_surprise
-from model import launch, linear, load_start, mask_tokens, masked_flops, numbered, probe_lists
+from model import launch, linear, make_encoder, mask_tokens, masked_flops, numbered, probe_lists
 from model import set_rates, some_rows, sync_gradients, warmup_decay
 
 
@@ -263,16 +263,12 @@ class VJEPA(nn.Module):
             levels=args.levels, stills=args.stills, rope_scaled=args.rope_scaled)
         if args.rope_quirk:
             shape["rope_quirk"] = True
-        start = None
-        if args.init:
-            start, shape, _ = load_start(args.init, shape)
-        self.encoder = ViT(
-            **shape, frames=args.frames, size=args.size, init_std=args.init_std,
-            checkpoint=args.checkpoint)
+        self.encoder, _ = make_encoder(args, shape)
         width = args.levels * shape["width"]
         self.predictor = Predictor(
             in_width=width, out_width=width,
-            width=args.pred_width, depth=args.pred_depth, heads=args.pred_heads or shape["heads"],
+            width=args.pred_width, depth=args.pred_depth,
+            heads=args.pred_heads or self.encoder.heads,
             grid=self.encoder.grid, pos=args.pos, rope_quirk=self.encoder.rope_quirk,
             rope_scaled=args.rope_scaled, mask_tokens=mask_tokens(args),
             hidden=shape["width"] if args.levels > 1 else 0, context=args.context_loss > 0,
@@ -280,8 +276,6 @@ class VJEPA(nn.Module):
         # of the forward pass that comes next: place() sets both
         self.step = 0
         self.grid = self.encoder.grid
-        if start is not None:
-            self.encoder.load_state_dict(start.state_dict())
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         # masks(step, B, rows=) -> keep, pred: an entry a mask, ids (b,K) and (b,M), of these rows
         # of the batch; a function of the seed and the step
