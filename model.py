@@ -607,9 +607,6 @@ class MotionBlock(Block):
 
     def __init__(self, width, heads, mlp, condition, act="gelu", eps=1e-6):
         super().__init__(width, heads, mlp, act, eps)
-        if condition not in CONDITIONS:
-            raise ValueError(
-                f"the condition must be {', '.join(CONDITIONS)}, not {condition!r}")
         self.condition = condition
         if condition in ("xattn", "film"):
             self.norm_cross = LayerNorm(width, eps=eps)
@@ -1943,18 +1940,16 @@ def memory(device, neighbours):
     """
     if device.type == "cuda":
         return 0.9 * torch.cuda.mem_get_info(device)[0]
-    free = [math.inf]
-    if Path("/proc/meminfo").exists():
-        words = Path("/proc/meminfo").read_text().split()
-        free.append(1024 * int(words[words.index("MemAvailable:") + 1]))
-        free += cgroup_memory()
-    if os.name == "posix":
-        import resource
+    if not Path("/proc/meminfo").exists():  # no Linux
+        return math.inf
+    import resource
 
-        most = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if most != resource.RLIM_INFINITY:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            free.append((most - pages * resource.getpagesize()) * neighbours)
+    words = Path("/proc/meminfo").read_text().split()
+    free = [1024 * int(words[words.index("MemAvailable:") + 1]), *cgroup_memory()]
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        free.append((most - pages * resource.getpagesize()) * neighbours)
     return 0.8 * min(free) / neighbours
 
 
@@ -2332,8 +2327,8 @@ def seal(temp, final, keep):
         discard(final)
     put_in_place(temp, final)
     write(final.with_name("latest"), final.name)
-    older = sorted(path for path in final.parent.glob("step_*") if path.name < final.name)
-    for path in older[: max(0, len(older) - keep + 1)]:
+    older = [path for path in final.parent.glob("step_*") if path.name < final.name]
+    for path in sorted(older, reverse=True)[keep - 1 :]:
         discard(path)
 
 
@@ -2459,26 +2454,23 @@ def make_encoder(args, shape, pixels=IMAGENET):
     """(encoder for the clips of these flags, mean and std of the pixels it reads): of random
     weights in this shape; with --init FILE in the file's, which must be the same but for heads.
     Learned positions of another grid are interpolated."""
-    start = None
-    if args.init:
-        start, config = load_encoder(args.init)
-        differ = []
-        for name, value in shape.items():
-            if name != "heads" and config[name] != value:
-                differ.append(f"{name} is {config[name]} there and {value} here")
-        if differ:
-            raise ValueError(f"--init {args.init}: {', '.join(differ)}")
-        shape = {name: config[name] for name in SHAPE}
-        pixels = {name: config[name] for name in ("mean", "std")}
-    encoder = ViT(
-        **shape, frames=args.frames, size=args.size, init_std=args.init_std,
-        checkpoint=args.checkpoint)
-    if start is not None:
-        weights = start.state_dict()
-        if start.pos == "learned":
-            weights["pos_embed"] = start.positions(encoder.table_grid, "cpu")[None]
-        encoder.load_state_dict(weights)
-    return encoder, pixels
+    flags = dict(
+        frames=args.frames, size=args.size, init_std=args.init_std, checkpoint=args.checkpoint)
+    if not args.init:
+        return ViT(**shape, **flags), pixels
+    start, config = load_encoder(args.init)
+    differ = []
+    for name, value in shape.items():
+        if name != "heads" and config[name] != value:
+            differ.append(f"{name} is {config[name]} there and {value} here")
+    if differ:
+        raise ValueError(f"--init {args.init}: {', '.join(differ)}")
+    encoder = ViT(**{name: config[name] for name in SHAPE}, **flags)
+    weights = start.state_dict()
+    if start.pos == "learned":
+        weights["pos_embed"] = start.positions(encoder.table_grid, "cpu")[None]
+    encoder.load_state_dict(weights)
+    return encoder, {name: config[name] for name in ("mean", "std")}
 
 
 def load_predictor(path, **override):

@@ -744,8 +744,8 @@ def main(args):
     parts = [(1.0, sketch)]
     if args.flops and args.stills:
         lists = [data.parse_list(spec, look=False) for spec in args.data]
-        clips, images = data.kinds_of(lists)
-        parts = [(clips, sketch), (images, sketch.of_images())]
+        images = data.kinds_of(lists)[1]
+        parts = [(1 - images, sketch), (images, sketch.of_images())]
     args = budgeted(args, *parts)
     run = Run(args)
     if args.init_optimizer and not (os.path.isdir(args.init) or args.dry_run):
