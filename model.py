@@ -2033,21 +2033,18 @@ class Plan:
             return value
 
         def note(module, given, output):
-            after.append(sum(pair[0] for pair in kept.values()))
-            if after[-1] > after[-2]:
-                inputs.append(size(given[0]))
-
-        hooks = []
-        for module in objective.modules():
             if isinstance(module, Block):
-                hooks.append(module.register_forward_hook(note))
+                after.append(sum(pair[0] for pair in kept.values()))
+                if after[-1] > after[-2]:
+                    inputs.append(size(given[0]))
+
+        hook = nn.modules.module.register_module_forward_hook(note)  # of all modules
         objective.eval()
         with (torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value),
               fx_config.patch(meta_nonzero_assume_all_nonzero=True)):
             torch.func.functional_call(objective, state, self.example(1, "meta"))
         objective.train()
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
         self.kept = sum(pair[0] for pair in kept.values())
         self.lean = self.kept - after[-1] + sum(inputs) + max(np.diff(after), default=0).item()
 
