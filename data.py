@@ -69,8 +69,10 @@ PIECE_BYTES = 2**27
 TOLD = set()
 # notes of a loader process that the main one is to say
 UNSAID = {}
-# what the loader processes of this process read: (workers, 4096) bytes, see Clips.say
+# what the loader processes of this process read: (workers, 4096) bytes, see say
 WATCHED = []
+# in a loader process, its row of that
+READING = []
 # files that killed or hung a loader process, in a run that goes on: not opened again
 POISON = set()
 # what tells a run to save and leave; by name, as Windows lacks two
@@ -1244,16 +1246,15 @@ class Plan:
 
 
 @dataclass
-class Clips(torch.utils.data.Dataset):
-    """What a worker does: `dataset.__getitems__(numbers)` is one micro-batch. numbers: sample
-    numbers g when there is a plan, else rows."""
+class Clips:
+    """Batches of clips: batch(numbers) is one. numbers: sample numbers g when there is a plan, else
+    rows."""
     sources: list
     clip: Clip
     seed: int
     plan: Plan | None = None
     names: tuple = ()  # labels that the world renders
-    after: object = None  # what a worker does to each batch
-    masks: object = None  # numbers -> masks of these clips
+    after: object = None  # what is done to each batch
 
     def __post_init__(self):
         if any(len(source.paths) for source in self.sources):
@@ -1261,14 +1262,6 @@ class Clips(torch.utils.data.Dataset):
         self.per = self.clip.clips if self.plan else 1  # numbers that share a video
         self.many = self.clip.segments * self.clip.views  # clips of a number
         self.offsets = np.cumsum([0] + [len(source) for source in self.sources])
-        self.reading = None  # what this worker reads, for whoever finds it dead
-
-    def __getitems__(self, numbers):
-        try:
-            batch = self.batch(list(numbers))
-            return self.after(batch) if self.after else batch
-        except DataError as error:
-            return error  # as a value: raised in a worker it would reach the user in two tracebacks
 
     def batch(self, numbers):
         clip = self.clip
@@ -1304,11 +1297,9 @@ class Clips(torch.utils.data.Dataset):
         out["video"] = out["video"].flatten(0, 1)
         out["flip"] = out["flip"].repeat_interleave(self.many)
         out["padded"] = sum(cut.repeats for cut in out["cut"] if cut)
-        if self.masks:
-            out["masks"] = self.masks(numbers)
         out["notes"] = dict(UNSAID)
         UNSAID.clear()
-        return out
+        return self.after(out) if self.after else out
 
     def read(self, numbers, group, out):
         """The clips of one video into the places `group` (a slice) of the batch -> source, row,
@@ -1333,7 +1324,7 @@ class Clips(torch.utils.data.Dataset):
             try:
                 if path in POISON:
                     raise ValueError("a loader process died or hung as it read this")
-                self.say(path)
+                say(path)
                 dataset = self.sources[source].dataset
                 what = path if dataset is None else dataset[row]
                 video, cuts = read_cuts(what, self.clip, rngs)
@@ -1343,7 +1334,7 @@ class Clips(torch.utils.data.Dataset):
                 out["bad"].append((path, reason(error)))
                 continue
             finally:
-                self.say("")
+                say("")
             out["flip"][group] = torch.tensor(flips)
             out["video"][group] = video.unflatten(0, (-1, self.many))
             return source, row, cuts
@@ -1360,15 +1351,18 @@ class Clips(torch.utils.data.Dataset):
             return f"world/{source.split}/{row}"
         return source.paths[row] if len(source.paths) else f"{source.name}/{row}"
 
-    def say(self, path):
-        """Note what is read now, "" for nothing, where the main process sees it if this one dies:
-        the number of the process, the time, the path."""
-        info = torch.utils.data.get_worker_info()
-        if info:
-            head = struct.pack("qd", os.getpid(), perf_counter())
-            text = head + os.fsencode(path)[:4070] + b"\0"
-            text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            self.reading[info.id, : len(text)] = text
+
+def say(path):
+    """A loader process notes what it reads now, "" for nothing, where the main process sees it if
+    this one dies: the number of the process, the time, the path."""
+    for row in READING:
+        head = struct.pack("qd", os.getpid(), perf_counter())
+        text = head + os.fsencode(path)[:4070] + b"\0"
+        row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def begin_reading(table, worker):
+    READING.append(table[worker])
 
 
 def reason(error):
@@ -1380,7 +1374,7 @@ def reason(error):
 
 def make_loader(
     sources, clip, *, seed, batch_size, micro_batch, steps, start_step=0, rank=0, ranks=1,
-    workers=0, timeout=600, masks=None, own=int,
+    workers=0, timeout=600, masks=None, stills=False,
 ):
     """The micro-batches of `rank` for the steps start_step to steps - 1: batch_size / ranks /
     micro_batch of them a step, in order.
@@ -1399,8 +1393,10 @@ def make_loader(
         masks                       masks(step, batch_size, rows=) of these rows, if given: drawn by
                                     the loader's processes
 
+    stills=True: a micro-batch is of videos alone or of images alone, which are single frames
+    (b,1,H,W,3). Their share of the micro-batches, evenly spread, is that of the samples, and g
+    counts those of a kind.
     A worker that is silent for `timeout` seconds, or dies, raises RuntimeError (see dead_worker).
-    own: a micro-batch's number, as turns() gives it -> its number in this loader; None: not in it.
     """
     least = min(batch_size, micro_batch)
     if least < 1 or batch_size % (ranks * micro_batch) or micro_batch % clip.clips:
@@ -1409,24 +1405,20 @@ def make_loader(
                         "each video")
     if not clip.train or clip.segments * clip.views > 1:
         raise DataError("training takes random clips: train=True, segments=1, views=1")
-    drawn = partial(masks_of, masks, batch_size) if masks else None
-    dataset = Clips(sources, clip, seed, Plan(sources, seed), masks=drawn)
+    kinds, share = kinds_of(sources) if stills else ([sources], 0.0)
+    clips = []
+    for part, form in zip(kinds, (clip, replace(clip, frames=1))):
+        clips.append(Clips(part, form, seed, Plan(part, seed)))
 
     def batches():
-        for turn in turns(batch_size, micro_batch, steps, start_step, rank, ranks):
-            number = own(turn)
-            if number is not None:
-                yield range(number * micro_batch, (number + 1) * micro_batch)
+        mine = batch_size // ranks
+        for step in range(start_step, steps):
+            first = step * batch_size + rank * mine
+            for number in range(first, first + mine, micro_batch):
+                yield range(number, number + micro_batch)
 
-    return stream(dataset, batches(), workers, timeout)
-
-
-def turns(batch_size, micro_batch, steps, start_step=0, rank=0, ranks=1, **_):
-    """The numbers of the micro-batches of a rank, counted through all steps and ranks."""
-    each = batch_size // ranks // micro_batch
-    for step in range(start_step, steps):
-        first = (step * ranks + rank) * each
-        yield from range(first, first + each)
+    work = partial(micro_batch_of, clips, share, masks, batch_size)
+    return stream(work, batches(), workers, timeout, seed)
 
 
 def kinds_of(sources):
@@ -1443,39 +1435,19 @@ def kinds_of(sources):
     return kinds, sizes[1] / sum(sizes)
 
 
-def mixed_loader(sources, clip, masks=None, **flags):
-    """make_loader's micro-batches, each of videos alone or of images alone, which are single frames
-    (b,1,H,W,3). Their share of the micro-batches, evenly spread, is that of the samples. Each kind
-    has `workers` processes."""
-    kinds, share = kinds_of(sources)
-
-    def place(turn):
-        """Kind of a micro-batch (1: images), and its number among those of this kind."""
-        before = math.floor(turn * share)
-        kind = math.floor((turn + 1) * share) - before
-        return kind, before if kind else turn - before
-
-    def own(kind, turn):
-        found, number = place(turn)
-        return number if found == kind else None
-
-    loaders = []
-    for kind, form in enumerate((clip, replace(clip, frames=1))):
-        part = kinds[kind]
-        loaders.append(part and make_loader(part, form, own=partial(own, kind), **flags))
-    n = flags["micro_batch"]
-    for turn in turns(**flags):
-        batch = next(loaders[place(turn)[0]])
-        if masks:  # by numbers of the whole run
-            numbers = range(turn * n, (turn + 1) * n)
-            batch["masks"] = masks_of(masks, flags["batch_size"], numbers)
-        yield batch
-
-
-def masks_of(masks, batch_size, numbers):
-    """Of neighbouring samples of one step."""
-    step, first = divmod(numbers[0], batch_size)
-    return masks(step, batch_size, rows=slice(first, first + len(numbers)))
+def micro_batch_of(kinds, share, masks, batch_size, numbers):
+    """The samples `numbers` of a run. kinds: Clips of videos and of images; share: how many of the
+    micro-batches are images."""
+    n = len(numbers)
+    turn = numbers[0] // n
+    before = math.floor(turn * share)
+    kind = math.floor((turn + 1) * share) - before
+    first = n * (before if kind else turn - before)
+    batch = kinds[kind].batch(range(first, first + n))
+    if masks:
+        step, first = divmod(numbers[0], batch_size)
+        batch["masks"] = masks(step, batch_size, rows=slice(first, first + n))
+    return batch
 
 
 def eval_batches(
@@ -1493,7 +1465,8 @@ def eval_batches(
     rows = np.arange(len(source)) if rows is None else np.asarray(rows)
     rows = rows[rank::ranks].tolist()
     batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
-    return stream(Clips([source], clip, seed, names=names, after=after), batches, workers, timeout)
+    clips = Clips([source], clip, seed, names=names, after=after)
+    return stream(clips.batch, batches, workers, timeout, seed)
 
 
 def labelled_features(read, source, clip, device, pixels, *, ranks, gather, **how):
@@ -1522,15 +1495,29 @@ def as_it_is(batch):
     return batch
 
 
-def stream(dataset, batches, workers, timeout):
-    if workers:
-        dataset.reading = torch.zeros(workers, 4096, dtype=torch.uint8).share_memory_()
-        WATCHED.append(dataset.reading)
+@dataclass
+class Work(torch.utils.data.Dataset):
+    """A function of numbers, as DataLoader wants it."""
+    function: object
+
+    def __getitems__(self, numbers):
+        try:
+            return self.function(numbers)
+        except DataError as error:
+            return error  # as a value: raised in a worker it would reach the user in two tracebacks
+
+
+def stream(function, batches, workers, timeout, seed):
+    """function(numbers) for the numbers of each of `batches`, by processes; what it says is said
+    here."""
+    table = torch.zeros(workers, 4096, dtype=torch.uint8).share_memory_()
+    WATCHED.append(table)
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
+        Work(function), batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
         timeout=timeout if workers else 0, pin_memory=workers > 0 and torch.cuda.is_available(),
+        worker_init_fn=partial(begin_reading, table),
         # its own: the loader's base seed must not come from torch's global random state
-        generator=torch.Generator().manual_seed(dataset.seed))
+        generator=torch.Generator().manual_seed(seed))
     for batch in begin(loader):
         if isinstance(batch, DataError):
             raise batch
@@ -1540,8 +1527,7 @@ def stream(dataset, batches, workers, timeout):
                 TOLD.add(path)
                 print(f"bad video: {path}: {why}", file=sys.stderr)
         yield batch
-    if workers:
-        WATCHED.pop()
+    WATCHED.pop()
 
 
 def begin(loader):

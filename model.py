@@ -1435,11 +1435,10 @@ class Run:
     def loader(self, sources, clip, first, masks=None):
         """This rank's micro-batches, from step `first` on, each with its masks."""
         args = self.args
-        make = data.mixed_loader if getattr(args, "stills", False) else data.make_loader
-        batches = iter(make(
+        batches = data.make_loader(
             sources, clip, seed=args.seed, batch_size=args.batch_size, micro_batch=self.micro,
             rank=self.rank, ranks=self.ranks, workers=self.workers, timeout=args.timeout,
-            start_step=first, steps=self.last, masks=masks))
+            start_step=first, steps=self.last, masks=masks, stills=getattr(args, "stills", False))
         if self.device.type == "cuda":
             batches = data.ahead(batches, self.device)
         return batches

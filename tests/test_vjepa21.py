@@ -244,8 +244,8 @@ def test_micro_batches_are_of_one_kind(mixture):
     clip = D.Clip(frames=4, size=16, train=True)
 
     def taken(rank=0, ranks=1, first=0):
-        loader = D.mixed_loader(sources, clip, seed=0, batch_size=8, micro_batch=2, steps=4, start_step=first,
-                                rank=rank, ranks=ranks)
+        loader = D.make_loader(sources, clip, seed=0, batch_size=8, micro_batch=2, steps=4, start_step=first,
+                               rank=rank, ranks=ranks, stills=True)
         return [(batch["video"].shape[1], batch["path"], batch["video"]) for batch in loader]
 
     whole = taken()
@@ -259,10 +259,10 @@ def test_micro_batches_are_of_one_kind(mixture):
         assert a[:2] == b[:2] and torch.equal(a[2], b[2])
     for a, b in zip(whole[8:], taken(first=2)):
         assert a[:2] == b[:2] and torch.equal(a[2], b[2])
-    assert {b["video"].shape[1] for b in D.mixed_loader(
-        sources[1:], clip, seed=0, batch_size=8, micro_batch=2, steps=1)} == {1}
-    assert {b["video"].shape[1] for b in D.mixed_loader(
-        sources[:1], clip, seed=0, batch_size=8, micro_batch=2, steps=1)} == {4}
+    assert {b["video"].shape[1] for b in D.make_loader(
+        sources[1:], clip, seed=0, batch_size=8, micro_batch=2, steps=1, stills=True)} == {1}
+    assert {b["video"].shape[1] for b in D.make_loader(
+        sources[:1], clip, seed=0, batch_size=8, micro_batch=2, steps=1, stills=True)} == {4}
 
 
 def test_ranks_with_another_kind_each(run, mixture, tmp_path):
