@@ -2733,25 +2733,18 @@ BALL, STONE, BOX, PILLAR = range(PLANES, OBJECTS)
 
 @dataclass
 class Scene:
-    """Poses of camera and objects, sizes and textures; an axis of length 1 is for the times."""
-    R: np.ndarray       # (n,T,3,3) camera to world
-    p: np.ndarray       # (n,T,3)
+    """Poses of camera and objects, sizes and textures; an axis of length 1 is for the times, or, of
+    the camera, for the objects."""
+    R: np.ndarray       # (1,n,T,3,3) camera to world
+    p: np.ndarray       # (1,n,T,3)
     Ro: np.ndarray      # (O,n,T,3,3) object to world; a plane is its z = 0
     po: np.ndarray      # (O,n,T,3)
     size: np.ndarray    # (O,n,1,3) a box's half edges; a sphere's radius, three times
     wave: np.ndarray    # (O,n,1,S,3) wave vectors in object coordinates, rad per unit
     phase: np.ndarray   # (O,n,1,S)
 
-    def cut(self, clips=slice(None), times=slice(None)):
-        return Scene(
-            self.R[clips, times],
-            self.p[clips, times],
-            self.Ro[:, clips, times],
-            self.po[:, clips, times],
-            self.size[:, clips],
-            self.wave[:, clips],
-            self.phase[:, clips],
-        )
+    def cut(self, clips):
+        return Scene(*(array[:, clips] for array in vars(self).values()))
 
 
 def rotation(axis, angle):
@@ -2912,7 +2905,8 @@ class World:
         return Scene(R, p, Ro, po, size, wave, phase)
 
     def camera(self, draw, motion, pace, wall):
-        """-> R (n,T,3,3), p (n,T,3): one of eight motions, and a sway that is the same for all."""
+        """-> R (1,n,T,3,3), p (1,n,T,3): one of eight motions, and a sway that is the same for all.
+        """
         width = 2 * FIELD * wall
         shift = draw.between(*self.shift) * width
         turn = np.radians(draw.between(*self.turn))
@@ -2937,7 +2931,7 @@ class World:
         turned = rotation([0, 0, -1], roll * turn * pace)
         R = product(start, turned)
         p = product(start, place[..., None])[..., 0]
-        return R, p
+        return R[None], p[None]
 
     def objects(self, draw, wall):
         """-> Ro (O,n,T,3,3), po (O,n,T,3), size (O,n,1,3)."""
@@ -3033,9 +3027,13 @@ class World:
 
         scenes = []
         for thing, other in ((possible, behind_camera), (impossible, substitute)):
-            ball = np.where(box_moves, other, thing)
-            box = np.where(box_moves, thing, other)
-            scenes.append(self.put(scene, ball, box))
+            po = scene.po.copy()
+            po[BALL] = np.where(box_moves, other, thing)
+            po[BOX] = np.where(box_moves, thing, other)
+            Ro = scene.Ro.copy()
+            # they roll
+            Ro[[BALL, BOX]] = rotation([0, 0, 1], po[[BALL, BOX], ..., 0] / radius)
+            scenes.append(replace(scene, Ro=Ro, po=po))
         return scenes
 
     def stage(self, draw, wall, floor, radius, reach, in_view):
@@ -3053,21 +3051,9 @@ class World:
         step = reach / depth / max(1, self.frames - 1)
         half = radius / depth + step + 0.03
         size[PILLAR] = vectors(half * 0.45 * wall, floor, 0.02 * wall)
-        R = Ro[0]
-        p = np.zeros_like(po[0])
         wave, phase = self.textures(draw, wall)
-        return Scene(R, p, Ro, po, size, wave, phase)
-
-    def put(self, scene, ball, box):
-        """A pair's scene with these two at places (n,T,3), rolling."""
-        po = scene.po.copy()
-        po[BALL] = ball
-        po[BOX] = box
-        Ro = scene.Ro.copy()
-        radius = scene.size[BALL, ..., 0]                                   # (n,1)
-        roll = po[[BALL, BOX], ..., 0] / radius                             # (2,n,T)
-        Ro[[BALL, BOX]] = rotation([0, 0, 1], roll)
-        return replace(scene, Ro=Ro, po=po)
+        # the camera rests where all begins
+        return Scene(Ro[:1], np.zeros_like(po[:1]), Ro, po, size, wave, phase)
 
     # --- 3 cast
 
@@ -3271,7 +3257,7 @@ LABELS = (
 
 @dataclass
 class Shot:
-    """Filmed scenes. An attribute for each label, made when it is asked for."""
+    """Filmed scenes. An attribute for each label; what takes long is made when it is asked for."""
     world: World
     scenes: list
     grain: np.ndarray
@@ -3282,12 +3268,11 @@ class Shot:
         hits = self.world.cast(self.scene)
         self.depth, self.ids, self.axes, self.eye = hits
         self.video = self.world.picture(self.scene, self.grain, hits)
+        self.masks = self.ids.to(torch.uint8)
+        self.kind = torch.from_numpy(self.indices % len(IMPOSSIBLE))
         # pixels
         self.focal = self.world.size / (2 * FIELD)
-
-    @property
-    def masks(self):
-        return self.ids.to(torch.uint8)
+        self.disparity = self.focal * self.world.baseline / self.depth
 
     @property
     def boxes(self):
@@ -3308,10 +3293,10 @@ class Shot:
     @property
     def pose(self):
         scene = self.scene
-        n, T, _ = scene.p.shape
+        _, n, T, _ = scene.p.shape
         pose = np.tile(np.eye(4), (n, T, 1, 1))
-        pose[..., :3, :3] = scene.R
-        pose[..., :3, 3] = scene.p
+        pose[..., :3, :3] = scene.R[0]
+        pose[..., :3, 3] = scene.p[0]
         return self.world.tensor(pose)
 
     @property
@@ -3328,17 +3313,16 @@ class Shot:
 
     @cached_property
     def in_next_frame(self):
-        """Where pixels go, (n,T-1,H,W,2), and whether they are seen there."""
-        later = self.scene.cut(times=slice(1, None))
-        point = self.point[:, :, :-1]
-        ids = self.ids[:, :-1]
-        return self.world.follow(later, point, ids)
+        """How far pixels go, (n,T-1,H,W,2), and whether they are seen there."""
+        # each frame's points are asked for in the next one
+        pixel, seen = self.world.follow(self.scene, self.point.roll(1, 2), self.ids.roll(1, 1))
+        centre = torch.arange(self.world.size, device=self.ids.device) + 0.5
+        start = torch.meshgrid(centre, centre, indexing="xy")
+        return pixel[:, 1:] - torch.stack(start, -1), seen[:, 1:]
 
     @property
     def flow(self):
-        centre = torch.arange(self.world.size, device=self.ids.device) + 0.5
-        pixel = torch.meshgrid(centre, centre, indexing="xy")
-        return self.in_next_frame[0] - torch.stack(pixel, -1)
+        return self.in_next_frame[0]
 
     @property
     def flow_visible(self):
@@ -3346,7 +3330,7 @@ class Shot:
 
     @cached_property
     def tracked(self):
-        """Pixels of the first frame in all frames, (n,T,1,P,2), and whether they are seen."""
+        """Pixels of the first frame in all frames, (n,T,P,2), and whether they are seen."""
         pixels = self.world.size ** 2
         count = self.world.points
         generators = self.world.generators(self.indices, 1)
@@ -3354,15 +3338,16 @@ class Shot:
         start = torch.as_tensor(np.stack(start), device=self.ids.device)    # (n,P)
         ids = self.ids[:, 0].flatten(1).gather(1, start)
         point = self.point[:, :, 0].flatten(2).gather(2, start.expand(3, -1, -1))
-        return self.world.follow(self.scene, point[:, :, None, None], ids[:, None, None])
+        pixel, seen = self.world.follow(self.scene, point[:, :, None, None], ids[:, None, None])
+        return pixel[:, :, 0], seen[:, :, 0]
 
     @property
     def tracks(self):
-        return self.tracked[0][:, :, 0]
+        return self.tracked[0]
 
     @property
     def visible(self):
-        return self.tracked[1][:, :, 0]
+        return self.tracked[1]
 
     @cached_property
     def right_scene(self):
@@ -3376,10 +3361,6 @@ class Shot:
         return self.world.picture(self.right_scene, self.world.grain(generators))
 
     @property
-    def disparity(self):
-        return self.focal * self.world.baseline / self.depth
-
-    @property
     def disparity_visible(self):
         _, seen = self.world.follow(self.right_scene, self.point, self.ids)
         return seen
@@ -3387,10 +3368,6 @@ class Shot:
     @cached_property
     def impossible(self):
         return self.world.picture(self.scenes[1], self.grain)
-
-    @property
-    def kind(self):
-        return torch.from_numpy(self.indices % len(IMPOSSIBLE))
 
     @property
     def change(self):
