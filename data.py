@@ -260,8 +260,8 @@ def file_source(name):
     try:
         text = Path(name).read_bytes()
     except OSError as error:
-        hint = "" if "." in name or "/" in name else "; the built-in world is called world"
-        raise DataError(f"{name}: cannot read the list ({error.strerror}){hint}") from None
+        raise DataError(f"{name}: cannot read the list ({error.strerror}; the built-in world is "
+                        "called world)") from None
     text = text.removeprefix(b"\xef\xbb\xbf")
     try:
         text.decode()
@@ -345,15 +345,10 @@ def name_classes(source, texts):
     number = {word: k for k, word in enumerate(source.classes)}
     numbered = (source.labels != -1).any()
     for row, word in texts.items():
-        wrong = None
-        if re.fullmatch(r"[+-]?[\d.,]+", word):
-            wrong = "is neither an integer from 0 on nor a name"
-        elif numbered:
-            wrong = "is a name, and other rows have numbers"
-        elif word not in number:
-            wrong = f"is not one of the {len(number)} of classes.txt beside it"
-        if wrong:
-            raise DataError(f"{where(source, row)}: label {word!r} {wrong}")
+        if numbered or word not in number or re.fullmatch(r"[+-]?[\d.,]+", word):
+            raise DataError(f"{where(source, row)}: label {word!r} is neither an integer from 0 on "
+                            "nor a name (all labels are numbers or all are names; if classes.txt "
+                            "lies beside the list, it has them all)")
         source.labels[row] = number[word]
     return source
 
@@ -427,22 +422,19 @@ def file_facts(source):
 def look(paths, spans):
     """file_facts of the rows with these spans; -1 bytes where there is nothing."""
     root = os.fsencode(paths.root)
-
-    def numbers():
-        for start, end in spans.tolist():
-            path = os.path.join(root, paths.text[start:end])
-            try:
-                found = os.stat(path)
-            except (OSError, ValueError):
-                yield from (-1, 0)
-                continue
-            size = found.st_size
-            if stat.S_ISDIR(found.st_mode):
-                size = len(numbered_images(Path(os.fsdecode(path)))) or -1
-            yield size
-            yield found.st_mtime_ns
-
-    return np.fromiter(numbers(), np.int64, 2 * len(spans)).reshape(-1, 2)
+    facts = []
+    for start, end in spans.tolist():
+        path = os.path.join(root, paths.text[start:end])
+        try:
+            found = os.stat(path)
+        except (OSError, ValueError):
+            facts.append((-1, 0))
+            continue
+        size = found.st_size
+        if stat.S_ISDIR(found.st_mode):
+            size = len(numbered_images(Path(os.fsdecode(path)))) or -1
+        facts.append((size, found.st_mtime_ns))
+    return np.array(facts)
 
 
 def match_classes(train, val):
@@ -458,16 +450,15 @@ def match_classes(train, val):
         used = np.unique(source.labels[source.labels >= 0]).tolist()
         keys.append({source.classes[k] if named else k: k for k in used})
     known = [*(keys[0] | keys[1])]
-    for side, mine, other in (("train", *keys), ("val", *keys[::-1])):
-        alone = [str(key) for key in mine if key not in other]
-        if alone:
-            print(f"note: {len(alone)} of {len(known)} classes occur in {side} only: "
-                  f"{', '.join(alone[:10])}", file=sys.stderr)
     number = {key: k for k, key in enumerate(known)}
     names = dict(enumerate(train.classes or val.classes))
     classes = tuple(names.get(key, str(key)) for key in known)
     matched = []
-    for source, mine in zip((train, val), keys):
+    for side, source, mine, other in (("train", train, *keys), ("val", val, *keys[::-1])):
+        alone = [str(key) for key in mine if key not in other]
+        if alone:
+            print(f"note: {len(alone)} of {len(known)} classes occur in {side} only: "
+                  f"{', '.join(alone[:10])}", file=sys.stderr)
         old = [-1, *mine.values()]
         new = np.array([-1] + [number[key] for key in mine])
         labels = new[np.searchsorted(old, source.labels)]
