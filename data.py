@@ -1855,6 +1855,11 @@ def pipe(images, *out, rate=10):
     return ffmpeg(f"-f image2pipe -framerate {rate} -c:v {codec} -i -", *out, data=data)
 
 
+def find_ffmpeg():
+    if not shutil.which("ffmpeg"):
+        raise DataError("this needs the ffmpeg program: apt-get install -y ffmpeg")
+
+
 def ffmpeg(options, *words, data=b""):
     """What it gives for these options, in one text, these further words and these data. Raises
     ValueError with the last it said."""
@@ -2171,33 +2176,26 @@ def intphys(root, files, annotations):
             movies = scenes.setdefault(match[1], {})
             movies.setdefault(match[2], []).append(root / path)
     for scene, movies in scenes.items():
+        block = re.search(r"O(\d)", scene)
+        kind = int(block[1]) - 1 if block else 0
+        pictures = {k: png(movie) for k, movie in movies.items()}
         possible = [k for k in movies if is_possible(root / scene / k / "status.json")]
-        for k, movie in movies.items():
-            if k not in possible:
-                change = {j: first_difference(movies[j], movie) for j in possible}
-                j = max(change, key=change.get)
-                yield f"{scene}_{k}", movies[j], intphys_labels(scene, movie, change[j])
+        for k in sorted(movies.keys() - possible):
+            change = {j: first_difference(pictures[j], pictures[k]) for j in possible}
+            j = max(change, key=change.get)
+            labels = {"impossible": pictures[k], "change": np.array(change[j]),
+                      "kind": np.array(kind)}
+            yield f"{scene}_{k}", movies[j], labels.items()
 
 
 def is_possible(status):
-    about = json.loads(status.read_text())
-    return about.get("header", about).get("is_possible", about.get("possible"))
+    return json.loads(status.read_text())["header"]["is_possible"]
 
 
 def first_difference(movie, other):
     """The number of the first frame that differs; their count if none does."""
-    for number, (a, b) in enumerate(zip(movie, other)):
-        # equal bytes are equal pictures, and need no decoding
-        if a.read_bytes() != b.read_bytes() and (png([a]) != png([b])).any():
-            return number
-    return len(other)
-
-
-def intphys_labels(scene, impossible, change):
-    block = re.search(r"O(\d)", scene)
-    yield "impossible", png(impossible)
-    yield "change", np.array(change)
-    yield "kind", np.array(int(block[1]) - 1 if block else 0)
+    differs = (movie != other).any((1, 2, 3))
+    return int(differs.argmax()) if differs.any() else len(other)
 
 
 def ava(root, files, annotations):
@@ -2272,8 +2270,7 @@ def label_tensor(value):
 
 def index_dense(layout, root, out, annotations, crf):
     """index for dense labels."""
-    if not shutil.which("ffmpeg"):
-        raise DataError("dense labels need the ffmpeg program: apt-get install -y ffmpeg")
+    find_ffmpeg()
     folder = out.parent / f"{out.stem}_clips"
     if folder.resolve() == root.resolve():
         raise DataError(f"--out {out}: its clips would go into {root} itself; choose another name")
@@ -2569,8 +2566,7 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
         raise DataError(f"{out} lies in {path}, whose next reading would find every video twice; "
                         "choose a folder outside")
     import_torchcodec()
-    if not shutil.which("ffmpeg"):
-        raise DataError("pack needs the ffmpeg program: apt-get install -y ffmpeg")
+    find_ffmpeg()
     root = os.path.dirname(os.path.abspath(source.name)) + "/"
     if not fps and any(map(os.path.isdir, source.paths)):
         raise DataError(f"{path}: folders of numbered images have no frame rate; say it: --fps 25")
