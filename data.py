@@ -276,33 +276,37 @@ def file_source(name):
     if "youtube_id" in header or text.lstrip()[:1] in (b"[", b"{"):
         raise DataError(f"{name}: an annotation file, not a list; make one with: python data.py "
                         f"index kinetics|ssv2 ROOT --annotations {name}")
-    source = table_source(name, text) if "path" in header else plain_source(name, text)
-    source.paths.root = os.path.dirname(os.path.abspath(name))
+    rows = plain_rows(text)
+    if "path" in header:
+        text, rows = table_rows(text)
+    spans = array("q")
+    labels = array("q")
+    texts = {}
+    for start, path, word in rows:
+        label = -1
+        if word.isdigit():
+            label = min(int(word[:19]), 2**53)
+        elif word:
+            texts[len(labels)] = word.decode()
+        spans.extend((start, start + len(path)))
+        labels.append(label)
+    root = os.path.dirname(os.path.abspath(name))
+    paths = Paths(root, text, np.array(spans).reshape(-1, 2))
+    source = name_classes(Source(name, paths, np.array(labels)), texts)
     check_paths(source)
     return source
 
 
-def plain_source(name, text):
-    """Rows of `path label`. Only after a file name can a word be a class name, as paths may hold
-    blanks."""
-    spans = array("q")
-    labels = array("q")
-    texts = {}
-    # rows without the blanks before them, and no empty ones
-    for line in re.finditer(rb"\S.*", text):
-        row = line[0].rstrip()
+def plain_rows(text):
+    """(where it starts, path, label) of rows `path label`. Only after a file name can a word be a
+    class name, as paths may hold blanks."""
+    # rows without the blanks around them, and no empty ones
+    for line in re.finditer(rb"\S(.*\S)?", text):
+        row = line[0]
         path, word = (row.rsplit(None, 1) + [b""])[:2]
-        label = -1
-        if word.isdigit():
-            label = min(int(word[:19]), 2**53)
-        elif word and is_file_name(path) and not is_file_name(word):
-            texts[len(labels)] = word.decode()
-        else:
-            path = row
-        spans.extend((line.start(), line.start() + len(path)))
-        labels.append(label)
-    spans = np.array(spans).reshape(-1, 2)
-    return name_classes(Source(name, Paths("", text, spans), np.array(labels)), texts)
+        if not word.isdigit() and (is_file_name(word) or not is_file_name(path)):
+            path, word = row, b""
+        yield line.start(), path, word
 
 
 def is_file_name(word):
@@ -313,28 +317,22 @@ def suffix_of(name):
     return os.path.splitext(name)[1].lower()
 
 
-def table_source(name, text):
-    """Rows of a comma-separated file with a header."""
+def table_rows(text):
+    """The same of a comma-separated file with a header, and a text that has nothing but the paths,
+    each in its own line."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(text.decode().splitlines(keepends=True))
     reader.fieldnames = [column.strip().lower() for column in reader.fieldnames]
-    paths = []
-    labels = []
-    lines = []
-    texts = {}
+    paths = bytearray()
+    rows = []
+    line = 1
     for row in reader:
-        word = (row.get("label") or "").strip()
-        label = -1
-        if word.isdecimal():
-            label = min(int(word), 2**53)
-        elif word:
-            texts[len(paths)] = word
-        paths.append((row["path"] or "").strip())
-        labels.append(label)
-        lines.append(reader.line_num)
-    source = Source(name, Paths.of(paths), np.array(labels, np.int64))
-    source.lines = lines
-    return name_classes(source, texts)
+        paths += b"\n" * (reader.line_num - line)
+        line = reader.line_num
+        path = (row["path"] or "").strip().encode()
+        rows.append((len(paths), path, (row.get("label") or "").strip().encode()))
+        paths += path
+    return bytes(paths), rows
 
 
 def name_classes(source, texts):
@@ -363,9 +361,6 @@ def where(source, row):
     """`file:line` of a row, for messages."""
     if os.path.isdir(source.name):
         return os.path.dirname(source.paths[row])
-    lines = getattr(source, "lines", None)
-    if lines is not None:
-        return f"{source.name}:{lines[row]}"
     start = int(source.paths.spans[row, 0])
     return f"{source.name}:{source.paths.text.count(10, 0, start) + 1}"
 
