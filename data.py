@@ -1247,7 +1247,6 @@ class Clips:
             import_torchcodec()  # a machine without FFmpeg is told so before any work
         self.per = self.clip.clips if self.plan else 1  # numbers that share a video
         self.many = self.clip.segments * self.clip.views  # clips of a number
-        self.offsets = np.cumsum([0] + [len(source) for source in self.sources])
 
     def batch(self, numbers):
         clip = self.clip
@@ -1291,11 +1290,12 @@ class Clips:
         """The clips of one video into the places `group` (a slice) of the batch -> source, row,
         cuts. Where it is damaged, the plan says which other video takes its place."""
         for attempt in range(ATTEMPTS if self.plan else 1):
+            source = 0
             row = numbers[0]
             if self.plan:
                 row = self.plan.row(row // self.per, attempt)
-            source = int(np.searchsorted(self.offsets, row, side="right")) - 1
-            row -= int(self.offsets[source])
+                source = int(np.searchsorted(self.plan.offsets, row, side="right")) - 1
+                row -= int(self.plan.offsets[source])
             # the world: not cropped and not flipped, as left and right are classes
             if self.sources[source].split:
                 return source, row, None
@@ -1477,20 +1477,11 @@ def idle_cores(ranks=1):
     return clamp(cores // ranks - 1, 1, 8)
 
 
-def as_it_is(batch):
-    return batch
-
-
-@dataclass
-class Work(torch.utils.data.Dataset):
-    """A function of numbers, as DataLoader wants it."""
-    function: object
-
-    def __getitems__(self, numbers):
-        try:
-            return self.function(numbers)
-        except DataError as error:
-            return error  # as a value: raised in a worker it would reach the user in two tracebacks
+def attempt(function, numbers):
+    try:
+        return function(numbers)
+    except DataError as error:
+        return error  # as a value: raised in a worker it would reach the user in two tracebacks
 
 
 def stream(function, batches, workers, timeout, seed):
@@ -1499,8 +1490,10 @@ def stream(function, batches, workers, timeout, seed):
     table = torch.zeros(workers, 4096, dtype=torch.uint8).share_memory_()
     WATCHED.append(table)
     loader = torch.utils.data.DataLoader(
-        Work(function), batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
-        timeout=timeout if workers else 0, pin_memory=workers > 0 and torch.cuda.is_available(),
+        # item g is the number g itself, and a batch is what the function makes of its numbers
+        range(sys.maxsize), batch_sampler=batches, collate_fn=partial(attempt, function),
+        num_workers=workers, timeout=timeout if workers else 0,
+        pin_memory=workers > 0 and torch.cuda.is_available(),
         worker_init_fn=partial(begin_reading, table),
         # its own: the loader's base seed must not come from torch's global random state
         generator=torch.Generator().manual_seed(seed))
@@ -1545,8 +1538,7 @@ def dead_worker(error):
     # what a worker raised has its own traceback
     if not lost and ("DataLoader" not in str(error) or "Original Traceback" in str(error)):
         return None
-    if os.name == "posix":
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler raises once more
+    end_workers()  # or PyTorch raises once more where the next one dies
     text = "its connection was lost" if lost else " ".join(str(error).split())
     pids = [int(number) for number in re.findall(r"\d+", text)] if "pid" in text else []
     read = []
@@ -2267,8 +2259,6 @@ def index_dense(layout, root, out, annotations, crf):
     """index for dense labels."""
     find_ffmpeg()
     folder = out.parent / f"{out.stem}_clips"
-    if folder.resolve() == root.resolve():
-        raise DataError(f"--out {out}: its clips would go into {root} itself; choose another name")
     rows = []
     counts = Counter()
     name = "1"
@@ -2313,16 +2303,16 @@ def check(path: str, workers: int = 2, frames: int = 16, stride: int = 4, fps: f
     source = parse_list(path)
     import_torchcodec()
     files = in_processes(inspect_video, [*dict.fromkeys(source.paths)], workers)
-    good = [file for file in files if not file["reason"]]
-    bad = [file for file in files if file["reason"]]
-    for file in bad:
-        print(f"bad: {file['path']}: {file['reason']}")
-    for file in good:
+    for file in files:
+        if file["reason"]:
+            print(f"bad: {file['path']}: {file['reason']}")
         # of durations a frame more or less is rounding
-        if abs(file["announced"] - file["frames"]) > 1:
+        elif abs(file["announced"] - file["frames"]) > 1:
             print(f"note: {file['path']}: its header announces {file['announced']} frames, it has "
                   f"{file['frames']}")
-    summary = {"rows": len(source), "files": len(files), "bad": len(bad),
+    good = [file for file in files if not file["reason"]]
+    bad = len(files) - len(good)
+    summary = {"rows": len(source), "files": len(files), "bad": bad,
                "labels": len(np.unique(source.labels[source.labels >= 0]))}
     for name in ("codec", "size", "fps", "pixels"):
         summary[name] = dict(Counter(file[name] for file in good).most_common(8))
@@ -2346,7 +2336,7 @@ def check(path: str, workers: int = 2, frames: int = 16, stride: int = 4, fps: f
               "last frame of shorter videos: --short says what else")
     if summary["read_without_seeking"]:
         print(f"faster, and without these: python data.py pack {path} packed/")
-    return summary, int(bool(bad))
+    return summary, int(bad > 0)
 
 
 def checksum(frame):
@@ -2500,8 +2490,8 @@ def index(
     number = {name: k for k, name in enumerate(classes)} | {None: -1}
     for _, name in rows:
         if name not in number:
-            place = labels or ("classInd.txt" if said else out.with_name("classes.txt"))
-            raise DataError(f"class {name!r} is not one of the {len(classes)} of {place}")
+            raise DataError(f"class {name!r} is not one of the {len(classes)} of --labels, "
+                            f"classInd.txt or {out.with_name('classes.txt')}")
     found = [(path, number[name]) for path, name in rows if path]
     if not found:
         raise DataError(f"{root}: {len(files)} videos, and none is what {layout} {annotations} "
