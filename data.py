@@ -422,7 +422,7 @@ def look(paths, spans):
         path = os.path.join(root, paths.text[start:end])
         try:
             found = os.stat(path)
-        except (OSError, ValueError):
+        except OSError:
             facts.append((-1, 0))
             continue
         size = found.st_size
@@ -560,7 +560,7 @@ def open_video(path):
 def tell(notes):
     """Notes {kind: text} on stderr, a kind once. A loader process leaves them to the main one, with
     its next batch."""
-    if torch.utils.data.get_worker_info():
+    if READING:
         UNSAID.update(notes)
         return
     for kind in notes.keys() - TOLD:
@@ -793,6 +793,8 @@ class Pictures:
     """One picture, a clip that stands still; or a folder of numbered ones, a video."""
     pixel_aspect = 1.0
     tick = 0.0
+    seconds = 0
+    slow = False
 
     def __init__(self, path):
         self.files = numbered_images(Path(path)) if os.path.isdir(path) else (path,)
@@ -1203,11 +1205,11 @@ class Plan:
         self.offsets = np.cumsum([0] + [len(source) for source in sources])
         bounds = self.offsets.tolist()
         weights = [source.weight for source in sources]
-        if weights.count(None) == len(weights):
+        if not any(weights):
             bounds = [0, bounds[-1]]
             weights = [1.0]
         self.groups = list(zip(bounds, bounds[1:]))
-        quota = np.array([1.0 if weight is None else weight for weight in weights])
+        quota = np.array([weight or 1.0 for weight in weights])
         quota = quota * BLOCK / quota.sum()
         self.counts = np.floor(quota).astype(int)
         left = BLOCK - self.counts.sum()
@@ -1410,14 +1412,14 @@ def make_loader(
 def kinds_of(sources):
     """(those with videos, those of images alone), and the images' share of the samples."""
     weights = [source.weight for source in sources]
-    if weights.count(None) == len(weights):
+    if not any(weights):
         weights = [len(source) for source in sources]
     kinds = ([], [])
     sizes = [0.0, 0.0]
     for source, weight in zip(sources, weights):
         still = len(source.paths) > 0 and all(suffix_of(path) in IMAGES for path in source.paths)
         kinds[still].append(source)
-        sizes[still] += 1.0 if weight is None else weight
+        sizes[still] += weight or 1.0
     return kinds, sizes[1] / sum(sizes)
 
 
@@ -2138,14 +2140,12 @@ def frame_labels(root, clip, piece, rows, annotations):
                 yield name, value[piece] if len(value) == len(clip) else value
             continue
         value = reader([paths[i] for i in found], *arguments)
-        if len(found) < len(paths):
-            unknown = 255 if label == "masks" else 0
-            if value.dtype.kind == "f":
-                unknown = np.nan
-            whole = np.full((len(paths), *value.shape[1:]), unknown, value.dtype)
-            whole[found] = value
-            value = whole
-        yield label, value
+        unknown = 255 if label == "masks" else 0
+        if value.dtype.kind == "f":
+            unknown = np.nan
+        whole = np.full((len(paths), *value.shape[1:]), unknown, value.dtype)
+        whole[found] = value
+        yield label, whole
 
 
 # Layouts in which a clip is not simply a folder of frames.
@@ -2350,24 +2350,27 @@ def inspect_video(path):
     facts = {"path": path, "reason": None}
     try:
         video = open_frames(path)
-        if isinstance(video, Pictures):
-            for _ in pieces(video, np.arange(video.frames), by_time=False):
-                pass
-            facts |= {"frames": video.frames, "announced": video.frames, "fps": 0, "seconds": 0,
-                      "slow": False}
-        else:
-            facts |= inspect_frames(video)
         meta = video.decoder.metadata
+        fps = 0
+        frames = announced = video.frames
+        if isinstance(video, Pictures):
+            for _ in pieces(video, np.arange(frames), by_time=False):
+                pass
+        else:
+            announced = meta.num_frames_from_header or frames
+            frames = count_frames(video)
+            fps = round(1 / video.tick, 2)
         facts |= {"codec": meta.codec, "size": f"{meta.width}x{meta.height}",
-                  "pixels": meta.pixel_format, "loses": [*losses(path, meta)]}
+                  "pixels": meta.pixel_format, "loses": [*losses(path, meta)], "fps": fps,
+                  "seconds": video.seconds, "frames": frames, "announced": announced,
+                  "slow": video.slow}
     except DAMAGE as error:
         facts["reason"] = reason(error)
     return facts
 
 
-def inspect_frames(video):
-    """What inspect_video says of a Video's frames."""
-    announced = video.decoder.metadata.num_frames_from_header or video.frames
+def count_frames(video):
+    """How many frames a Video has; raises ValueError where some are not where a clip finds them."""
     sums = []
     times = []
     for frame, time, _ in sequence(open_video(video.path)):
@@ -2387,8 +2390,7 @@ def inspect_frames(video):
             continue
     if again != [sums[number] for number in ids]:
         raise ValueError("its frames are not where they were asked for")
-    return {"frames": len(sums), "fps": round(1 / video.tick, 2), "seconds": video.seconds,
-            "announced": announced, "slow": video.slow}
+    return len(sums)
 
 
 def in_processes(function, items, workers):
@@ -2871,10 +2873,10 @@ class World:
         pace = self.times + draw.between(-0.5, 0.5) * bend / TAU            # (n,T)
         wall = draw.between(0.8, 1.25)                                      # (n,1)
         motion = indices % len(MOTIONS)
-        R, p = self.camera(draw, motion, pace, wall)
-        Ro, po, size = self.objects(draw, wall)
-        wave, phase = self.textures(draw, wall)
-        return Scene(R, p, Ro, po, size, wave, phase)
+        # which draw in this order
+        return Scene(
+            *self.camera(draw, motion, pace, wall), *self.objects(draw, wall),
+            *self.textures(draw, wall))
 
     def camera(self, draw, motion, pace, wall):
         """-> R (1,n,T,3,3), p (1,n,T,3): one of eight motions, and a sway that is the same for all.
@@ -3023,9 +3025,8 @@ class World:
         step = reach / depth / max(1, self.frames - 1)
         half = radius / depth + step + 0.03
         size[PILLAR] = vectors(half * 0.45 * wall, floor, 0.02 * wall)
-        wave, phase = self.textures(draw, wall)
         # the camera rests where all begins
-        return Scene(Ro[:1], np.zeros_like(po[:1]), Ro, po, size, wave, phase)
+        return Scene(Ro[:1], np.zeros_like(po[:1]), Ro, po, size, *self.textures(draw, wall))
 
     # --- 3 cast
 
