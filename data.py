@@ -129,6 +129,12 @@ class Source:
     def __len__(self):
         return len(self.labels)
 
+    def path(self, row):
+        """Where it lies, or what it is called."""
+        if self.split:
+            return f"world/{self.split}/{row}"
+        return self.paths[row] if len(self.paths) else f"{self.name}/{row}"
+
 
 def parse_list(spec, split="train", labelled=False, look=True):
     """Read `spec` = PATH or PATH:WEIGHT, and check every row before any model is built.
@@ -143,7 +149,8 @@ def parse_list(spec, split="train", labelled=False, look=True):
     """
     name, weight = split_weight(str(spec))
     if name == "world":
-        return Source("world", [], World(split).labels, weight, split, MOTIONS)
+        labels = np.arange(SPLITS[split]) % len(MOTIONS)
+        return Source("world", [], labels, weight, split, MOTIONS)
     found = map(Path, sorted(glob.glob(name, recursive=True)) or [name])
     if videos := [path for path in found if is_video(path)]:
         source = unlabelled(name, videos)
@@ -1260,21 +1267,20 @@ class Clips:
             "label": torch.full((n,), -1), "index": torch.tensor(numbers), "path": [""] * n,
             "ok": torch.ones(n, dtype=torch.bool), "bad": [], "cut": [],
         }
-        rendered = {}  # of each source that is a world: place in the batch -> row
+        rendered = {}  # of each split of the world: place in the batch -> row
         for first in range(0, n, self.per):
             group = slice(first, first + self.per)
             source, row, cuts = self.read(numbers[group], group, out)
             out["cut"] += cuts or [None] * (self.per * self.many)
-            if self.sources[source].split:
+            if source.split:
                 for k in range(self.per):
                     # nothing is decoded, so each of several clips is another one
-                    count = len(self.sources[source])
-                    other = (row + k * count // self.per) % count
-                    out["path"][first + k] = self.name(source, other)
-                    rendered.setdefault(source, {})[first + k] = other
+                    other = (row + k * len(source) // self.per) % len(source)
+                    out["path"][first + k] = source.path(other)
+                    rendered.setdefault(source.split, {})[first + k] = other
         # a batch at a time, which is faster than clip by clip
-        for source, rows in rendered.items():
-            world = World(self.sources[source].split, frames=clip.frames, size=clip.size)
+        for split, rows in rendered.items():
+            world = World(split, frames=clip.frames, size=clip.size)
             made = world.render([*rows.values()], self.names)
             out["label"][[*rows]] = made["label"]
             out["video"][[*rows]] = made["video"][:, None]
@@ -1292,17 +1298,18 @@ class Clips:
         """The clips of one video into the places `group` (a slice) of the batch -> source, row,
         cuts. Where it is damaged, the plan says which other video takes its place."""
         for attempt in range(ATTEMPTS if self.plan else 1):
-            source = 0
+            source = self.sources[0]
             row = numbers[0]
             if self.plan:
                 row = self.plan.row(row // self.per, attempt)
-                source = int(np.searchsorted(self.plan.offsets, row, side="right")) - 1
-                row -= int(self.plan.offsets[source])
+                place = int(np.searchsorted(self.plan.offsets, row, side="right")) - 1
+                source = self.sources[place]
+                row -= int(self.plan.offsets[place])
             # the world: not cropped and not flipped, as left and right are classes
-            if self.sources[source].split:
+            if source.split:
                 return source, row, None
-            path = self.name(source, row)
-            out["label"][group] = int(self.sources[source].labels[row])
+            path = source.path(row)
+            out["label"][group] = int(source.labels[row])
             out["path"][group] = [path] * len(numbers)
             rngs = [None] * len(numbers)
             if self.clip.train:
@@ -1313,8 +1320,7 @@ class Clips:
                 if path in POISON:
                     raise ValueError("a loader process died or hung as it read this")
                 say(path)
-                dataset = self.sources[source].dataset
-                what = path if dataset is None else dataset[row]
+                what = path if source.dataset is None else source.dataset[row]
                 video, cuts = read_cuts(what, self.clip, rngs)
             except DataError:
                 raise
@@ -1332,12 +1338,6 @@ class Clips:
                             f"{why}")
         out["ok"][group] = False
         return source, row, None
-
-    def name(self, source, row):
-        source = self.sources[source]
-        if source.split:
-            return f"world/{source.split}/{row}"
-        return source.paths[row] if len(source.paths) else f"{source.name}/{row}"
 
 
 def say(path):
@@ -2836,13 +2836,10 @@ class World:
         last = self.frames - 1
         from_middle = np.arange(self.frames) - last / 2
         self.times = from_middle / max(1, last)
-
-    def __len__(self):
-        return SPLITS[self.split]
-
-    @property
-    def labels(self):
-        return np.arange(len(self)) % len(MOTIONS)
+        # of the rays (x,y,1) through the centres of the pixels: (W,), (H,1)
+        centre = (np.arange(self.size) + 0.5) / self.size
+        self.x = self.tensor(centre * 2 - 1) * FIELD
+        self.y = self.x[:, None]
 
     # --- 1 draw
 
@@ -3033,12 +3030,6 @@ class World:
     def tensor(self, array):
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)
 
-    def rays(self):
-        """x (W,), y (H,1) of the rays (x,y,1) through the centres of the pixels."""
-        centre = (np.arange(self.size) + 0.5) / self.size
-        x = self.tensor(centre * 2 - 1) * FIELD
-        return x, x[:, None]
-
     def tables(self, scene):
         """axes (O,n,T,3,3), eye (O,n,T,3): the camera as object o sees it.
 
@@ -3059,7 +3050,8 @@ class World:
         axes, eye = self.tables(scene)
         size = self.tensor(scene.size)
         if x is None:
-            x, y = self.rays()
+            x = self.x
+            y = self.y
 
         def along(rows):
             """(...,n,T,3) -> (...,n,T,h,w): row . (x,y,1)"""
@@ -3102,9 +3094,8 @@ class World:
 
         depth (n,T,H,W); axes (3,3,n,T,H,W) and eye (3,n,T,H,W) are those of the object seen.
         """
-        x, y = self.rays()
         right, down, ahead = axes.unbind(1)
-        return eye + right * (depth * x) + down * (depth * y) + ahead * depth
+        return eye + right * (depth * self.x) + down * (depth * self.y) + ahead * depth
 
     def follow(self, scene, point, ids):
         """point (3,n,T,h,w), in the coordinates of objects ids (n,T,h,w) -> how `scene` shows it.
@@ -3138,9 +3129,8 @@ class World:
         # from here on of the object that a pixel sees: (...,n,T,H,W)
         offset, slope, number, size, axes, eye = at_object(
             ids, offset, slope, self.tensor(number), self.tensor(scene.size), axes, eye)
-        x, y = self.rays()
-        phase = slope[0] * (depth * x)                                      # (S,n,T,H,W)
-        phase += slope[1] * (depth * y)
+        phase = slope[0] * (depth * self.x)                                 # (S,n,T,H,W)
+        phase += slope[1] * (depth * self.y)
         phase += slope[2] * depth
         phase += offset
 
@@ -3155,7 +3145,7 @@ class World:
 
         # a wave fades where its period spans four to two pixels
         right, down, ahead = axes.unbind(1)
-        ray = right * x + down * y + ahead
+        ray = right * self.x + down * self.y + ahead
         length = dot(ray, ray).sqrt()
         slant = dot(normal, ray).abs() / length
         # what a pixel covers of the surface
