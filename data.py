@@ -312,7 +312,8 @@ def plain_rows(text):
         row = line[0]
         path, word = (row.rsplit(None, 1) + [b""])[:2]
         if not word.isdigit() and (is_file_name(word) or not is_file_name(path)):
-            path, word = row, b""
+            path = row
+            word = b""
         yield line.start(), path, word
 
 
@@ -1781,7 +1782,7 @@ def sample_masks(specs, seed, step, B, grid, aspect=(0.75, 1.5), trim="random", 
         if temporal_keep < 1:
             hidden = np.ones_like(hidden)
             np.put_along_axis(hidden, kept, False, axis=1)
-            M = N - kept.shape[1]
+            M = N - K
         predicted = lowest(hidden, keys, M)
         keep.append(torch.from_numpy(kept))
         pred.append(torch.from_numpy(predicted))
@@ -2854,9 +2855,7 @@ class World:
         return [np.random.default_rng(seed) for seed in seeds]
 
     def grain(self, generators):
-        """Pixel noise (n,T,H,W,3) uint8, or None."""
-        if not self.noise:
-            return None
+        """Pixel noise (n,T,H,W,3) uint8."""
         shape = (self.frames, self.size, self.size, 3)
         noise = [g.integers(0, 256, shape, np.uint8) for g in generators]
         return np.stack(noise)
@@ -3168,9 +3167,8 @@ class World:
         """
         grey = self.shade(scene, *hits or self.cast(scene)).mul_(255)
         video = grey[..., None].repeat(1, 1, 1, 1, 3)
-        if self.noise:
-            noise = self.tensor(grain) - 127.5
-            video += noise * (self.noise * math.sqrt(12))
+        noise = self.tensor(grain) - 127.5
+        video += noise * (self.noise * math.sqrt(12))
         return video.round_().clamp_(0, 255).to(torch.uint8)
 
     # --- 5 labels
