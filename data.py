@@ -1630,10 +1630,8 @@ def block_shape(rng, grid, scale, time=1.0, aspect=(0.75, 1.5)):
     # a large block of an unlucky shape may cover the frame
     for _ in range(100):
         ratio = rng.uniform(*aspect)
-        height = math.sqrt(area * ratio)
-        width = math.sqrt(area * (1 / ratio))
-        height = clamp(round(height), 1, h)
-        width = clamp(round(width), 1, w)
+        height = clamp(round(math.sqrt(area * ratio)), 1, h)
+        width = clamp(round(math.sqrt(area * (1 / ratio))), 1, w)
         if (depth, height, width) != (t, h, w):
             return depth, height, width
     raise DataError(f"blocks of {scale} of a {h}x{w} grid leave no context")
@@ -1872,22 +1870,16 @@ def flo(paths):
 
 
 def pfm(paths):
-    """Lines 'Pf' (or 'PF': three channels), 'width height' and a scale, then rows, bottom up.
-
-    The scale is negative for little-endian.
-    """
+    """Lines 'Pf' (or 'PF': optical flow in the first two of three channels), 'width height' and a
+    scale, which is negative for little-endian; then rows, bottom up."""
     images = []
     for path in paths:
         match = re.match(rb"(P[fF])\s+(\d+)\s+(\d+)\s+(\S+)\s(.*)", path.read_bytes(), re.S)
         kind, width, height, scale, body = match.groups()
         values = np.frombuffer(body, "<f4" if float(scale) < 0 else ">f4")
         image = values.reshape(int(height), int(width), -1)[::-1]
-        images.append(image.squeeze(-1) if kind == b"Pf" else image)
+        images.append(image[..., 0] if kind == b"Pf" else image[..., :2])
     return np.stack(images).astype(np.float32)
-
-
-def pfm_flow(paths):
-    return pfm(paths)[..., :2]
 
 
 def matrices(paths):
@@ -2098,7 +2090,7 @@ LAYOUTS = {
         r"(frames_\w+/(.*))/left/(\d+)\.png",
         ("disparity", r"disparity/\2/left/\3.pfm", pfm),
         ("right", r"\1/right/\3.png", png),
-        ("flow", r"optical_flow/\2/into_future/left/OpticalFlowIntoFuture_\3_L.pfm", pfm_flow),
+        ("flow", r"optical_flow/\2/into_future/left/OpticalFlowIntoFuture_\3_L.pfm", pfm),
     ),
     "middlebury": (
         r"(.*)/im0\.png",
@@ -2489,7 +2481,7 @@ def index(
     except (OSError, *MALFORMED) as error:
         raise DataError(f"{annotations}: not {layout} annotations ({type(error).__name__}: "
                         f"{reason(error)})") from None
-    classes = said or class_names(out) or sorted({name for _, name in rows if name is not None})
+    classes = said or class_names(out) or sorted({name for _, name in rows} - {None})
     number = {name: k for k, name in enumerate(classes)} | {None: -1}
     for _, name in rows:
         if name not in number:
