@@ -2554,10 +2554,8 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
 
     targets = {}
     for video in source.paths:
-        target = folder / "videos" / video.removeprefix(root).lstrip("/")
-        if not video.endswith(".mp4"):
-            target = target.with_name(target.name + ".mp4")
-        targets[video] = target
+        name = video.removesuffix(".mp4") + ".mp4"
+        targets[video] = folder / "videos" / name.removeprefix(root).lstrip("/")
     target, count = Counter(targets.values()).most_common(1)[0]
     if count > 1:
         raise DataError(f"{path}: {count} of its videos would all be {target}")
