@@ -369,7 +369,7 @@ def where(source, row):
     """`file:line` of a row, for messages."""
     if os.path.isdir(source.name):
         return os.path.dirname(source.paths[row])
-    start = int(source.paths.spans[row, 0])
+    start, _ = source.paths.spans[row]
     return f"{source.name}:{source.paths.text.count(10, 0, start) + 1}"
 
 
@@ -397,7 +397,7 @@ def check_rows(source, labelled):
         bad |= source.labels == -1
     if not bad.any():
         return
-    row = int(bad.argmax())
+    row = bad.argmax()
     label = source.labels[row]
     wrong = f"label {label} is out of range (labels run from 0 to the last class)"
     if label == -1:
@@ -414,7 +414,7 @@ def file_facts(source):
         facts = np.concatenate([*pool.map(partial(look, source.paths), parts)])
     missing = facts[:, 0] < 0
     if missing.any():
-        row = int(missing.argmax())
+        row = missing.argmax()
         path = source.paths[row]
         kind = "a directory without numbered images:" if os.path.isdir(path) else "no file"
         raise DataError(f"{where(source, row)}: {kind} {path!r} (a row is 'path label'; "
@@ -446,7 +446,7 @@ def match_classes(train, val):
     named = train.classes and val.classes
     keys = []
     for source in (train, val):
-        most = int(source.labels.max(initial=-1))
+        most = source.labels.max(initial=-1)
         if named and most >= len(source.classes):
             raise DataError(f"{where(source, source.labels.argmax())}: label {most} is out of "
                             f"range: classes.txt beside it names {len(source.classes)} classes")
@@ -1236,7 +1236,7 @@ class Plan:
         if attempt:
             rng = np.random.default_rng([self.seed, REPLACE, v, attempt])
             return start + int(rng.integers(stop - start))
-        before = block * int(self.counts[group]) + int((mix[:place] == group).sum())
+        before = block * self.counts[group] + (mix[:place] == group).sum()
         epoch, i = divmod(before, stop - start)
         return start + int(shuffled(stop - start, self.seed, ORDER, group, epoch)[i])
 
@@ -1303,14 +1303,14 @@ class Clips:
             row = numbers[0]
             if self.plan:
                 row = self.plan.row(row // self.per, attempt)
-                place = int(np.searchsorted(self.plan.offsets, row, side="right")) - 1
+                place = np.searchsorted(self.plan.offsets, row, side="right") - 1
                 source = self.sources[place]
                 row -= int(self.plan.offsets[place])
             # the world: not cropped and not flipped, as left and right are classes
             if source.split:
                 return source, row, None
             path = source.path(row)
-            out["label"][group] = int(source.labels[row])
+            out["label"][group] = source.labels[row]
             out["path"][group] = [path] * len(numbers)
             rngs = [None] * len(numbers)
             if self.clip.train:
@@ -1794,7 +1794,7 @@ def fewest(counts):
     odd clip in thousands would leave all of them next to no context.
     """
     counts = np.sort(counts[counts > 0])
-    return int(counts[(len(counts) - 1) // 24])
+    return counts[(len(counts) - 1) // 24]
 
 
 def lowest(chosen, keys, count):
@@ -2175,7 +2175,7 @@ def is_possible(status):
 def first_difference(movie, other):
     """The number of the first frame that differs; their count if none does."""
     differs = (movie != other).any((1, 2, 3))
-    return int(differs.argmax()) if differs.any() else len(other)
+    return differs.argmax() if differs.any() else len(other)
 
 
 def ava(root, files, annotations):
