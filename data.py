@@ -807,7 +807,7 @@ class Pictures:
     def __init__(self, path):
         self.files = numbered_images(Path(path)) if os.path.isdir(path) else (path,)
         self.frames = len(self.files)
-        self.decoder = open_video(str(self.files[0]))
+        self.decoder = open_video(self.files[0])
         meta = self.decoder.metadata
         self.pixels = meta.width * meta.height
 
@@ -815,7 +815,7 @@ class Pictures:
         """As Video's."""
         frames = []
         for i in ids:
-            decoder = open_video(str(self.files[i])) if i else self.decoder
+            decoder = open_video(self.files[i]) if i else self.decoder
             frames.append(upright(decoder.get_frame_at(0).data, self.files[i]))
         return torch.stack(frames), ids
 
@@ -861,7 +861,6 @@ def open_frames(path):
     """What has `frames`, and by_number(): a Video, Pictures, or what a dataset gives."""
     if not isinstance(path, (str, Path)):
         return Given(path)
-    path = str(path)
     if os.path.isdir(path) or suffix_of(path) in IMAGES:
         return Pictures(path)
     return Video(path)
@@ -1975,7 +1974,7 @@ def load_json(path):
 
 def kubric(path, frames, annotations):
     """Kubric's metadata.json: for each instance bbox_frames and bboxes (y0,x0,y1,x1), shares."""
-    about = load_json(str(path))
+    about = load_json(path)
     width, height = about["metadata"]["resolution"]
     tracks = [dict(zip(thing["bbox_frames"], thing["bboxes"])) for thing in about["instances"]]
     boxes = by_object(tracks, len(frames), [height, width] * 2)
@@ -1993,7 +1992,7 @@ def perception(path, frames, annotations):
     """--annotations all_train.json: video -> object_tracking and point_tracking, whose tracks have
     frame_ids and bounding_boxes (x0,y0,x1,y1) or points (y,x), shares."""
     about = load_json(annotations)[path.stem]
-    video = open_video(str(path))
+    video = open_video(path)
     size = [video.metadata.width, video.metadata.height]
     for label, kind, key, scale in (("boxes", "object_tracking", "bounding_boxes", size * 2),
                                     ("tracks", "point_tracking", "points", size[::-1])):
@@ -2195,7 +2194,7 @@ def ava(root, files, annotations):
                 people.setdefault((person, *map(float, box)), []).append(int(action))
     for (name, second), people in clips.items():
         video = videos[name]
-        meta = open_video(str(video)).metadata
+        meta = open_video(video).metadata
         actions = np.zeros((len(people), 80), np.uint8)
         for i, ids in enumerate(people.values()):
             actions[i, np.array(ids) - 1] = 1
@@ -2231,10 +2230,10 @@ def dense_clips(layout, root, annotations):
 
 def save_frames(frames, path, crf):
     """Frames as dense_clips() yields them -> a video."""
-    encode = [*f"-an -c:v libx264rgb -crf {crf} -preset veryfast -y".split(), str(path)]
+    encode = [*f"-an -c:v libx264rgb -crf {crf} -preset veryfast -y".split(), path]
     if isinstance(frames, tuple):
         video, start, seconds = frames
-        ffmpeg(f"-ss {start} -t {seconds} -i", str(video), *encode)
+        ffmpeg(f"-ss {start} -t {seconds} -i", video, *encode)
     elif frames[0].suffix.lower() in VIDEOS:
         shutil.copyfile(frames[0], path)
     else:
@@ -2620,7 +2619,7 @@ def pack_video(job):
         else:
             # explode: no half-decoded videos; file: or names with a colon are read as protocols
             ffmpeg("-xerror -err_detect explode -threads 1 -i", f"file:{path}", *encode)
-        open_video(str(temp)).get_frame_at(0)
+        open_video(temp).get_frame_at(0)
         os.replace(temp, target)
     except DAMAGE as error:
         return reason(error)
