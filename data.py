@@ -1969,7 +1969,7 @@ def by_object(tracks, frames, scale):
 
 @lru_cache(maxsize=2)
 def load_json(path):
-    return json.loads(Path(path).read_text("utf-8"))
+    return json.loads(Path(path).read_text("utf-8-sig"))
 
 
 def kubric(path, frames, annotations):
@@ -2158,17 +2158,15 @@ def intphys(root, files, annotations):
         block = re.search(r"O(\d)", scene)
         kind = int(block[1]) - 1 if block else 0
         pictures = {k: png(movie) for k, movie in movies.items()}
-        possible = [k for k in movies if is_possible(root / scene / k / "status.json")]
+        possible = [
+            k for k in movies
+            if load_json(root / scene / k / "status.json")["header"]["is_possible"]]
         for k in sorted(movies.keys() - possible):
             change = {j: first_difference(pictures[j], pictures[k]) for j in possible}
             j = max(change, key=change.get)
             labels = {"impossible": pictures[k], "change": np.array(change[j]),
                       "kind": np.array(kind)}
             yield f"{scene}_{k}", movies[j], labels.items()
-
-
-def is_possible(status):
-    return json.loads(status.read_text())["header"]["is_possible"]
 
 
 def first_difference(movie, other):
@@ -2419,9 +2417,9 @@ def read_kinetics(root, files, note, labels):
 
 
 def read_ssv2(root, files, note, labels):
-    numbers = json.loads(Path(labels).read_text("utf-8"))
+    numbers = load_json(labels)
     rows = []
-    for row in json.loads(note.read_text("utf-8-sig")):
+    for row in load_json(note):
         name = re.sub(r"[\[\]]", "", row.get("template", ""))
         rows.append((files.get(str(row["id"])), name or None))
     return rows, sorted(numbers, key=lambda name: int(numbers[name]))
@@ -2549,7 +2547,7 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     root = os.path.dirname(os.path.abspath(source.name)) + "/"
     if not fps and any(map(os.path.isdir, source.paths)):
         raise DataError(f"{path}: folders of numbered images have no frame rate; say it: --fps 25")
-    claim(out, encode, root)
+    claim(folder, encode, root)
 
     targets = {}
     for video in source.paths:
@@ -2589,14 +2587,14 @@ def encoding(short_side, fps, gop, crf):
             "-tune fastdecode").split()
 
 
-def claim(out, encode, root):
+def claim(folder, encode, root):
     """Write into pack.json what the folder holds; refuse one that holds something else."""
-    note = Path(out) / "pack.json"
+    note = folder / "pack.json"
     holds = {"encode": encode, "root": root}
     before = json.loads(note.read_text("utf-8")) if note.exists() else holds
     # a file there may have the name of another video, and would be taken for it
     if before != holds:
-        raise DataError(f"{out} holds videos packed from {before['root']} (or with other settings: "
+        raise DataError(f"{folder} holds videos packed from {before['root']} (or with other settings: "
                         f"see its pack.json), not {root}; choose another folder")
     write(note, json.dumps(holds))
 
