@@ -48,7 +48,7 @@ if __name__ == "__main__" and sys.argv[1:] in (["-h"], ["--help"]):
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
@@ -2544,7 +2544,8 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
                         "choose a folder outside")
     import_torchcodec()
     find_ffmpeg()
-    root = os.path.dirname(os.path.abspath(source.name)) + "/"
+    root, list_name = os.path.split(os.path.abspath(source.name))
+    root += "/"
     if not fps and any(map(os.path.isdir, source.paths)):
         raise DataError(f"{path}: folders of numbered images have no frame rate; say it: --fps 25")
     claim(folder, encode, root)
@@ -2565,11 +2566,10 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
 
     pairs = zip(source.paths, source.labels)
     rows = [(targets[video], label) for video, label in pairs if video in targets]
-    name = Path(os.path.abspath(source.name)).name
-    if suffix_of(name) not in (".txt", ".csv"):  # a folder, a video, a pattern
-        name = re.sub(r"[*?\[\]]", "_", name) + ".txt"
-    write_list(folder / name, rows, source.classes)
-    return {"list": str(folder / name), "rows": len(rows), "bad": bad}, int(bad > 0)
+    if suffix_of(list_name) not in (".txt", ".csv"):  # a folder, a video, a pattern
+        list_name = re.sub(r"[*?\[\]]", "_", list_name) + ".txt"
+    write_list(folder / list_name, rows, source.classes)
+    return {"list": str(folder / list_name), "rows": len(rows), "bad": bad}, int(bad > 0)
 
 
 def encoding(short_side, fps, gop, crf):
@@ -2594,8 +2594,8 @@ def claim(folder, encode, root):
     before = json.loads(note.read_text("utf-8")) if note.exists() else holds
     # a file there may have the name of another video, and would be taken for it
     if before != holds:
-        raise DataError(f"{folder} holds videos packed from {before['root']} (or with other settings: "
-                        f"see its pack.json), not {root}; choose another folder")
+        raise DataError(f"{folder} holds videos packed from {before['root']} (or with other "
+                        f"settings: see its pack.json), not {root}; choose another folder")
     write(note, json.dumps(holds))
 
 
