@@ -1819,28 +1819,21 @@ def fit(task, train, rows, pairs):
     batch, steps, warmup = task.plan(len(rows))
     micro = batch if batch <= args.micro_batch else math.gcd(batch, args.micro_batch)
     parts = endless(train, rows, batch, micro, args.seed)
-    stacks = None
     for step in tqdm(range(steps), desc=args.task, disable=not sys.stderr.isatty()):
         for group in optimizer.param_groups:
             group["lr"] = max(1e-7, group["peak"] * rate(step, steps, warmup))
         for i in itertools.count():
             x, labels, share, last = next(parts)
             if share:
-                stacks = stacks or stacked(task, tried, micro * x["video"][0].numel())
                 y = task.labels(labels)
-                for stack in stacks:
+                for heads in together(task, tried, micro * x["video"][0].numel()):
                     # what a head picks at random does not depend on the other heads
                     torch.manual_seed(args.seed * 1_000_003 + step + 1_000_000_007 * i)
-                    stack.backward(partial(loss_of, task, train, x, y, share))
+                    backward(heads, partial(loss_of, task, train, x, y, share))
             if last:
                 break
-        for stack in stacks or ():
-            stack.hand_out()
         optimizer.step()
         optimizer.zero_grad()
-    for one in tried:
-        for p in one.head.parameters():
-            p.data = p.data.clone()  # a view would be pickled with all heads
     return tried
 
 
@@ -1895,53 +1888,36 @@ def loss_of(task, train, x, y, share, net):
 ACTIVATIONS = 4e9  # bytes of the heads that are computed at once, at about 200 for each token value
 
 
-def stacked(task, tried, values):
+def together(task, tried, values):
     """The heads in parts that are computed at once on so many token values."""
     heads = [one.head for one in tried]
     many = max(1, int(ACTIVATIONS / (200 * values))) if task.at_once else 1
-    return [Stack(heads[i : i + many]) for i in range(0, len(heads), many)]
+    return [heads[i : i + many] for i in range(0, len(heads), many)]
 
 
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-class Stack:
-    """Heads of one shape as one computation: parameters (heads,...), of which each head's own are
-    views, so that any optimizer of theirs steps them."""
+def backward(heads, loss):
+    """loss(net) of each of these heads, which have one shape; several are one computation, over
+    weights (heads,...)."""
+    if len(heads) == 1:
+        return loss(heads[0]).backward()
+    states = [head.state_dict(keep_vars=True) for head in heads]
+    weights = {}
+    for name in states[0]:
+        weights[name] = torch.stack([state[name] for state in states])
 
-    def __init__(self, heads):
-        self.heads = heads
-        if len(heads) > 1:
-            self.net = copy.deepcopy(heads[0]).to("meta")
-            self.params, self.buffers = torch.func.stack_module_state(heads)
-            for name, value in self.params.items():
-                for head, own in zip(heads, value.detach()):
-                    head.get_parameter(name).data = own
+    def one(weights):
+        def net(*inputs, **named):
+            return torch.func.functional_call(heads[0], weights, inputs, named)
 
-    def backward(self, loss):
-        """loss(net) of each head, summed."""
-        if len(self.heads) == 1:
-            return loss(self.heads[0]).backward()
+        net.training = True
+        return loss(net)
 
-        def one(params, buffers):
-            def net(*inputs, **named):
-                return torch.func.functional_call(self.net, (params, buffers), inputs, named)
-
-            net.training = True
-            return loss(net)
-
-        # the CPU's own attention has no form for several heads at once
-        with sdpa_kernel(ATTENTION):
-            losses = torch.func.vmap(one, randomness="same")(self.params, self.buffers)
-        losses.sum().backward()
-
-    def hand_out(self):
-        """The gradients, to each head its own."""
-        for name, value in self.params.items() if len(self.heads) > 1 else ():
-            # none where no clip of the batch could be read
-            for head, own in zip(self.heads, () if value.grad is None else value.grad):
-                head.get_parameter(name).grad = own
-            value.grad = None
+    # the CPU's own attention has no form for several heads at once
+    with sdpa_kernel(ATTENTION):
+        torch.func.vmap(one, randomness="same")(weights).sum().backward()
 
 
 def encoder_groups(trained, how, depth):
