@@ -53,7 +53,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import chain, islice, product
 from pathlib import Path
 from typing import Literal
@@ -912,10 +912,12 @@ class Features:
             z = z.transpose(1, 2)                                       # (b, V, S, N, D)
             return z.flatten(2, 3) if self.apart else z.mean(2)
 
-    def batches(self, rows, size, turn=0, encode=True):
+    def batches(self, rows, size, turn=0, encode=True, some=True):
         """For every `size` of these rows, those that can be read: {key: tokens (b,V,N,D)}, {name:
-        labels (b,...)} and "class" with them, rows (b,). Where none can be: {}, {}, ()."""
+        labels (b,...)} and "class" with them, rows (b,). Where none can be: {}, {}, ().
+        some: of all these rows at least one, or DataError."""
         turn %= self.turns
+        seen = 0
         anew = self.fresh(rows[rows >= self.kept], size, turn, encode)
         for start in range(0, len(rows), size):
             clips = {}
@@ -932,7 +934,11 @@ class Features:
                     x[name] = self.wanted(torch.stack(values).to(self.device).float())
                 else:
                     y[name] = stack(values).to(self.device)
+            seen += len(part)
             yield x, y, part
+        if some and not seen:
+            *_, why = self.bad.values()
+            raise DataError(f"{self.source.name}: no video can be read; the last one: {why}")
 
     def wanted(self, z):
         if self.want == self.layers:
@@ -958,7 +964,7 @@ class Features:
             seed=args.seed * 1000 + turn,
         )
         for batch in batches:
-            self.note(batch["bad"])
+            self.bad.update(batch["bad"])
             columns = {name: batch[name] for name in self.names}
             mixes = training and (args.mixup or args.cutmix or args.erasing)
             if mixes and batch["ok"].any():
@@ -968,17 +974,6 @@ class Features:
                 columns[key] = self.encode(batch[key], batch["flip"])
             for i, ok in enumerate(batch["ok"].tolist()):
                 yield {name: values[i] for name, values in columns.items()} if ok else None
-
-    @cached_property
-    def videos(self):
-        return len(set(self.source.paths))
-
-    def note(self, bad):
-        self.bad.update(bad)
-        if self.bad and len(self.bad) == self.videos:
-            *_, reason = self.bad.values()
-            raise DataError(
-                f"{self.source.name}: no video can be read; the last one: {reason}")
 
     # what is stored: files of a few hundred MB at most, each of so many rows
 
@@ -1029,7 +1024,7 @@ class Features:
             gathered([None])  # all have written
             for part in parts:
                 about = open_file(self.file(part[0], turn)).metadata()
-                self.note(json.loads(about["bad"]))
+                self.bad.update(json.loads(about["bad"]))
 
     def file(self, row, turn):
         return self.folder / f"{turn}_{row // self.each}.safetensors"
@@ -1946,14 +1941,10 @@ def endless(train, rows, batch, micro, seed):
     for turn in itertools.count():
         order = np.random.default_rng((seed, turn)).permutation(rows)
         done = 0
-        seen = 0
         for x, labels, part in train.batches(order, micro, turn):
             size = min(batch, len(order) - done // batch * batch)
             done = min(done + micro, len(order))
-            seen += len(part)
             yield x, labels, len(part) / size, done % batch == 0 or done == len(order)
-        if not seen:
-            raise DataError(f"{train.source.name}: no video can be read")
 
 
 def pooled_features(train, rows):
@@ -1979,8 +1970,6 @@ def evaluate(task, features, rows, answers, encode=True):
             p = answer(x, y)
             found.append(task.score(p, y).double().cpu())
         first = first or (p, y, part)
-    if not seen:
-        raise DataError(f"{features.source.name}: no video can be read")
     for row in np.setdiff1d(rows, seen):
         lost = task.unread(features.source.labels[row])
         for found in scored if lost is not None else ():
@@ -2056,7 +2045,7 @@ def evaluate_whole(task, features, rows, head, constant):
         try:
             clips, labels, crop = whole_clip(task, features, row)
         except data.DAMAGE as error:
-            features.note([(features.source.paths[row], data.reason(error))])
+            features.bad[features.source.paths[row]] = data.reason(error)
             continue
         y = task.labels({name: value.to(features.device) for name, value in labels.items()})
         y = {"y": y["y"].flatten(0, -4 if task.channels > 1 else -3)}   # (n, H, W, ...)
@@ -2307,8 +2296,6 @@ def learn_labels(task, train):
         rows = np.linspace(0, len(rows) - 1, 512).astype(int)
     parts = train.batches(rows, args.micro_batch, encode=False)
     labels = [some for _, some, part in parts if len(part)]
-    if not labels:
-        raise DataError(f"{train.source.name}: none of {len(rows)} videos can be read")
     task.classes = task.classes_of([task.labels(some) for some in labels], train.source)
     ys = [task.labels(some) for some in labels]
     if task.channels:
@@ -2639,9 +2626,10 @@ def export_features(args, device):
         cut = replace(clip, segments=segments)
         features = Features(
             args, encoder, config, some, cut, device, layers, (), form, args.windows > 0)
-        features.videos = len({*names})  # all of a group's may be damaged
         store_what_fits(args, features)
-        for x, _, part in features.batches(np.arange(len(some)), args.micro_batch):
+        # all of a group's may be damaged
+        every = np.arange(len(some))
+        for x, _, part in features.batches(every, args.micro_batch, some=False):
             for row, z in zip(part, x["video"][:, 0].cpu() if len(part) else ()):
                 z = z[None] if args.tokens else z  # (windows, D), tokens (1, N, D)
                 vectors += z
