@@ -621,7 +621,7 @@ def read_labels(path, names, cut, size):
                 raise DataError(
                     f"{beside}: no label {name!r}; it has {', '.join(sorted(has))}")
     for name in set(SEEN) & set(names):
-        known = torch.tensor(True) if name not in found else found[name]
+        known = found.get(name, torch.tensor(True))
         end = ends(found[SEEN[name]], name, size)
         found[name] = known & ((end >= 0) & (end < size)).all(-1)
     return {name: found[name] for name in names}
@@ -1096,7 +1096,7 @@ class Task:
         labels(batch)         labels of dense_batches -> y, in a form of its own
         net()                 the head
         ask(net, x, y)        tokens {key: (b,V,N,D)} -> its output, and the y that this is about
-        loss(out, y)          a mean
+        loss(out, y)          a mean; of squares, if it does not say
         answer(out)           -> p, what is scored and predicted
         score(p, y)           -> rows (n,c); total(rows) -> {metric: value}, of sums their means
         constants(ys)         answers y -> p that look at no video; of them the best on train is the
@@ -1167,6 +1167,9 @@ class Task:
             out = torch.cat([known, out[..., len(self.mean) :]], -1)
         return out.float(), y
 
+    def loss(self, out, y):
+        return mean_of((self.answer(out) - y["y"])[known(y)].square())
+
     def answer(self, out):
         return out[..., 0] if self.channels == 1 else out
 
@@ -1177,7 +1180,8 @@ class Task:
 
     def planes(self, p):
         """Answers of a dense task -> (n,C,H,W)."""
-        return p.flatten(0, -3)[:, None]
+        p = p[..., None] if self.channels == 1 else p
+        return p.flatten(0, -4).movedim(-1, 1)
 
     def unread(self, label):
         """The row of a clip that cannot be read: none, but for classify."""
@@ -1215,10 +1219,6 @@ def known(y):
 
 def mean_of(errors):
     return errors.sum() / max(1, errors.numel())
-
-
-def squares(out, y):
-    return mean_of((out - y["y"])[known(y)].square())
 
 
 def sums(*errors):
@@ -1329,8 +1329,6 @@ class Pose(Task):
         ends = self.moments(x["video"])[:, [0, -1]]
         return net(ends.flatten(1, 2))[:, 0], y
 
-    loss = staticmethod(squares)
-
     def score(self, p, y):
         ok = known(y).all(1)
         apart = (rigid(p[ok]) - rigid(y["y"][ok])).view(-1, 3, 4)
@@ -1436,14 +1434,12 @@ class Boxes(Track):
 
     def labels(self, batch):
         y = batch["boxes"].transpose(1, 2) / self.size                  # (B, O, T, 4)
-        area = (y[:, :, 0, 2:] - y[:, :, 0, :2]).prod(-1)
-        y = y.masked_fill(~(area >= 0.005)[:, :, None, None], math.nan)
+        large = area_of(y[:, :, 0]) >= 0.005
+        y = y.masked_fill(~large[:, :, None, None], math.nan)
         return {"y": y, "first": y[:, :, 0]}
 
     def net(self):
         return self.readout(1024, 4, 4, kind=Tracker, coordinates=4, frames=self.frames)
-
-    loss = staticmethod(squares)
 
     def score(self, p, y):
         ok = known(y).all(-1)
@@ -1457,7 +1453,7 @@ class Boxes(Track):
 
 
 def area_of(boxes):
-    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
 
 
 class Depth(Task):
@@ -1480,9 +1476,6 @@ class Depth(Task):
     def ask(self, net, x, y):
         values = model.unpatch(net(x["video"][:, 0]), self.queries(), 2, 8)
         return values.movedim(1, -1), y                                 # (B, T, H, W, 1)
-
-    def loss(self, out, y):
-        return squares(out[..., 0], y)
 
     def score(self, p, y):
         return sums(((p - y["y"]).abs() / y["y"])[known(y)])
@@ -1553,7 +1546,7 @@ class Segment(Moments):
         return UPerNet(self.width, self.grid[1:], out, width)
 
     def planes(self, p):
-        return p.softmax(-1).flatten(0, -4).movedim(-1, 1)
+        return super().planes(p.softmax(-1))
 
     def loss(self, out, y):
         ok = y["y"] < 255
@@ -1590,9 +1583,6 @@ class Flow(Moments):
     def views(self, x):
         here = x["video"]
         return [here, torch.cat([here[:, 1:], here[:, -1:]], 1)]
-
-    def planes(self, p):
-        return p.flatten(0, -4).movedim(-1, 1)
 
     def loss(self, out, y):
         return mean_of((out - y["y"])[known(y)].abs())
@@ -2065,11 +2055,8 @@ def evaluate_whole(task, features, rows, head, constant):
             p = resize(task.planes(answer(x, {})), (h, w))              # (n, C, h, w)
             p = torch.cat([scale[:, None, None] * p, torch.ones_like(p[:, :1])], 1)
             total = total + F.pad(p, (left, wide - left - w, top, high - top - h))
-        p = (total[:, :-1] / total[:, -1:]).movedim(1, -1)
-        fixed = constant(y)
-        if fixed.dim() < p.dim():
-            p = p[..., 0]
-        for found, one in zip(scored, (p, scale * fixed)):
+        p = task.answer((total[:, :-1] / total[:, -1:]).movedim(1, -1))
+        for found, one in zip(scored, (p, scale * constant(y))):
             found.append(task.score(one, y).double().cpu())
     return [torch.cat(found) for found in scored]
 
@@ -2813,14 +2800,13 @@ def draw(task, features, scored, p, y, rows):
     # the third one is the frame whose boxes detect is given
     at = [0, task.frames // 3, task.frames // 2, task.frames - 1]
     lines = []
-    dense = args.task not in MARKS
-    if dense:
+    if task.dense:
         both = [value[:n].flatten(1, 2) if task.deep else value[:n] for value in (p, y["y"])]
         truth, p, unit, paint = painted(task, *both)
     for clip in range(n):
         lines += [None] if clip else []
         shown = video[clip, at]
-        if dense:
+        if task.dense:
             lines += [Row("video", shown), Row("truth", truth[clip, at], unit, paint),
                       Row("answer", p[clip, at], unit, paint)]
             continue
