@@ -834,7 +834,7 @@ class Features:
     dense_batches; "right" is encoded as well. form: "grid", tokens without CLS; "all", with it;
     a row of POOLS, one vector a video. Turn t is the t-th random
     pass over the list; where nothing is random there is one. apart: pooled vectors of a video's
-    S clips are not averaged. ValueError: clips that do not fit.
+    S clips are not averaged. DataError: the encoder cannot take these clips, or has no such layer.
     """
 
     args: Args
@@ -866,11 +866,12 @@ class Features:
         if self.args.dtype == "auto":
             self.bf16 = self.device.type == "cuda"
         tubelet = 1 if config.get("images") else config.get("tubelet", 1)
-        if clip.frames % tubelet:
-            raise ValueError(f"{clip.frames} frames do not divide into tubelets of {tubelet}")
         side = clip.size // config.get("patch", clip.size)
         self.grid = (clip.segments * clip.frames // tubelet, side, side)
-        self.shape = self.blank()[0].shape                              # (V, N, D)
+        try:
+            self.shape = self.blank()[0].shape                          # (V, N, D)
+        except ValueError as error:
+            raise DataError(f"--encoder {self.args.encoder}: {error}") from error
         self.width = self.shape[-1] // len(self.layers)
 
     def blank(self):
@@ -898,19 +899,18 @@ class Features:
         if self.config.get("cls"):
             first = self.clip.frames if self.config.get("images") else 1
         tokens = slice(first, None)
-        if self.form != "grid" and self.form != "mean":
+        if self.form not in ("grid", "mean"):
             tokens = slice(None if self.form == "all" else first)
         parts = []
-        with torch.set_grad_enabled(self.tuned is not None and torch.is_grad_enabled()):
-            for some in torch.arange(len(video)).split(self.args.micro_batch):
-                clips = {"video": video[some], "flip": flip[some]}
-                x = data.prepare(clips, self.device, self.config["mean"], self.config["std"])
-                with self.autocast():
-                    z = encoder(x, blocks=blocks).float()[:, tokens]
-                parts.append(POOLS[self.form](z) if self.pooled else z)
-            z = torch.cat(parts).unflatten(0, (-1, self.clip.segments, self.clip.views))
-            z = z.transpose(1, 2)                                       # (b, V, S, N, D)
-            return z.flatten(2, 3) if self.apart else z.mean(2)
+        for some in torch.arange(len(video)).split(self.args.micro_batch):
+            clips = {"video": video[some], "flip": flip[some]}
+            x = data.prepare(clips, self.device, self.config["mean"], self.config["std"])
+            with self.autocast():
+                z = encoder(x, blocks=blocks).float()[:, tokens]
+            parts.append(POOLS[self.form](z) if self.pooled else z)
+        z = torch.cat(parts).unflatten(0, (-1, self.clip.segments, self.clip.views))
+        z = z.transpose(1, 2)                                           # (b, V, S, N, D)
+        return z.flatten(2, 3) if self.apart else z.mean(2)
 
     def batches(self, rows, size, turn=0, encode=True, some=True):
         """For every `size` of these rows, those that can be read: {key: tokens (b,V,N,D)}, {name:
@@ -953,7 +953,7 @@ class Features:
             yield from ({} for _ in rows)
             return
         args = self.args
-        training = encode and self.tuned is not None and self.tuned.training
+        training = encode and self.tuned and self.tuned.training
         batches = dense_batches(
             self.source,
             self.clip,
@@ -1750,11 +1750,6 @@ class Trained:
     encoder: nn.Module | None = None
     held_out: float | None = None
 
-    def to(self, device):
-        self.head.to(device)
-        if self.encoder:
-            self.encoder.to(device)
-
 
 def ranks():
     """This process's number, and how many share the work (torchrun)."""
@@ -2108,15 +2103,15 @@ def choose(task, train):
         for mine, part in zip(scored, gathered(found)):
             mine.append(part)
     totals = [task.total(torch.cat(mine)) for mine in scored]
-    tested = []
-    for pair, total in zip(pairs, totals):
-        tested.append(Trained(None, *pair, held_out=headline(total)))
+    tested = [Trained(None, *pair, held_out=headline(total)) for pair, total in zip(pairs, totals)]
     i = best_of(totals, task.up)
     if len(splits) > 1:  # folds have chosen the rates; the head gets all videos
         (best,) = fit(task, train, rows, pairs[i : i + 1])
     else:
         best = gathered([one if rank + many * k == i else None for k, one in enumerate(tried)])[i]
-        best.to(train.device)
+        best.head.to(train.device)
+        if best.encoder:
+            best.encoder.to(train.device)
     best.held_out = tested[i].held_out
     return best, tested
 
@@ -2229,7 +2224,7 @@ def open_features(args, tasks, device):
     check_encoder(args, config, form)
     clip = clip_of(args, config, tasks)
     if form == "grid":
-        check_grid(args, clip, config)
+        check_grid(args, clip)
     layers = sorted({*chain(*(layers_of(task, args, config) for task in tasks))})
     names = dict.fromkeys(chain(*(TASKS[task].names for task in tasks)))
     if args.data:
@@ -2237,34 +2232,26 @@ def open_features(args, tasks, device):
     train_clip = replace(clip, train=args.train_passes > 0)
     val_clip = replace(clip, train=False, views=1 if space else args.views)
     how = (device, tuple(layers), [*names], form)
-    try:
-        train = Features(args, encoder, config, source, train_clip, *how)
-        val = Features(args, encoder, config, val_source, val_clip, *how)
-    except ValueError as error:
-        raise DataError(f"--encoder {args.encoder} cannot take these clips: {error}") from error
+    train = Features(args, encoder, config, source, train_clip, *how)
+    val = Features(args, encoder, config, val_source, val_clip, *how)
     if not (args.finetune or args.dry_run):
         store_what_fits(args, train, val)
     return train, val
 
 
 def check_encoder(args, config, form):
-    depth = config.get("depth", 0)
-    if args.layer > depth:
-        raise DataError(f"--layer {args.layer}: the encoder has {depth} blocks")
-    if not depth and form not in POOLS:
+    if not config.get("depth") and form not in POOLS:
         raise DataError(f"--encoder {args.encoder}: {args.task} needs tokens, and this gives "
                         "one vector a clip: classify with --head linear, ridge or knn")
     if form in ("cls", "concat") and not config.get("cls", False):
         raise DataError(f"--pool {form}: this encoder has no CLS token")
 
 
-def check_grid(args, clip, config):
+def check_grid(args, clip):
     if args.width % 8:
         raise DataError(f"--width {args.width}: readouts have a width that 8 divides")
-    if clip.frames % 2 or clip.size % 8 or clip.size % config["patch"]:
-        raise DataError(
-            f"--frames {clip.frames} must be even, --size {clip.size} divisible by 8 and by the "
-            f"encoder's patch of {config['patch']}")
+    if clip.frames % 2 or clip.size % 8:
+        raise DataError(f"--frames {clip.frames} must be even, --size {clip.size} divisible by 8")
 
 
 def task_of(args, features):
