@@ -1015,19 +1015,24 @@ def first_cause(error):
     return " ".join(str(error).split())[-300:]
 
 
-def check_ranges(args):
-    """Numbers no run can use end it here; the flags' types let `--lr nan` through."""
+def check_numbers(args, positive, shares):
+    """Numbers no script can use end it here; the flags' types let `--lr nan` through."""
     for name, value in vars(args).items():
-        need = "a share from 0 to 1" if name in SHARES else "a positive finite number"
+        need = "a share from 0 to 1" if name in shares else "a positive finite number"
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, (int, float)):
                 continue
             least = -1 if name == "workers" else 0
-            most = 1 if name in SHARES else sys.float_info.max
+            most = 1 if name in shares else sys.float_info.max
             bad = not least <= number <= most or (name == "betas" and number == 1)
-            bad = bad or (name in POSITIVE and number == 0)
+            bad = bad or (name in positive and number == 0)
             if bad:
                 raise UserError(f"--{name} {number}: {need} is needed")
+
+
+def check_ranges(args):
+    """The flags of a run."""
+    check_numbers(args, POSITIVE, SHARES)
     if args.model not in SIZES:
         raise UserError(f"--model {args.model}: choose from {', '.join(SIZES)}")
     if len(args.probe_data) not in (0, 2):

@@ -2934,11 +2934,9 @@ def forecaster(args, device):
     """--encoder -> its surprise(x, C) -> (B,): how wrong it foretells windows x (B,3,F,H,W) of
     which C frames are seen, and its {frames, stride, size, mean, std}. A run's objective says it
     itself; of published weights it is mean |P(E(x[:C]), later ids) - LN(target's tokens)|."""
-    name = args.encoder.removeprefix("random:")
-    if not (Path(name) / "latest").exists():  # published weights
+    name = args.encoder
+    if not (Path(name.removeprefix("random:")) / "latest").exists():  # published weights
         try:
-            if name != args.encoder:
-                raise ValueError(f"{args.encoder}: random weights need the folder of a run")
             predictor, _ = model.load_predictor(name)
             encoder = model.load_encoder(name, key="encoder")[0].to(device)
             target, config = model.load_encoder(name)
@@ -3355,14 +3353,8 @@ POSITIVE = ("segments views epochs micro_batch train_clips val_clips holdout gri
 
 
 def check_flags(args):
-    """Numbers no probe can use end it here; the flags' types let `--grid_lr nan` through."""
-    for name, value in vars(args).items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, str):
-                continue
-            if not 0 <= number < math.inf or (name in POSITIVE and not number):
-                need = "positive" if name in POSITIVE else "non-negative"
-                raise DataError(f"--{name} {number}: a {need} finite number is needed")
+    """What no probe can use ends it here."""
+    model.check_numbers(args, POSITIVE, ("fraction", "holdout"))
     mixes = args.mixup or args.cutmix or args.erasing
     tuned = args.finetune and args.task == "classify"
     for wrong, why in (
@@ -3371,7 +3363,6 @@ def check_flags(args):
         (tuned and args.head in ("ridge", "knn"),
          f"--finetune: --head {args.head} is not trained by gradients"),
         (len(args.layers) not in (0, 4), "--layers: four blocks are needed"),
-        (args.fraction > 1, "--fraction: a share of --train, at most 1"),
         (args.fraction < 1 and args.data, "--fraction: of the world give --train_clips"),
         (mixes and (args.segments > 1 or not tuned),
          "--mixup, --cutmix and --erasing are for classify --finetune with --segments 1"),
