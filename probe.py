@@ -352,10 +352,11 @@ class Neighbours(nn.Module):
     """Log votes of the k nearest training features by cosine s, each with weight exp(s / T);
     softmax gives their shares. Nothing to train."""
 
-    def __init__(self, width, classes, k=20, T=0.07):
+    k = 20
+    T = 0.07
+
+    def __init__(self, width, classes):
         super().__init__()
-        self.k = k
-        self.T = T
         self.register_buffer("x", torch.zeros(0, width, dtype=torch.double))
         self.register_buffer("votes", torch.zeros(0, classes, dtype=torch.double))
 
@@ -886,9 +887,11 @@ class Features:
         return torch.autocast(kind, torch.bfloat16, enabled=self.bf16)
 
     def of(self, layers):
-        """The same, whose batches have the tokens of these of the layers only."""
+        """The same, whose batches have the tokens of these of the layers only; of none, labels
+        alone, and nothing is encoded."""
         view = copy.copy(self)
         view.want = layers
+        view.keys = self.keys if layers else []
         return view
 
     def encode(self, video, flip):
@@ -912,17 +915,17 @@ class Features:
         z = z.transpose(1, 2)                                           # (b, V, S, N, D)
         return z.flatten(2, 3) if self.apart else z.mean(2)
 
-    def batches(self, rows, size, turn=0, encode=True, some=True):
+    def batches(self, rows, size, turn=0, some=True):
         """For every `size` of these rows, those that can be read: {key: tokens (b,V,N,D)}, {name:
         labels (b,...)} and "class" with them, rows (b,). Where none can be: {}, {}, ().
         some: of all these rows at least one, or DataError."""
         turn %= self.turns
         seen = 0
-        anew = self.fresh(rows[rows >= self.kept], size, turn, encode)
+        anew = self.fresh(rows[rows >= self.kept], size, turn)
         for start in range(0, len(rows), size):
             clips = {}
             for row in rows[start : start + size]:
-                clip = self.stored(row, turn, encode) if row < self.kept else next(anew)
+                clip = self.stored(row, turn) if row < self.kept else next(anew)
                 if clip is not None:
                     clips[row] = clip
             part = np.array([*clips], int)
@@ -946,14 +949,14 @@ class Features:
         columns = z.unflatten(-1, (len(self.layers), -1))
         return torch.cat([columns[..., self.layers.index(i), :] for i in self.want], -1)
 
-    def fresh(self, rows, size, turn, encode=True):
+    def fresh(self, rows, size, turn):
         """Read these rows in order, `size` at a time, and yield of each {key: tokens (V,N,D)} with
         {name: label}, or None where it cannot be read."""
-        if not len(rows) or not (encode or self.names):
+        if not len(rows) or not (self.keys or self.names):
             yield from ({} for _ in rows)
             return
         args = self.args
-        training = encode and self.tuned and self.tuned.training
+        training = self.keys and self.tuned and self.tuned.training
         batches = dense_batches(
             self.source,
             self.clip,
@@ -970,7 +973,7 @@ class Features:
             if mixes and batch["ok"].any():
                 rng = np.random.default_rng((args.seed, turn, *batch["index"].tolist()))
                 columns["other"], columns["share"] = mix(args, batch, rng)
-            for key in self.keys if encode else ():
+            for key in self.keys:
                 columns[key] = self.encode(batch[key], batch["flip"])
             for i, ok in enumerate(batch["ok"].tolist()):
                 yield {name: values[i] for name, values in columns.items()} if ok else None
@@ -979,17 +982,15 @@ class Features:
 
     def row_bytes(self):
         """As many as the first clip takes, in all turns."""
-        labels = next(self.fresh([0], 1, 0, encode=False)) or {}
+        labels = next(self.of(()).fresh([0], 1, 0)) or {}
         tokens = math.prod(self.shape) * len(self.keys) * self.type.itemsize
         return self.turns * (tokens + sum(value.nbytes for value in labels.values()))
 
     def store(self, folder, share=1.0):
         """Keep this share of the rows in a folder that is called after all that tokens depend on:
-        weights, config, list and files, clips, and the pixels of one video. What is there already
-        is not computed again."""
+        weights, config, list and files, clips, and how data.py reads them. What is there already is
+        not computed again."""
         seed = self.clip.train and self.args.seed
-        one = next(iter(data.eval_batches(
-            self.source, self.clip, rows=[0], batch_size=1, seed=self.args.seed * 1000)))
         facts = [
             self.config,
             self.layers,
@@ -1003,8 +1004,7 @@ class Features:
             data.fingerprint([self.source]),
             weights_hash(self.encoder),
         ]
-        digest = hashlib.sha256(json.dumps(facts).encode())
-        digest.update(one["video"].numpy().tobytes() + one["flip"].numpy().tobytes())
+        digest = hashlib.sha256(json.dumps(facts).encode() + Path(data.__file__).read_bytes())
         self.folder = folder / digest.hexdigest()[:32]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.each = max(1, min(256, 2**28 // self.row_bytes()))
@@ -1047,12 +1047,12 @@ class Features:
         finally:
             temp.unlink(missing_ok=True)
 
-    def stored(self, row, turn, encode):
+    def stored(self, row, turn):
         """As fresh gives it. Clips that could not be read have no place in a file."""
         file = open_file(self.file(row, turn))
         ok = file.get_tensor("ok")
         i = int(row % self.each)
-        names = [*self.names, *self.keys] if encode else self.names
+        names = [*self.names, *self.keys]
         if names and not ok[i]:
             return None
         place = int(ok[:i].sum())
@@ -1069,11 +1069,6 @@ def weights_hash(encoder):
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(name.encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def as_flag(value):
-    """What json has made of it -> a flag."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def store_what_fits(args, *lists):
@@ -1797,7 +1792,7 @@ def fit(task, train, rows, pairs):
         return tried
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     batch, steps, warmup = task.plan(len(rows))
-    micro = batch if batch <= args.micro_batch else math.gcd(batch, args.micro_batch)
+    micro = math.gcd(batch, min(batch, args.micro_batch))
     parts = endless(train, rows, batch, micro, args.seed)
     for step in tqdm(range(steps), desc=args.task, disable=not sys.stderr.isatty()):
         for group in optimizer.param_groups:
@@ -1814,6 +1809,8 @@ def fit(task, train, rows, pairs):
                 break
         optimizer.step()
         optimizer.zero_grad()
+    if args.finetune:
+        train.tuned.eval()
     return tried
 
 
@@ -1940,13 +1937,13 @@ def pooled_features(train, rows):
 
 
 @torch.no_grad()
-def evaluate(task, features, rows, answers, encode=True):
+def evaluate(task, features, rows, answers):
     """Each of these functions (x, y) -> p over these rows: the rows of task.score, and the first
     batch's p of the last function, y and rows."""
     scored = [[] for _ in answers]
     first = None
     seen = []
-    for x, labels, part in features.batches(rows, task.args.micro_batch, encode=encode):
+    for x, labels, part in features.batches(rows, task.args.micro_batch):
         seen += part.tolist()
         if not len(part):
             continue
@@ -1964,12 +1961,11 @@ def evaluate(task, features, rows, answers, encode=True):
 
 def evaluate_heads(task, features, rows, tried):
     """The same of heads, each with the encoder that was trained with it."""
-    if not task.args.finetune:
-        return evaluate(task, features, rows, [reader(task, features, one.head) for one in tried])
     scored = []
-    for one in tried:
-        features.tuned = one.encoder.eval()
-        found, first = evaluate(task, features, rows, [reader(task, features, one.head)])
+    for some in [[one] for one in tried] if task.args.finetune else [tried]:
+        features.tuned = some[0].encoder
+        answers = [reader(task, features, one.head) for one in some]
+        found, first = evaluate(task, features, rows, answers)
         scored += found
     return scored, first
 
@@ -2268,7 +2264,7 @@ def learn_labels(task, train):
     rows = np.arange(len(train.source))
     if task.names and len(rows) > 512:
         rows = np.linspace(0, len(rows) - 1, 512).astype(int)
-    parts = train.batches(rows, args.micro_batch, encode=False)
+    parts = train.of(()).batches(rows, args.micro_batch)
     labels = [some for _, some, part in parts if len(part)]
     task.classes = task.classes_of([task.labels(some) for some in labels], train.source)
     ys = [task.labels(some) for some in labels]
@@ -2301,7 +2297,7 @@ def probe(args, device, opened=None):
     overlap = model.check_overlap(train.source, val.source, "--train")
     constant, on_train = learn_labels(task, train)
     rows = np.arange(len(val.source))
-    (scored,), _ = evaluate(task, val, rows, [lambda x, y: constant(y)], encode=False)
+    (scored,), _ = evaluate(task, val.of(()), rows, [lambda x, y: constant(y)])
     base = task.total(scored)
     metric = next(iter(base))
     for source, found in ((train.source, on_train), (val.source, base)):
@@ -2473,8 +2469,7 @@ def open_head(path, device):
         about = json.loads(metadata["probe"])
     except (ValueError, KeyError, OSError) as error:
         raise DataError(f"--head {path}: not a head that probe.py saved ({error})") from None
-    flags = {name: as_flag(value) for name, value in about["args"].items()}
-    task = TASKS[about["task"]](Args(**flags), *(as_flag(about[name]) for name in SHAPE))
+    task = TASKS[about["task"]](Args(**about["args"]), *(about[name] for name in SHAPE))
     task.mean, task.std = (state.pop(name, None) for name in ("units.mean", "units.std"))
     if task.channels:
         task.mean = task.mean.to(device)
@@ -2923,7 +2918,8 @@ def build(folder, random):
     flags = dict(getattr(script, "LATER", {}))
     for flag in fields(script.Args):  # a flag that the run did not have yet: what runs did then
         if flag.name in said:
-            flags[flag.name] = as_flag(said[flag.name])
+            value = said[flag.name]
+            flags[flag.name] = tuple(value) if isinstance(value, list) else value
     flags["out_dir"] = str(folder.resolve())  # SALT's stage, and where its teacher lies
     if flags.get("init"):  # its shape, of whatever family
         flags["init"] = "" if random else str(folder / "encoder.safetensors")

@@ -48,7 +48,7 @@ class Fixed:
         self.source = D.Source("-", names or [f"v{i}" for i in range(len(x))], labels)
         self.autocast = contextlib.nullcontext
 
-    def batches(self, rows, size, turn=0, encode=True):
+    def batches(self, rows, size, turn=0):
         for i in range(0, len(rows), size):
             part = rows[i : i + size]
             part = part[self.ok[part]]
@@ -450,7 +450,8 @@ def test_the_constant_does_not_depend_on_what_is_stored(world, tmp_path):
     x = features()
     both = []
     for _ in range(2):
-        rows, _ = probe.evaluate(task, x, np.arange(8), [lambda x, y: probe.always(torch.eye(8)[0], y)], encode=False)
+        answers = [lambda x, y: probe.always(torch.eye(8)[0], y)]
+        rows, _ = probe.evaluate(task, x.of(()), np.arange(8), answers)
         both.append(rows[0])
         x.store(tmp_path)
     assert torch.equal(*both) and len(both[0]) == 8
