@@ -314,7 +314,7 @@ class Attentive(nn.Module):
 class Standardised(nn.Module):
     """Linear on (x - mean) / std of the mean over tokens, by statistics of the train features."""
 
-    def __init__(self, width, classes):
+    def __init__(self, width, classes, heads=0):
         super().__init__()
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
@@ -355,7 +355,7 @@ class Neighbours(nn.Module):
     k = 20
     T = 0.07
 
-    def __init__(self, width, classes):
+    def __init__(self, width, classes, heads=0):
         super().__init__()
         self.register_buffer("x", torch.zeros(0, width, dtype=torch.double))
         self.register_buffer("votes", torch.zeros(0, classes, dtype=torch.double))
@@ -551,43 +551,44 @@ class TwoFrameDPT(nn.Module):
         return resize(self.out(x), size)
 
 
-# what classify can train: its rates, its decays (of ridge: penalties), how it is made
+# what classify can train: its rates, its decays (of ridge: penalties), how it is made of a width,
+# classes and the encoder's attention heads
 HEADS = {
     "attentive": (
         (1e-3,),
         (0.01,),
-        lambda task: Attentive(task.width, task.classes, task.heads, 0),
+        partial(Attentive, depth=0),
     ),
     # V-JEPA's of ImageNet (Table 2)
     "attentive2": (
         (1e-3,),
         (0.01,),
-        lambda task: Attentive(task.width, task.classes, task.heads, 1),
+        partial(Attentive, depth=1),
     ),
     "attentive4": (
         (5e-3, 3e-3, 1e-3, 3e-4, 1e-4),
         (0.8, 0.4, 0.1, 0.01),
-        lambda task: Attentive(task.width, task.classes, 16, 3),
+        lambda width, classes, heads: Attentive(width, classes, 16, depth=3),
     ),
     "linear": (
         (1e-2, 3e-3, 1e-3, 3e-4),
         (0.1, 0.01),
-        lambda task: Standardised(task.width, task.classes),
+        Standardised,
     ),
     "ridge": (
         (0.0,),
         (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
-        lambda task: Ridge(task.width, task.classes),
+        Ridge,
     ),
     "knn": (
         (0.0,),
         (0.0,),
-        lambda task: Neighbours(task.width, task.classes),
+        Neighbours,
     ),
     "readout": (
         (),
         (),
-        lambda task: task.readout(768, 12, task.classes, queries=(1, 1, 1)),
+        None,
     ),
 }
 POOLED = ("linear", "ridge", "knn")  # read one vector a clip
@@ -798,8 +799,6 @@ class Pixels(nn.Module):
 
 def load(args):
     """--encoder -> (module, its config)."""
-    if not args.encoder:
-        raise DataError("give --encoder FILE (or random:vit_s, pixels:diff)")
     if args.encoder in ("pixels:frame", "pixels:diff"):
         config = dict(model=args.encoder, mean=[0.0] * 3, std=[1.0] * 3)
         if args.data:
@@ -1259,8 +1258,10 @@ class Classify(Task):
         return {"y": batch["class"], **mixed}
 
     def net(self):
+        if self.args.head == "readout":
+            return self.readout(768, 12, self.classes, queries=(1, 1, 1))
         *_, make = HEADS[self.args.head]
-        return make(self)
+        return make(self.width, self.classes, self.heads)
 
     def ask(self, net, x, y):
         z = F.dropout(x["video"].flatten(0, 1), self.args.head_drop, net.training)
@@ -2395,7 +2396,7 @@ def dry_run(args, device):
         x = {key: view.wanted(train.blank()) for key in train.keys}
         y = {"first": torch.zeros(1, 16, 4 if name == "boxes" else 2, device=meta),
              "boxes": torch.zeros(1, task.frames, 16, 4, device=meta)}
-        head = nn.Linear(train.width, task.classes) if train.pooled else task.net()
+        head = task.net()
         head.to(meta).eval().requires_grad_(False)
         pairs = len(task.pairs())
         batch, steps, _ = task.plan(n)
@@ -2885,9 +2886,6 @@ def restore(args, device):
     made it, with those weights, of a folder the newest ones."""
     found = Path(args.encoder.removeprefix("random:"))
     folder = found.parent if is_checkpoint(found) else found
-    if not (folder / "latest").exists():
-        raise DataError(f"--encoder {folder}: {args.task} needs the folder of a training run; "
-                        "predictors and decoders are not in encoder files")
     if folder == found:
         found = model.newest(folder)
     elif broken := model.broken(found):
@@ -3277,6 +3275,17 @@ def accuracies(run, steps):
     return found
 
 
+# of compare: names in the log, and how they are written
+COSTS = {
+    "step": "{}",
+    "flops": "{:.2e}",
+    "loss": "{:.4f}",
+    "rankme": "{:.1f}",
+    "random_acc": "{:.2%}",
+    "hours": "{:.2f}",
+}
+
+
 def compare(args, device):
     """A Markdown table, a row a run: what it cost and how it ended, then accuracies in per cent,
     each beside its difference to the baseline in points (FWM-HW-LD, Table 4)."""
@@ -3294,8 +3303,8 @@ def compare(args, device):
     costs = {}
     for run, row in table.items():
         last = found[run].get(max(found[run], default=0), {}) | {"hours": hours(found[run])}
-        costs[run] = {name: last.get(key) for name, (key, _) in COSTS.items()}
-        cells = [told(costs[run][name], unit) for name, (_, unit) in COSTS.items()]
+        costs[run] = {name: last.get(name) for name in COSTS}
+        cells = [told(last.get(name), unit) for name, unit in COSTS.items()]
         deltas[run] = {c: row[c] - base[c] for c in columns if c in row and c in base}
         for c in columns:
             change = "" if run == baseline else told(deltas[run].get(c), "{:+.2f}", 100)
@@ -3307,17 +3316,6 @@ def compare(args, device):
         "baseline": baseline,
         "costs": costs,
     }, {}
-
-
-# of compare: what the log calls it, and how it is written
-COSTS = {
-    "steps": ("step", "{}"),
-    "FLOPs": ("flops", "{:.2e}"),
-    "loss": ("loss", "{:.4f}"),
-    "RankMe": ("rankme", "{:.1f}"),
-    "random": ("random_acc", "{:.2%}"),
-    "hours": ("hours", "{:.2f}"),
-}
 
 
 def hours(steps):
