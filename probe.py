@@ -859,7 +859,7 @@ class Features:
         self.pooled = self.form in POOLS
         self.apart = self.apart or not self.pooled
         self.type = torch.float32 if self.pooled else torch.float16  # on disk
-        self.turns = max(1, self.args.train_passes) if clip.train else 1
+        self.turns = self.args.train_passes if clip.train else 1
         self.kept = 0
         self.bad = {}
         self.bf16 = self.args.dtype == "bf16"
@@ -2034,10 +2034,8 @@ def evaluate_whole(task, features, rows, head, constant):
         high, wide = clips["video"].shape[1:3]
         share = min((task.args.tile or crop[0]) / crop[0], high / crop[0], wide / crop[1])
         h, w = [round(share * side) for side in crop]
-        scale = torch.ones(1)
-        if task.pixels:
-            scale = torch.tensor([w / size, h / size])[: task.channels]
-        scale = scale.to(features.device)
+        scale = [w / size, h / size][: task.channels] if task.pixels else [1.0]
+        scale = torch.tensor(scale, device=features.device)
         total = 0
         for top, left in product(starts(high, h), starts(wide, w)):
             x = {}
@@ -2087,9 +2085,8 @@ def choose(task, train):
         tried = fit(task, train, rows, pairs)
         return tried[0], tried
     rank, many = ranks()  # heads are shared among the ranks
-    paths = train.source.paths or [str(row) for row in rows]
     folds = 1 if args.finetune else task.folds
-    splits = hold_outs(paths, args.group, args.holdout, args.seed, folds)
+    splits = hold_outs(names_of(train.source), args.group, args.holdout, args.seed, folds)
     scored = [[] for _ in pairs]
     for some, held in splits:
         tried = []
@@ -2266,9 +2263,8 @@ def learn_labels(task, train):
     if task.names and len(rows) > 512:
         rows = np.linspace(0, len(rows) - 1, 512).astype(int)
     parts = train.of(()).batches(rows, args.micro_batch)
-    labels = [some for _, some, part in parts if len(part)]
-    task.classes = task.classes_of([task.labels(some) for some in labels], train.source)
-    ys = [task.labels(some) for some in labels]
+    ys = [task.labels(labels) for _, labels, part in parts if len(part)]
+    task.classes = task.classes_of(ys, train.source)
     if task.channels:
         values = known_values(ys, task.channels)
         if len(values) < 2:
@@ -2529,9 +2525,8 @@ def predict(args, device):
         raise DataError(f"--encoder {where}: not the weights that {args.head} was trained on")
     source = data.parse_list(args.data)
     if args.data == "world":
-        given = replace(task.args, data="world", train="", val="", val_clips=args.val_clips)
-        _, source = lists(given, False, rooms=about["form"] == "grid")
-    args = replace(args, seed=task.args.seed, dtype=task.args.dtype)
+        _, source = lists(args, rooms=about["form"] == "grid")
+    args = replace(args, dtype=task.args.dtype)
     clip = data.Clip(**about["clip"])
     features = Features(
         args, encoder, config, source, clip, device, tuple(about["layers"]), task.given,
@@ -2684,14 +2679,15 @@ def figure(args, name, title, columns, rows):
     for line, row in zip(axes, rows):
         for axis in line:
             axis.set(xticks=[], yticks=[], frame_on=False)
-        for k, picture in enumerate(row.pictures if row else ()):
+        if not row:
+            continue
+        line[0].set_ylabel(row.label, fontsize=8)
+        for k, picture in enumerate(row.pictures):
             image = line[k].imshow(picture.numpy(), interpolation="nearest", **row.paint)
             for place, colour, *word in row.marks[k] if row.marks else ():
                 pixels = place * torch.tensor(picture.shape[1::-1]).repeat(len(place) // 2)
                 mark(line[k], pixels, f"C{colour}", *word)
-        if row:
-            line[0].set_ylabel(row.label, fontsize=8)
-        if row and row.unit:
+        if row.unit:
             bars[row.unit] = image
     for axis, column in zip(axes[0], columns):
         axis.set_title(column, fontsize=8)
@@ -3065,21 +3061,19 @@ def everything(args, device):
     found = {}
     opened = {}
     pictures = {}
-    begin = time.time()
     for seed, task in product(seeds, tasks):
         a = replace(args, seed=seed, task=task)
         if task == "physics":
             try:
                 result, _ = physics(a, device)
             except DataError as error:
-                print(f"physics is left out: {error}", file=sys.stderr)
+                model.say(f"physics is left out: {error}")
                 continue
         else:
             result, _ = probe(a, device, shared(a, tasks, opened, pictures, device))
         found.setdefault(task, []).append(result)
-        print(f"{time.time() - begin:.0f} s  seed {seed}  {task}  {result['metric']} "
-              f"{result['value']:.4f}  constant {result['constant']:.4f}",
-              file=sys.stderr, flush=True)
+        model.say(f"seed {seed}  {task}  {result['metric']} {result['value']:.4f}  "
+                  f"constant {result['constant']:.4f}")
     if not found:
         raise DataError("no task could be run")
     table = [summary(task, results) for task, results in found.items()]
@@ -3162,8 +3156,8 @@ def radar(args, table):
     if not has_matplotlib():
         return None
     angle = np.linspace(0, 2 * np.pi, len(table), endpoint=False)
-    polar = {"projection": "polar"}
-    shown, axis = pyplot().subplots(figsize=(6, 5.6), subplot_kw=polar, layout="constrained")
+    shown, axis = pyplot().subplots(
+        figsize=(6, 5.6), subplot_kw={"projection": "polar"}, layout="constrained")
     skill = [row["skill"] or 0 for row in table]
     axis.fill(angle, skill, facecolor=("C0", 0.25), edgecolor="C0")
     for at, row in zip(angle, table):
@@ -3398,7 +3392,7 @@ def main(args):
             missing = "no pictures without matplotlib: pip install matplotlib"
             if args.task == "plot":
                 raise DataError(missing)
-            print(missing, file=sys.stderr)
+            model.say(missing)
         command = dry_run if args.dry_run else COMMANDS[args.task]
         result, details = command(args, device)
     except (RuntimeError, ConnectionError) as error:
