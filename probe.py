@@ -2855,25 +2855,6 @@ def draw_pose(args, title, truth, p):
     return finish(args, "pose", shown)
 
 
-def draw_components(args, features):
-    """pca.png: four val clips, and the first three principal components of their tokens as
-    colours."""
-    features = features.of(features.layers[-1:])
-    rows = np.arange(min(4, len(features.source)))
-    x, _, rows = next(features.batches(rows, len(rows)))
-    if not len(rows):
-        return None
-    video = frames_of(features.source, features.clip, rows)
-    colours = model.colours(x["video"].flatten(0, 2))
-    colours = colours.unflatten(0, (len(rows), *features.grid))
-    at = range(0, features.clip.frames, features.clip.frames // features.grid[0])
-    lines = []
-    for clip, tokens in zip(video[:, at], colours):
-        lines += [Row("video", clip), Row("tokens", tokens), None]
-    title = f"first three principal components of the tokens of {args.encoder}"
-    return figure(args, "pca", title, [f"frame {frame}" for frame in at], lines[:-1])
-
-
 # --- intuitive physics ----------------------------------------------------------------------------
 
 
@@ -3060,7 +3041,6 @@ def everything(args, device):
     seeds = args.seeds or (args.seed,)
     found = {}
     opened = {}
-    pictures = {}
     for seed, task in product(seeds, tasks):
         a = replace(args, seed=seed, task=task)
         if task == "physics":
@@ -3070,7 +3050,7 @@ def everything(args, device):
                 model.say(f"physics is left out: {error}")
                 continue
         else:
-            result, _ = probe(a, device, shared(a, tasks, opened, pictures, device))
+            result, _ = probe(a, device, shared(a, tasks, opened, device))
         found.setdefault(task, []).append(result)
         model.say(f"seed {seed}  {task}  {result['metric']} {result['value']:.4f}  "
                   f"constant {result['constant']:.4f}")
@@ -3081,7 +3061,6 @@ def everything(args, device):
     model.write(out / "all.md", markdown(args.encoder, seeds, table))
     saved = {"encoder": args.encoder, "seeds": seeds, "table": table, "results": found}
     model.write(out / "all.json", json.dumps(saved, indent=1))
-    pictures["radar"] = radar(args, table)
     skills = [row["skill"] for row in table if row["skill"] is not None]
     return {
         "metric": "skill",
@@ -3089,11 +3068,11 @@ def everything(args, device):
         "tasks": {row["task"]: row["value"] for row in table},
         "seeds": seeds,
         "table": str(out / "all.md"),
-        **pictures,
+        "radar": radar(args, table),
     }, {"table": table}
 
 
-def shared(args, tasks, opened, pictures, device):
+def shared(args, tasks, opened, device):
     """The Features that this task shares with others, opened once. Real flow wants neighbouring
     frames, and so its own tokens."""
     if args.finetune:
@@ -3110,8 +3089,6 @@ def shared(args, tasks, opened, pictures, device):
             same = [name for name in tasks if name in TASKS and (args.data or name != "flow")]
         # not classify's clips, even if it is alone
         opened[key] = open_features(replace(args, task="all"), same, device)
-        if not pictures:
-            pictures["pca"] = draw_components(args, opened[key][1])
     return opened[key]
 
 

@@ -1016,7 +1016,7 @@ def test_all_makes_one_table_and_one_picture(folder, tmp_path, capsys, monkeypat
     assert table[0]["value"] == pytest.approx(np.mean(table[0]["values"]))
     assert (tmp_path / "all.md").read_text().count("\n") == 7
     assert all(len(row["skills"]) == 2 for row in table)
-    for name in ("pca", "pose", "flow", "stereo", "radar"):
+    for name in ("pose", "flow", "stereo", "radar"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
@@ -1024,10 +1024,9 @@ def test_all_makes_one_table_and_one_picture(folder, tmp_path, capsys, monkeypat
 def test_seeds_share_tokens_unless_they_draw_other_clips(flags, opened, tmp_path, monkeypatch):
     seeds, shelf = [], {}
     monkeypatch.setattr(probe, "open_features", lambda args, *more: (seeds.append(args.seed), None))
-    monkeypatch.setattr(probe, "draw_components", lambda *args: None)
     for seed, task in itertools.product((0, 1), ("pose", "depth")):
         args = arguments(task, tmp_path, encoder="e", seed=seed, **flags)
-        probe.shared(args, ("pose", "depth"), shelf, {}, CPU)
+        probe.shared(args, ("pose", "depth"), shelf, CPU)
     assert seeds == opened
 
 
