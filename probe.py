@@ -1177,9 +1177,9 @@ class Task:
         p = p[..., None] if self.channels == 1 else p
         return p.flatten(0, -4).movedim(-1, 1)
 
-    def unread(self, label):
-        """The row of a clip that cannot be read: none, but for classify."""
-        return None
+    def unread(self, labels):
+        """Rows (1,c) of clips of these classes that cannot be read: none, but for classify."""
+        return []
 
     def constants(self, ys):
         values = known_values(ys, self.channels)
@@ -1286,8 +1286,9 @@ class Classify(Task):
         likelihood = (p[torch.arange(len(p)), y["y"]] + 1e-9).log()
         return torch.stack([y["y"], order[:, 0], five, likelihood], 1)
 
-    def unread(self, label):
-        return torch.tensor([label, self.classes, 0, math.log(1e-9)]).double()
+    def unread(self, labels):
+        wrong = [self.classes, 0, math.log(1e-9)]
+        return [torch.tensor([[label, *wrong]]).double() for label in labels]
 
     def total(self, rows):
         label, called, five, likelihood = rows.T
@@ -1400,19 +1401,15 @@ class Points(Track):
     def score(self, p, y):
         """Jaccard of each clip at 1, 2, 4, 8 and 16 pixels of 256 over the points seen in the first
         frame and all later frames -> (clips, 5)."""
-        found = []
-        radius = torch.tensor([1, 2, 4, 8, 16], device=p.device)[:, None, None]
-        for place, truth, seen, asked in zip(p, y["y"], y["seen"], y["asked"]):
-            place = place[asked, 1:]
-            seen = seen[asked, 1:]
-            called = place[..., 2] > 0.5
-            distance = (place[..., :2] - truth[asked, 1:]).norm(dim=-1) * 256
-            if not (seen | called).any():
-                continue
-            near = seen & (distance < radius)                           # (5, P, T-1)
-            false = (called & ~near).sum((1, 2))
-            found.append((near & called).sum((1, 2)) / (seen.sum() + false))
-        return torch.stack(found) if found else torch.zeros(0, 5)
+        asked = y["asked"][:, :, None]
+        seen = (y["seen"] & asked)[:, :, 1:]                            # (B, P, T-1)
+        called = ((p[..., 2] > 0.5) & asked)[:, :, 1:]
+        distance = (p[..., :2] - y["y"])[:, :, 1:].norm(dim=-1) * 256
+        radius = torch.tensor([1, 2, 4, 8, 16], device=p.device)
+        near = seen & (distance < radius.view(5, 1, 1, 1))              # (5, B, P, T-1)
+        false = (called & ~near).sum((2, 3))
+        jaccard = (near & called).sum((2, 3)) / (seen.sum((1, 2)) + false)
+        return jaccard.T[(seen | called).flatten(1).any(1)]
 
     def total(self, rows):
         return {"aj": rows.mean().item(), "jaccard": rows.mean(0).tolist()}
@@ -1953,10 +1950,9 @@ def evaluate(task, features, rows, answers):
             p = answer(x, y)
             found.append(task.score(p, y).double().cpu())
         first = first or (p, y, part)
-    for row in np.setdiff1d(rows, seen):
-        lost = task.unread(features.source.labels[row])
-        for found in scored if lost is not None else ():
-            found.append(lost[None])
+    lost = task.unread(features.source.labels[np.setdiff1d(rows, seen)])
+    for found in scored:
+        found += lost
     return [torch.cat(found) for found in scored], first
 
 
@@ -3083,10 +3079,9 @@ def shared(args, tasks, opened, device):
     key = (alone, drawn and args.seed)
     if key not in opened:
         opened.clear()
+        same = [name for name in tasks if name in TASKS and (args.data or name != "flow")]
         if alone:
             same = ["flow"]
-        else:
-            same = [name for name in tasks if name in TASKS and (args.data or name != "flow")]
         # not classify's clips, even if it is alone
         opened[key] = open_features(replace(args, task="all"), same, device)
     return opened[key]
@@ -3307,7 +3302,7 @@ def told(value, unit, factor=1):
 
 # (args, device) -> what is printed, what else is logged
 COMMANDS = {
-    **{name: draws for name in TASKS},
+    **dict.fromkeys(TASKS, draws),
     "physics": physics, "all": everything, "predict": predict, "features": export_features,
     "plot": plot, "compare": compare,
 }

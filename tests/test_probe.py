@@ -284,7 +284,7 @@ def scored(p, seen, labels):
     """{metric: value} and confusion of probabilities, of which some were not seen."""
     p, labels = torch.tensor(p), torch.tensor(labels)
     task = task_of(arguments(), 1, p.shape[1])
-    rows = [task.score(p[i : i + 1], {"y": labels[i : i + 1]}) if ok else task.unread(labels[i])[None]
+    rows = [task.score(p[i : i + 1], {"y": labels[i : i + 1]}) if ok else task.unread(labels[i : i + 1])[0]
             for i, ok in enumerate(seen)]
     rows = torch.cat([row.double() for row in rows])
     return task.total(rows), probe.confusion_of(rows, task.classes)
