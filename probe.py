@@ -810,10 +810,8 @@ def load(args):
         config |= {"model": run.args.model, "stride": run.args.stride, "fps": run.args.fps}
         return run.product, run.product.config | config
     override = {"heads": args.heads} if args.heads else {}
-    if args.encoder.startswith("random:"):
-        override["seed"] = args.seed
     try:
-        return model.load_encoder(args.encoder, **override)
+        return model.load_encoder(args.encoder, seed=args.seed, **override)
     except ValueError as error:
         raise DataError(f"--encoder {error}") from error
 
@@ -1377,8 +1375,8 @@ class Points(Track):
         return {"y": xy, "first": first, "seen": seen, "asked": seen[:, :, 0]}
 
     def net(self):
-        parts = dict(frames=self.frames, copies=self.frames // 2)
-        return self.readout(1024, 8, 4, kind=Tracker, coordinates=2, **parts)
+        return self.readout(
+            1024, 8, 4, kind=Tracker, coordinates=2, frames=self.frames, copies=self.frames // 2)
 
     def loss(self, out, y):
         """Huber on places (its corner at 4 pixels of 256), cross-entropy on "is seen" and on "is
@@ -1780,12 +1778,13 @@ def fit(task, train, rows, pairs):
         tried.append(Trained(head, lr, wd))
         groups += [dict(group, peak=lr) for group in model.param_groups(head, wd)]
     if args.finetune:
-        tried[0].encoder = copy.deepcopy(train.encoder).requires_grad_(True).train()
-        drop_paths(tried[0].encoder, args.drop_path)
+        encoder = copy.deepcopy(train.encoder).requires_grad_(True).train()
+        drop_paths(encoder, args.drop_path)
         if args.compile:
-            model.compile_blocks(tried[0].encoder)
+            model.compile_blocks(encoder)
+        tried[0].encoder = encoder
         groups += encoder_groups(tried[0], args.finetune, max(train.want))
-        train.tuned = tried[0].encoder
+        train.tuned = encoder
     if not groups:
         return tried
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
@@ -3016,8 +3015,7 @@ def labelled_tasks(args):
     beside = Path(train.paths[0]).with_suffix(".safetensors")
     has = set()
     if beside.exists():
-        with safe_open(beside, "pt") as file:
-            has = {*file.keys()}
+        has = {*open_file(beside).keys()}
     needs = {name: {*task.names} - {*SEEN} for name, task in TASKS.items()}
     needs["physics"] = {"impossible"}
     if (train.labels < 0).any():

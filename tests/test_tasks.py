@@ -804,7 +804,7 @@ def test_a_saved_head_knows_the_attention_heads_of_its_encoder(folder, tmp_path,
     monkeypatch.setattr(M, "load_encoder", lambda name, **how: (asked.append(how), real(folder))[1])
     probe.probe(arguments("classify", tmp_path, encoder="vit.pt", head="ridge", heads=4), CPU)
     predicted(None, tmp_path, tmp_path / "p.csv")
-    assert asked == [{"heads": 4}] * 2
+    assert asked == [{"heads": 4, "seed": 0}] * 2
 
 
 def test_features_of_own_videos(folder, tmp_path, monkeypatch, with_pictures):
