@@ -1093,6 +1093,7 @@ class Task:
         score(p, y)           -> rows (n,c); total(rows) -> {metric: value}, of sums their means
         constants(ys)         answers y -> p that look at no video; of them the best on train is the
                               baseline
+        marks(p, y, clip, frame)   of points and boxes: what a picture shows as truth, as answer
     """
     args: Args
     width: int  # of a token
@@ -1412,6 +1413,13 @@ class Points(Track):
     def total(self, rows):
         return {"aj": rows.mean().item(), "jaccard": rows.mean(0).tolist()}
 
+    def marks(self, p, y, clip, frame):
+        """Points where they are and where they are said to be, if visible."""
+        things = y["asked"][clip].nonzero().flatten()[:16].tolist()
+        truth = [(y["y"][clip, k, frame], k) for k in things if y["seen"][clip, k, frame]]
+        answer = [(p[clip, k, frame, :2], k) for k in things if p[clip, k, frame, 2] > 0.5]
+        return truth, answer
+
 
 def is_true(logit, truth):
     return mean_of(F.binary_cross_entropy_with_logits(logit, truth.float(), reduction="none"))
@@ -1441,6 +1449,10 @@ class Boxes(Track):
         high = torch.minimum(p[:, 2:], y[:, 2:])
         both = area_of(torch.cat([low, high], 1))
         return sums(both / (area_of(p) + area_of(y) - both).clamp(min=1e-9))
+
+    def marks(self, p, y, clip, frame):
+        things = y["first"][clip].isfinite().all(1).nonzero().flatten()[:16].tolist()
+        return [[*zip(boxes[clip, things, frame], things)] for boxes in (y["y"], p)]
 
 
 def area_of(boxes):
@@ -1663,6 +1675,17 @@ class Detect(Task):
     def constants(self, ys):
         """All boxes alike."""
         return [lambda y: torch.zeros_like(y["y"])]
+
+    def marks(self, p, y, clip, frame):
+        """With the name and colour of the true class, and of the one with the highest score."""
+        boxes = y["boxes"][clip, frame] / self.size
+        names = [*(MOVES if self.args.data else range(self.classes)), "none"]
+        both = []
+        for scores in (y["y"], p):
+            highest, called = scores[clip].nan_to_num().max(1)
+            called = called.masked_fill(highest <= 0, -1).tolist()
+            both.append([(box, k % 8, names[k]) for box, k in zip(boxes, called)])
+        return both
 
 
 def overlap(ends, cells):
@@ -2784,41 +2807,10 @@ def draw(task, features, scored, p, y, rows):
             lines += [Row("video", shown), Row("truth", truth[clip, at], unit, paint),
                       Row("answer", p[clip, at], unit, paint)]
             continue
-        places = [MARKS[args.task](task, p, y, clip, frame) for frame in at]
+        places = [task.marks(p, y, clip, frame) for frame in at]
         for label, marks in zip(("truth", "answer"), zip(*places)):
             lines.append(Row(label, 0.6 * shown, marks=marks))
     return figure(args, args.task, title, [f"frame {frame}" for frame in at], lines)
-
-
-# (task, p, y, clip, frame) -> what is marked as truth and as answer
-
-
-def mark_points(task, p, y, clip, frame):
-    """Points where they are and where they are said to be, if visible."""
-    things = y["asked"][clip].nonzero().flatten()[:16].tolist()
-    truth = [(y["y"][clip, k, frame], k) for k in things if y["seen"][clip, k, frame]]
-    answer = [(p[clip, k, frame, :2], k) for k in things if p[clip, k, frame, 2] > 0.5]
-    return truth, answer
-
-
-def mark_boxes(task, p, y, clip, frame):
-    things = y["first"][clip].isfinite().all(1).nonzero().flatten()[:16].tolist()
-    return [[*zip(boxes[clip, things, frame], things)] for boxes in (y["y"], p)]
-
-
-def mark_actions(task, p, y, clip, frame):
-    """With the name and colour of the true class, and of the one with the highest score."""
-    boxes = y["boxes"][clip, frame] / task.size
-    names = [*(MOVES if task.args.data else range(task.classes)), "none"]
-    both = []
-    for scores in (y["y"], p):
-        highest, called = scores[clip].nan_to_num().max(1)
-        called = called.masked_fill(highest <= 0, -1).tolist()
-        both.append([(box, k % 8, names[k]) for box, k in zip(boxes, called)])
-    return both
-
-
-MARKS = {"points": mark_points, "boxes": mark_boxes, "detect": mark_actions}
 
 
 def draw_confusion(args, title, confusion, source):
