@@ -829,10 +829,10 @@ class Features:
     on disk, those of the others made anew at every use.
 
     layers: blocks run before tokens are taken, their channels side by side. names: labels, see
-    dense_batches; "right" is encoded as well. form: "grid", tokens without CLS; "all", with it;
-    a row of POOLS, one vector a video. Turn t is the t-th random
-    pass over the list; where nothing is random there is one. apart: pooled vectors of a video's
-    S clips are not averaged. DataError: the encoder cannot take these clips, or has no such layer.
+    dense_batches; "right" is encoded as well. form: "grid", tokens without CLS; "all", with it; a
+    row of POOLS, one vector a video. Turn t is the t-th random pass over the list; where nothing is
+    random there is one. apart: pooled vectors of a video's S clips are not averaged. DataError: the
+    encoder cannot take these clips, or has no such layer.
     """
 
     args: Args
@@ -941,8 +941,6 @@ class Features:
             raise DataError(f"{self.source.name}: no video can be read; the last one: {why}")
 
     def wanted(self, z):
-        if self.want == self.layers:
-            return z
         columns = z.unflatten(-1, (len(self.layers), -1))
         return torch.cat([columns[..., self.layers.index(i), :] for i in self.want], -1)
 
@@ -1817,8 +1815,7 @@ def fit(task, train, rows, pairs):
     for step in tqdm(range(steps), desc=args.task, disable=not sys.stderr.isatty()):
         for group in optimizer.param_groups:
             group["lr"] = max(1e-7, group["peak"] * rate(step, steps, warmup))
-        for i in itertools.count():
-            x, labels, share, last = next(parts)
+        for i, (x, labels, share, last) in enumerate(parts):
             if share:
                 y = task.labels(labels)
                 for heads in together(task, tried, micro * x["video"][0].numel()):
