@@ -1025,8 +1025,7 @@ def check_numbers(args, positive, shares):
             least = -1 if name == "workers" else 0
             most = 1 if name in shares else sys.float_info.max
             bad = not least <= number <= most or (name == "betas" and number == 1)
-            bad = bad or (name in positive and number == 0)
-            if bad:
+            if bad or (name in positive and number == 0):
                 raise UserError(f"--{name} {number}: {need} is needed")
 
 
