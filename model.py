@@ -1015,15 +1015,15 @@ def first_cause(error):
     return " ".join(str(error).split())[-300:]
 
 
-def check_numbers(args, positive, shares):
+def check_numbers(args, positive):
     """Numbers no script can use end it here; the flags' types let `--lr nan` through."""
     for name, value in vars(args).items():
-        need = "a share from 0 to 1" if name in shares else "a positive finite number"
+        need = "a share from 0 to 1" if name in SHARES else "a positive finite number"
         for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, (int, float)):
+            if isinstance(number, str):
                 continue
             least = -1 if name == "workers" else 0
-            most = 1 if name in shares else sys.float_info.max
+            most = 1 if name in SHARES else sys.float_info.max
             bad = not least <= number <= most or (name == "betas" and number == 1)
             if bad or (name in positive and number == 0):
                 raise UserError(f"--{name} {number}: {need} is needed")
@@ -1031,13 +1031,12 @@ def check_numbers(args, positive, shares):
 
 def check_ranges(args):
     """The flags of a run."""
-    check_numbers(args, POSITIVE, SHARES)
+    check_numbers(args, POSITIVE)
     if args.model not in SIZES:
         raise UserError(f"--model {args.model}: choose from {', '.join(SIZES)}")
     if len(args.probe_data) not in (0, 2):
-        lists = " ".join(args.probe_data)
-        raise UserError(f"--probe_data {lists}: two lists are needed, one to fit the probe "
-                        "and one to test it")
+        raise UserError(f"--probe_data {' '.join(args.probe_data)}: two lists are needed, one to "
+                        "fit the probe and one to test it")
 
 
 def probe_lists(args):

@@ -3301,7 +3301,7 @@ POSITIVE = ("segments views epochs micro_batch train_clips val_clips holdout gri
 
 def check_flags(args):
     """What no probe can use ends it here."""
-    model.check_numbers(args, POSITIVE, ("fraction", "holdout"))
+    model.check_numbers(args, POSITIVE)
     mixes = args.mixup or args.cutmix or args.erasing
     tuned = args.finetune and args.task == "classify"
     for wrong, why in (
@@ -3310,6 +3310,7 @@ def check_flags(args):
         (tuned and args.head in ("ridge", "knn"),
          f"--finetune: --head {args.head} is not trained by gradients"),
         (len(args.layers) not in (0, 4), "--layers: four blocks are needed"),
+        (args.fraction > 1, "--fraction: a share of --train, at most 1"),
         (args.fraction < 1 and args.data, "--fraction: of the world give --train_clips"),
         (mixes and (args.segments > 1 or not tuned),
          "--mixup, --cutmix and --erasing are for classify --finetune with --segments 1"),
