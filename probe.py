@@ -912,10 +912,11 @@ class Features:
         z = z.transpose(1, 2)                                           # (b, V, S, N, D)
         return z.flatten(2, 3) if self.apart else z.mean(2)
 
-    def batches(self, rows, size, turn=0, some=True):
-        """For every `size` of these rows, those that can be read: {key: tokens (b,V,N,D)}, {name:
-        labels (b,...)} and "class" with them, rows (b,). Where none can be: {}, {}, ().
-        some: of all these rows at least one, or DataError."""
+    def batches(self, rows, size=0, turn=0, some=True):
+        """For every `size` (0: --micro_batch) of these rows, those that can be read: {key: tokens
+        (b,V,N,D)}, {name: labels (b,...)} and "class" with them, rows (b,). Where none can be: {},
+        {}, (). some: of all these rows at least one, or DataError."""
+        size = size or self.args.micro_batch
         turn %= self.turns
         seen = 0
         anew = self.fresh(rows[rows >= self.kept], size, turn)
@@ -1948,7 +1949,7 @@ def endless(train, rows, batch, micro, seed):
 
 def pooled_features(train, rows):
     """(n,D) and classes (n,), of the first pass."""
-    batches = train.batches(rows, train.args.micro_batch)
+    batches = train.batches(rows)
     read = [(x["video"][:, 0, 0], y["class"]) for x, y, part in batches if len(part)]
     return [torch.cat(parts) for parts in zip(*read)]
 
@@ -1960,7 +1961,7 @@ def evaluate(task, features, rows, answers):
     scored = [[] for _ in answers]
     first = None
     seen = []
-    for x, labels, part in features.batches(rows, task.args.micro_batch):
+    for x, labels, part in features.batches(rows):
         seen += part.tolist()
         if not len(part):
             continue
@@ -2277,7 +2278,7 @@ def learn_labels(task, train):
     rows = np.arange(len(train.source))
     if task.names and len(rows) > 512:
         rows = np.linspace(0, len(rows) - 1, 512).astype(int)
-    parts = train.of(()).batches(rows, args.micro_batch)
+    parts = train.of(()).batches(rows)
     ys = [task.labels(labels) for _, labels, part in parts if len(part)]
     task.classes = task.classes_of(ys, train.source)
     if task.channels:
@@ -2549,7 +2550,7 @@ def predict(args, device):
     answer = reader(task, features, head)
     rows = []
     answers = []
-    for x, labels, part in features.batches(np.arange(len(source)), args.micro_batch):
+    for x, labels, part in features.batches(np.arange(len(source))):
         if len(part):
             asked = task.labels(labels) if features.names else {}
             answers += answer(x, asked).cpu()
@@ -2608,8 +2609,7 @@ def export_features(args, device):
             args, encoder, config, some, cut, device, layers, (), form, args.windows > 0)
         store_what_fits(args, features)
         # all of a group's may be damaged
-        every = np.arange(len(some))
-        for x, _, part in features.batches(every, args.micro_batch, some=False):
+        for x, _, part in features.batches(np.arange(len(some)), some=False):
             for row, z in zip(part, x["video"][:, 0].cpu() if len(part) else ()):
                 z = z[None] if args.tokens else z  # (windows, D), tokens (1, N, D)
                 vectors += z

@@ -48,7 +48,7 @@ class Fixed:
         self.source = D.Source("-", names or [f"v{i}" for i in range(len(x))], labels)
         self.autocast = contextlib.nullcontext
 
-    def batches(self, rows, size, turn=0):
+    def batches(self, rows, size=16, turn=0):
         for i in range(0, len(rows), size):
             part = rows[i : i + size]
             part = part[self.ok[part]]

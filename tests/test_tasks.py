@@ -302,7 +302,7 @@ class Tokens:
         self.x = torch.randn(4, 3, 2, 8, 8)
         self.autocast = contextlib.nullcontext
 
-    def batches(self, rows, size, turn=0):
+    def batches(self, rows, size=16, turn=0):
         for start in range(0, 4, size):
             part = torch.arange(start, start + size)
             tokens = self.tuned(self.x[part]) if self.tuned else self.x[part, 0, 0]
