@@ -584,7 +584,8 @@ def test_compare_prints_deltas_to_the_baseline(tmp_path, capsys, monkeypatch):
     P.main(P.Args("compare", runs=runs, out_dir=str(tmp_path / "out")))
     *table, last = capsys.readouterr().out.strip().splitlines()
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in table if "---" not in row] == [
-        ["run", "step", "flops", "loss", "rankme", "random_acc", "hours", "online probe", "Δ", "x/ssv2.csv, linear", "Δ"],
+        ["run", "step", "flops", "loss", "rankme", "random_acc", "hours", "online probe", "Δ", "x/ssv2.csv, linear",
+         "Δ"],
         ["base", "2", "1.00e+09", "0.5000", "9.0", "15.00%", "1.00", "50.00", "", "25.00", ""],
         ["hw", *"------", "-", "-", "50.00", "+25.00"],
         ["ld", "2", *"-----", "62.50", "+12.50", "-", "-"],
