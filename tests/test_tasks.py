@@ -679,6 +679,7 @@ def test_image_encoders_have_a_moment_a_frame(tmp_path):
         dict(encoder="random:vit_n", task="physics"), dict(task="all", tasks=("taste",)),
         dict(task="classify", finetune="4ds", head="knn"), dict(task="depth", train="x"), dict(width=12),
         dict(task="flow", finetune="4ds", mixup=0.8), dict(task="classify", cutmix=1.0),
+        dict(task="features", frames=7, out="f.npz"), dict(encoder=""),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(flags, folder, tmp_path, capsys):
