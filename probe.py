@@ -1092,7 +1092,7 @@ class Task:
         score(p, y)           -> rows (n,c); total(rows) -> {metric: value}, of sums their means
         constants(ys)         answers y -> p that look at no video; of them the best on train is the
                               baseline
-        marks(p, y, clip, frame)   of points and boxes: what a picture shows as truth, as answer
+        marks(p, y, clip, frame)   what a picture shows as truth and as answer
     """
     args: Args
     width: int  # of a token
@@ -1174,6 +1174,9 @@ class Task:
         """Answers of a dense task -> (n,C,H,W)."""
         p = p[..., None] if self.channels == 1 else p
         return p.flatten(0, -4).movedim(-1, 1)
+
+    def marks(self, p, y, clip, frame):
+        return (), ()
 
     def unread(self, labels):
         """Rows (1,c) of clips of these classes that cannot be read: none, but for classify."""

@@ -1039,6 +1039,13 @@ def test_every_task_has_a_picture(folder, tmp_path, with_pictures):
         assert Path(result["picture"]).stat().st_size > 5000, name
 
 
+def test_a_task_that_marks_nothing_has_a_picture_too(folder, tmp_path, monkeypatch, with_pictures):
+    monkeypatch.setitem(probe.TASKS, "turn", type("Turn", (probe.Pose,), {}))
+    args = arguments("turn", tmp_path, encoder=folder, steps=1, train_clips=8, val_clips=4)
+    result, _ = probe.probe(args, CPU)
+    assert Path(result["picture"]).stat().st_size > 5000
+
+
 def test_pairs_differ_only_where_they_should():
     """Not before the law breaks, half-way; and then in the thing's neighbourhood only, never in most of the picture."""
     made = D.World("val").render(range(24), ("impossible", "change"))
