@@ -1213,7 +1213,8 @@ class Run:
     def before(self):
         """The clips of a forward pass of the run that is resumed, or None."""
         file = self.out / "config.json"
-        head = read_config(file) if self.args.resume and os.path.exists(file) else {}
+        begun = (self.out / "latest").exists() and file.exists()
+        head = read_config(file) if self.args.resume and begun else {}
         return head["config"].get("micro_batch") if head.get("ranks") == self.ranks else None
 
     def wrap(self, objective):
