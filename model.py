@@ -38,7 +38,7 @@ import time
 import warnings
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from itertools import chain, cycle, repeat
 from pathlib import Path
@@ -1550,9 +1550,16 @@ class Run:
         if self.rank == 0:
             clip = colour_frames(x[0])
             clip = clip[:: len(clip) // grid[0]]  # (t,H,W,3), a frame a slice
-            masked = [hide(clip, ids[0], grid) for ids in keep]
-            seen = enlarge(colours(tokens), grid, clip.shape[1])
-            save_rows(self.out / "samples" / f"step_{done:08d}.png", [clip, *masked, seen])
+            rows = [Row("clip", clip)]
+            for i, ids in enumerate(keep, 1):
+                rows.append(Row(f"mask {i}", hide(clip, ids[0], grid)))
+            rows.append(Row("features", enlarge(colours(tokens), grid, clip.shape[1])))
+            self.sample(done, [f"slice {i}" for i in range(grid[0])], rows)
+
+    def sample(self, done, columns, rows):
+        """samples/step_*.png"""
+        file = self.out / "samples" / f"step_{done:08d}.png"
+        figure(file, f"{self.out.name}, step {done:,}", columns, rows)
 
     # the online probe
 
@@ -2204,12 +2211,99 @@ def colours(tokens):
     return to_unit(tokens @ directions.T)
 
 
-def save_rows(path, rows):
-    """A PNG: frames (t,H,W,3) in [0,1] side by side, a row each."""
-    image = torch.cat([torch.cat(list(frames), 1) for frames in rows])
+def has_matplotlib():
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+@dataclass
+class Row:
+    """Pictures (k,H,W,3) in [0,1], or numbers (k,H,W) with a colour bar, side by side."""
+    label: str
+    pictures: torch.Tensor
+    unit: str = ""  # of the colour bar
+    paint: dict = field(default_factory=dict)  # imshow's cmap, vmin, vmax
+    # of each picture [(point (2,) or box (4,) in shares of it, number of a colour, perhaps a word)]
+    marks: tuple = ()
+
+
+def figure(file, title, columns, rows):
+    """Rows of pictures of one size, None for a gap -> a PNG. Without matplotlib it has no words,
+    and only rows in colour."""
+    if not has_matplotlib():
+        return save_bare(file, [row.pictures for row in rows if row])
+    plt = pyplot()
+    height, width = rows[0].pictures.shape[1:3]
+    tall = height / width  # a picture is 1 wide, and 0.06 lie between two
+    shown, axis = plt.subplots(layout="constrained")
+    top = 0.0
+    labels = {}
+    bars = {}
+    for row in rows:
+        if row is None:
+            top += 0.12
+            continue
+        labels[top + tall / 2] = row.label
+        for k, picture in enumerate(row.pictures):
+            left = 1.06 * k
+            image = axis.imshow(
+                picture.numpy(), extent=(left, left + 1, top + tall, top),
+                interpolation="nearest", **row.paint)
+            frame = plt.Rectangle((left, top), 1, tall, transform=axis.transData)
+            for place, *look in row.marks[k] if row.marks else ():
+                at = place.view(-1, 2) * torch.tensor([1, tall]) + torch.tensor([left, top])
+                mark(axis, frame, at.flatten().tolist(), *look)
+        if row.unit:
+            bars[row.unit] = image
+        top += tall + 0.06
+    shown.set_size_inches(1.4 * len(columns) + 0.6 + len(bars), 1.35 * top + 0.6)
+    shown.suptitle(title, fontsize=9)
+    axis.set(xlim=(0, 1.06 * len(columns)), ylim=(top, 0), frame_on=False)
+    axis.set_xticks(1.06 * np.arange(len(columns)) + 0.5, columns)
+    axis.set_yticks([*labels], labels.values(), rotation=90, verticalalignment="center")
+    axis.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
+    for unit, image in bars.items():
+        bar = shown.colorbar(image, label=unit, shrink=min(1, 3 / top))
+        if unit == "class":
+            bar.locator = plt.MaxNLocator(12, integer=True)
+    return finish(file, shown)
+
+
+def mark(axis, frame, place, colour, word=""):
+    """A point or a box, and what stands above it, as far as they lie in the frame."""
+    if not all(map(math.isfinite, place)):
+        return
+    x, y, *end = place
+    look = dict(color=f"C{colour}", clip_path=frame)
+    if end:
+        axis.add_patch(pyplot().Rectangle((x, y), end[0] - x, end[1] - y, fill=False, **look))
+        y = max(y, frame.get_y() + 0.1)  # the word stays in the picture
+        axis.text(x, y, word, color="w", fontsize=6, verticalalignment="bottom", clip_path=frame)
+    else:
+        axis.plot(x, y, "o", markersize=3, markeredgecolor="w", markeredgewidth=0.3, **look)
+
+
+def finish(file, shown):
+    """Save what matplotlib has drawn -> its path."""
+    shown.savefig(file, dpi=120)
+    pyplot().close(shown)
+    return str(file)
+
+
+def save_bare(file, rows):
+    """Rows of pictures (k,H,W,3) without a word, with gaps between them."""
+    # a gap below and to the right of each
+    rows = [F.pad(row, (0, 0, 0, 1, 0, 1), value=1) for row in rows]
+    image = torch.cat([torch.cat(list(row), 1) for row in rows])
     zoom = max(1, 112 // rows[0].shape[1])
-    image = image.clamp(0, 1).mul(255).byte()
-    data.save_png(path, image.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
+    image = image.mul(255).byte()
+    data.save_png(file, image.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
 
 
 def to_rgb(x, mean, std):
@@ -2220,7 +2314,7 @@ def to_rgb(x, mean, std):
 
 def colour_frames(x):
     """A normalised clip (3,T,H,W) -> RGB in [0,1], (T,H,W,3)."""
-    return to_rgb(x.float().cpu(), **IMAGENET).permute(1, 2, 3, 0)
+    return to_rgb(x.float().cpu(), **IMAGENET).permute(1, 2, 3, 0).clamp(0, 1)
 
 
 def hide(frames, ids, grid):

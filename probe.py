@@ -41,7 +41,7 @@ import contextlib
 import copy
 import csv
 import hashlib
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -52,7 +52,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from itertools import chain, islice, product
 from pathlib import Path
@@ -2646,96 +2646,13 @@ def draw_neighbours(args, source, names, paths, vectors):
     frames = frames_of(source, data.Clip(1, 1, size=112, train=False), rows)[:, 0]
     lines = []
     for some, row in zip(frames.unflatten(0, nearest.shape), rows[:: nearest.shape[1]]):
-        lines.append(Row(Path(names[row]).stem[-16:], some))
+        lines.append(model.Row(Path(names[row]).stem[-16:], some))
     columns = ["query", *(f"nearest {i}" for i in range(1, nearest.shape[1]))]
     title = f"nearest by features of {args.encoder}; mean cosine {likeness[:, 1:].mean():.2f}"
-    return figure(args, "neighbours", title, columns, lines)
+    return model.figure(f"{args.out_dir}/neighbours.png", title, columns, lines)
 
 
 # --- pictures -------------------------------------------------------------------------------------
-
-
-def pyplot():
-    """matplotlib; main has asked for it before the work."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
-
-
-def has_matplotlib():
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-@dataclass
-class Row:
-    """Pictures (k,H,W,3) in [0,1], or numbers (k,H,W) with a colour bar, side by side."""
-    label: str
-    pictures: torch.Tensor
-    unit: str = ""  # of the colour bar
-    paint: dict = field(default_factory=dict)  # imshow's cmap, vmin, vmax
-    marks: tuple = ()  # for each picture [(point (2,) or box (4,) in shares, number of a colour)]
-
-
-def figure(args, name, title, columns, rows):
-    """out_dir/NAME.png -> its path; rows may be None, for a gap. Without matplotlib: None."""
-    if not has_matplotlib():
-        return None
-    plt = pyplot()
-    heights = [1.0 if row else 0.02 for row in rows]
-    size = (1.35 * len(columns) + 0.8, 1.3 * sum(heights) + 0.6)
-    shown, axes = plt.subplots(
-        len(rows),
-        len(columns),
-        figsize=size,
-        squeeze=False,
-        layout="constrained",
-        height_ratios=heights,
-    )
-    shown.suptitle(title, fontsize=9)
-    bars = {}
-    for line, row in zip(axes, rows):
-        for axis in line:
-            axis.set(xticks=[], yticks=[], frame_on=False)
-        if not row:
-            continue
-        line[0].set_ylabel(row.label, fontsize=8)
-        for k, picture in enumerate(row.pictures):
-            image = line[k].imshow(picture.numpy(), interpolation="nearest", **row.paint)
-            for place, colour, *word in row.marks[k] if row.marks else ():
-                pixels = place * torch.tensor(picture.shape[1::-1]).repeat(len(place) // 2)
-                mark(line[k], pixels, f"C{colour}", *word)
-        if row.unit:
-            bars[row.unit] = image
-    for axis, column in zip(axes[0], columns):
-        axis.set_title(column, fontsize=8)
-    for unit, image in bars.items():
-        bar = shown.colorbar(image, ax=axes, label=unit, shrink=min(1, 3 / sum(heights)))
-        if unit == "class":
-            bar.locator = plt.MaxNLocator(12, integer=True)
-    return finish(args, name, shown)
-
-
-def mark(axis, place, colour, word=""):
-    """A point or a box, in pixels, and what stands above it."""
-    x, y, *end = (place - 0.5).tolist()
-    if not place.isfinite().all():
-        return
-    axis.set_autoscale_on(False)
-    if end:
-        width = end[0] - x
-        height = end[1] - y
-        axis.add_patch(pyplot().Rectangle((x, y), width, height, fill=False, edgecolor=colour))
-        axis.text(x, y, word, color="w", fontsize=6, verticalalignment="bottom", clip_on=True)
-    else:
-        axis.plot(x, y, "o", color=colour, markersize=3, markeredgecolor="w", markeredgewidth=0.3)
-
-
-def finish(args, name, shown):
-    file = Path(args.out_dir) / f"{name}.png"
-    shown.savefig(file, dpi=120)
-    pyplot().close(shown)
-    return str(file)
 
 
 def wheel(flow, longest):
@@ -2759,7 +2676,7 @@ def painted(task, p, truth):
         return wheel(truth, longest), wheel(p, longest), "", {}
     if name == "segment":
         unknown = truth == 255
-        colours = pyplot().get_cmap("tab10" if task.classes <= 10 else "tab20", task.classes)
+        colours = model.pyplot().get_cmap("tab10" if task.classes <= 10 else "tab20", task.classes)
         truth = truth.float().masked_fill(unknown, math.nan)
         paint = dict(cmap=colours, vmin=-0.5, vmax=task.classes - 0.5)
         return truth, p.argmax(-1), "class", paint
@@ -2782,7 +2699,7 @@ def draw(task, features, scored, p, y, rows):
     """TASK.png -> its path: three val clips with what is true and, below, what was answered; of
     classify the confusion, of pose truth against answer."""
     args = task.args
-    if not has_matplotlib():
+    if not model.has_matplotlib():
         return None
     metric, value = next(iter(task.total(scored).items()))
     title = f"{args.task} from {args.encoder}: {metric} {value:.3f}"
@@ -2804,19 +2721,20 @@ def draw(task, features, scored, p, y, rows):
         lines += [None] if clip else []
         shown = video[clip, at]
         if task.dense:
-            lines += [Row("video", shown), Row("truth", truth[clip, at], unit, paint),
-                      Row("answer", p[clip, at], unit, paint)]
+            lines += [model.Row("video", shown), model.Row("truth", truth[clip, at], unit, paint),
+                      model.Row("answer", p[clip, at], unit, paint)]
             continue
         places = [task.marks(p, y, clip, frame) for frame in at]
         for label, marks in zip(("truth", "answer"), zip(*places)):
-            lines.append(Row(label, 0.6 * shown, marks=marks))
-    return figure(args, args.task, title, [f"frame {frame}" for frame in at], lines)
+            lines.append(model.Row(label, 0.6 * shown, marks=marks))
+    file = Path(args.out_dir) / f"{args.task}.png"
+    return model.figure(file, title, [f"frame {frame}" for frame in at], lines)
 
 
 def draw_confusion(args, title, confusion, source):
     """Row: class, column: called, the last one: not read."""
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    shown, axis = pyplot().subplots(figsize=(6, 5), layout="constrained")
+    shown, axis = model.pyplot().subplots(figsize=(6, 5), layout="constrained")
     shown.colorbar(axis.imshow(share.numpy(), vmin=0, vmax=1), label="share of the class")
     axis.set_title(title, fontsize=9)
     axis.set(xlabel="called", ylabel="is")
@@ -2824,12 +2742,12 @@ def draw_confusion(args, title, confusion, source):
     if len(names) <= 30:
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.set_xticks(range(len(names) + 1), [*names, "unread"], fontsize=7, rotation=90)
-    return finish(args, "confusion", shown)
+    return model.finish(f"{args.out_dir}/confusion.png", shown)
 
 
 def draw_pose(args, title, truth, p):
     """Truth to the right, answer up: nine numbers of the turn, three of the shift."""
-    shown, axes = pyplot().subplots(1, 2, figsize=(8, 4), layout="constrained")
+    shown, axes = model.pyplot().subplots(1, 2, figsize=(8, 4), layout="constrained")
     shown.suptitle(title, fontsize=9)
     for axis, name in zip(axes, ("turn", "shift")):
         some = np.arange(12) % 4 == 3
@@ -2839,7 +2757,7 @@ def draw_pose(args, title, truth, p):
         words = "right down ahead" if name == "shift" else "xx xy xz yx yy yz zx zy zz"
         axis.legend(dots, words.split(), fontsize=6)
         axis.set(title=name, xlabel="truth", ylabel="answer")
-    return finish(args, "pose", shown)
+    return model.finish(f"{args.out_dir}/pose.png", shown)
 
 
 # --- intuitive physics ----------------------------------------------------------------------------
@@ -2991,8 +2909,10 @@ def draw_pairs(args, possible, impossible):
     at = np.linspace(0, possible.shape[1] - 1, 8).astype(int)
     lines = []
     for a, b in zip(possible[:4, at].float() / 255, impossible[:4, at].float() / 255):
-        lines += [Row("possible", a), Row("impossible", b), Row("difference", (a - b).abs()), None]
-    return figure(args, "physics", "pairs of videos", [f"frame {i}" for i in at], lines[:-1])
+        lines += [model.Row("possible", a), model.Row("impossible", b),
+                  model.Row("difference", (a - b).abs()), None]
+    file = Path(args.out_dir) / "physics.png"
+    return model.figure(file, "pairs of videos", [f"frame {i}" for i in at], lines[:-1])
 
 
 # --- the whole suite ------------------------------------------------------------------------------
@@ -3115,10 +3035,10 @@ def markdown(encoder, seeds, table):
 def radar(args, table):
     """The skill of each task on its own axis, of each seed a dot; below the inner circle it is
     negative: worse than the constant."""
-    if not has_matplotlib():
+    if not model.has_matplotlib():
         return None
     angle = np.linspace(0, 2 * np.pi, len(table), endpoint=False)
-    shown, axis = pyplot().subplots(
+    shown, axis = model.pyplot().subplots(
         figsize=(6, 5.6), subplot_kw={"projection": "polar"}, layout="constrained")
     skill = [row["skill"] or 0 for row in table]
     axis.fill(angle, skill, facecolor=("C0", 0.25), edgecolor="C0")
@@ -3130,7 +3050,7 @@ def radar(args, table):
     axis.tick_params(pad=12)
     axis.set_ylim(min(-0.1, *skill, *chain(*(row["skills"] for row in table))), 1)
     axis.set_title(f"skill of {args.encoder}: 1 is perfect, 0 (dashed) the constant", fontsize=9)
-    return finish(args, "radar", shown)
+    return model.finish(f"{args.out_dir}/radar.png", shown)
 
 
 # --- runs beside each other -----------------------------------------------------------------------
@@ -3198,7 +3118,7 @@ def plot(args, device):
     if not panels:
         raise DataError(f"--runs {' '.join(found)}: nothing is logged yet")
     high = -(-len(panels) // 4)
-    shown, axes = pyplot().subplots(
+    shown, axes = model.pyplot().subplots(
         high, min(4, len(panels)), figsize=(14, 3.2 * high), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
@@ -3214,7 +3134,7 @@ def plot(args, device):
         "value": r2(points),
         "points": len(points),
         "each": {run: r2(some) for run, some in pairs.items()},
-        "picture": finish(args, "plot", shown),
+        "picture": model.finish(f"{args.out_dir}/plot.png", shown),
     }, {}
 
 
@@ -3351,8 +3271,8 @@ def main(args):
         if ranks()[0]:  # all compute the same, and one writes it
             cache = args.cache_dir or f"{args.out_dir}/features"
             args = replace(args, cache_dir=cache, out_dir=tempfile.mkdtemp())
-        if not has_matplotlib():
-            missing = "no pictures without matplotlib: pip install matplotlib"
+        if not model.has_matplotlib():
+            missing = "few pictures, and no words, without matplotlib: pip install matplotlib"
             if args.task == "plot":
                 raise DataError(missing)
             model.say(missing)

@@ -136,9 +136,9 @@ import torch
 import torch.nn as nn
 
 import data
-from model import IMAGENET, SIZES, LatentGridDecoder, Meter, Run, adamw, block_flops, budgeted
+from model import IMAGENET, SIZES, LatentGridDecoder, Meter, Row, Run, adamw, block_flops, budgeted
 from model import clip_gradients, construct, days, dry_run, health, hide, launch, make_encoder
-from model import patches, probe_lists, readout_layer, save_rows, set_rates, some_rows, split_time
+from model import patches, probe_lists, readout_layer, set_rates, some_rows, split_time
 from model import sync_gradients, to_rgb, unpatch, warmup_decay
 
 RGB = dict(mean=[0.0] * 3, std=[1.0] * 3)  # of raw pixels, in [0,1]
@@ -234,7 +234,7 @@ def kept(mask, seed, grid, step, batch_size, rows=None):
     return (keep[0],)
 
 
-def picture(path, x, keep, decoded, grid):
+def picture(run, done, x, keep, decoded, grid):
     """Clips x (b,3,T,H,W) in [0,1], two rows each, of the first and the middle slice:
     masked | reconstructed | original."""
     rows = []
@@ -242,9 +242,11 @@ def picture(path, x, keep, decoded, grid):
     for clip, ids, guess in zip(x.cpu(), keep, decoded.cpu()):
         original = clip[:, ::tubelet].permute(1, 2, 3, 0)  # (t,H,W,3)
         reconstructed = guess[:, ::tubelet].permute(1, 2, 3, 0)
-        columns = torch.stack([hide(original, ids, grid), reconstructed, original], 1)
-        rows += [columns[0], columns[grid[0] // 2]]
-    save_rows(path, rows)
+        shown = torch.stack([hide(original, ids, grid), reconstructed, original], 1)
+        for at in (0, grid[0] // 2):
+            rows.append(Row(f"slice {at}", shown[at].clamp(0, 1)))
+        rows.append(None)
+    run.sample(done, ["masked", "reconstructed", "original"], rows[:-1])
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -322,8 +324,7 @@ def main(args):
             with torch.no_grad(), run.autocast():
                 decoded = net(x[:3], keep[:3], reconstruct=True)
             if run.rank == 0:
-                file = run.out / "samples" / f"step_{done:08d}.png"
-                picture(file, objective.raw(x[:3]), keep[:3], decoded, grid)
+                picture(run, done, objective.raw(x[:3]), keep[:3], decoded, grid)
         if meter.saves(done, net, x, keep):
             run.export(objective, done, **objective.pixels, **objective.layers)
             run.save(done, net, optimizer, meter.state)

@@ -171,10 +171,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import IMAGENET, SIZES, Meter, MotionEncoder, Run, UserError, adamw, budgeted
+from model import IMAGENET, SIZES, Meter, MotionEncoder, Row, Run, UserError, adamw, budgeted
 from model import clip_gradients, colour_frames, colours, construct, cosine, dry_run, each_frame
 from model import ema_update, enlarge, exact, health, init_weights, launch, linear_probe
-from model import make_encoder, probe_lists, rotate, save_rows, set_rates, sync_gradients, to_unit
+from model import make_encoder, probe_lists, rotate, set_rates, sync_gradients, to_unit
 from model import warmup_decay
 
 # rows of the centres
@@ -729,7 +729,7 @@ def show(run, net, objective, x, step):
             still = drift(z[:, :1].expand_as(z), teacher)
             run.log({"step": step, "drift": composed, "drift_still": still})
     if run.rank == 0:
-        picture(run.out / "samples" / f"step_{step:08d}.png", x[0], teacher[0], attention, moved)
+        picture(run, step, x[0], teacher[0], attention, moved)
 
 
 def drift(z, teacher):
@@ -738,20 +738,22 @@ def drift(z, teacher):
     return [round(value, 5) for value in error.tolist()]
 
 
-def picture(path, x, teacher, attention, moved):
+def picture(run, step, x, teacher, attention, moved):
     """One clip, a column a frame: the frames x (3,T,H,W), the first three principal components of
     the teacher's patches (T,n,D), what its CLS attends to (T,heads,n), and how far the motion
     encoder moves each patch in the pair that begins there, (T-1,n) or None."""
     frames, size = x.shape[1:3]
     side = math.isqrt(teacher.shape[1])
-    grid = (frames, side, side)
-    rows = [colour_frames(x)]  # (T,H,W,3)
-    rows.append(enlarge(colours(teacher.flatten(0, 1)), grid, size))
-    rows.append(enlarge(shades(attention.float().mean(1)), grid, size))
+    tokens = {
+        "patches": colours(teacher.flatten(0, 1)),
+        "CLS": shades(attention.float().mean(1)),
+    }
     if moved is not None:
-        last = torch.zeros(side * side, 3)
-        rows.append(enlarge(torch.cat([shades(moved.float()), last]), grid, size))
-    save_rows(path, rows)
+        tokens["motion"] = torch.cat([shades(moved.float()), torch.zeros(side * side, 3)])
+    rows = [Row("clip", colour_frames(x))]
+    for name, values in tokens.items():
+        rows.append(Row(name, enlarge(values, (frames, side, side), size)))
+    run.sample(step, [f"frame {i}" for i in range(frames)], rows)
 
 
 def shades(values):

@@ -119,11 +119,12 @@ def probed(monkeypatch):
 @pytest.fixture
 def no_pictures(request, monkeypatch):
     """Of probe.py: each costs a second; `with_pictures` draws them."""
+    import model
     import probe
 
     if "with_pictures" not in request.fixturenames:
-        for name in ("draw", "figure", "radar"):
-            monkeypatch.setattr(probe, name, lambda *args: None)
+        for module, name in ((probe, "draw"), (probe, "radar"), (model, "figure")):
+            monkeypatch.setattr(module, name, lambda *args: None)
 
 
 @pytest.fixture

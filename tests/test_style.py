@@ -29,15 +29,16 @@ BUDGETS = {
     # containers, the screen; the scripts lost 1,050 of it; 75: a folder of another script's run;
     # 120 for what the scripts said several times: the optimizer, what a mask leaves of a clip, RGB;
     # 210 more for their encoder with --init, masked FLOPs, costs; all in all 500 less after a
-    # slimming pass, and the scripts 640
-    "model.py": 22_185,
+    # slimming pass, and the scripts 640; 785: one helper for all pictures, once in probe.py
+    "model.py": 22_970,
     # 250: --flops, --init_optimizer, --decay, hw_share, laptop_fwm; 550: V-JEPA 2.1, images; 110:
     # budgets of mixtures with images
     "train_vjepa.py": 6_180,
     # 10: a 4DS teacher is read before its last block
     "train_salt.py": 3_285,
-    "train_tdv.py": 7_325,
-    "train_mae4d.py": 2_330,
+    # 20 and 30: their pictures have labels
+    "train_tdv.py": 7_345,
+    "train_mae4d.py": 2_360,
     # far over the 16,000 of the plan: any container right, lists that share memory, names, datasets,
     # what is lost is told; 150 for micro-batches of images alone; 320 for masks by the loader; 2,100
     # less after two slimming passes; 20: the share of images
@@ -45,8 +46,8 @@ BUDGETS = {
     # far over the 17,000 of the plan: heads, features and predictions as files, ranks; 3,000 for
     # protocols, V-JEPA's fine-tuning, whole frames by tiles, 4DS's readout as released, few labels,
     # the cost beforehand, figures with titles, units, legends; item by item in assets/probes.md;
-    # 1,575 less after two slimming passes
-    "probe.py": 27_245,
+    # 1,575 less after two slimming passes; 570 less without its own pictures
+    "probe.py": 26_675,
 }
 
 CODE = {"NAME", "OP", "NUMBER", "STRING", "FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END"}
@@ -336,9 +337,9 @@ def test_tests_may_be_wider():
 
 
 def test_budget_counts_tokens_not_lines():
-    source = "x = [\n" + "1,\n" * 1221 + "]"  # 2,446 tokens
+    source = "x = [\n" + "1,\n" * 1237 + "]"  # 2,478 tokens
     assert over_budget(source, "train_mae4d.py") == []
     assert over_budget(source.replace("\n", ""), "train_mae4d.py") == []
     assert over_budget("'1, 2'\n" + source.replace("]", "# 1, 2\n]"), "train_mae4d.py") == []
     found = over_budget(source + " + 1", "train_mae4d.py")
-    assert found == ["train_mae4d.py:1: 2448 tokens, at most 2446 (its budget)"]
+    assert found == ["train_mae4d.py:1: 2480 tokens, at most 2478 (its budget)"]
