@@ -1551,8 +1551,8 @@ class Run:
             clip = colour_frames(x[0])
             clip = clip[:: len(clip) // grid[0]]  # (t,H,W,3), a frame a slice
             rows = [Row("clip", clip)]
-            for i, ids in enumerate(keep, 1):
-                rows.append(Row(f"mask {i}", hide(clip, ids[0], grid)))
+            for name, ids in zip(self.args.masks, keep):
+                rows.append(Row(name, hide(clip, ids[0], grid)))
             rows.append(Row("features", enlarge(colours(tokens), grid, clip.shape[1])))
             self.sample(done, [f"slice {i}" for i in range(grid[0])], rows)
 
@@ -2211,14 +2211,15 @@ def colours(tokens):
     return to_unit(tokens @ directions.T)
 
 
-def has_matplotlib():
-    return importlib.util.find_spec("matplotlib") is not None
-
-
+@lru_cache
 def pyplot():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
+    """matplotlib, or None where it is missing or broken."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot
+    except ImportError:
+        return None
     return matplotlib.pyplot
 
 
@@ -2234,11 +2235,11 @@ class Row:
 
 
 def figure(file, title, columns, rows):
-    """Rows of pictures of one size, None for a gap -> a PNG. Without matplotlib it has no words,
-    and only rows in colour."""
-    if not has_matplotlib():
-        return save_bare(file, [row.pictures for row in rows if row])
+    """Rows of pictures of one size, None for a gap -> the path of a PNG. Without matplotlib it has
+    no words, and no rows of numbers."""
     plt = pyplot()
+    if not plt:
+        return save_bare(file, [row.pictures for row in rows if row and not row.unit])
     height, width = rows[0].pictures.shape[1:3]
     tall = height / width  # a picture is 1 wide, and 0.06 lie between two
     shown, axis = plt.subplots(layout="constrained")
@@ -2262,7 +2263,9 @@ def figure(file, title, columns, rows):
         if row.unit:
             bars[row.unit] = image
         top += tall + 0.06
-    shown.set_size_inches(1.4 * len(columns) + 0.6 + len(bars), 1.35 * top + 0.6)
+    inch = max(1.4, width / 100)  # of a picture: none of its pixels is left out
+    wide = inch * len(columns) + 0.6 + len(bars)
+    shown.set_size_inches(max(4, wide), inch * top + 0.6)
     shown.suptitle(title, fontsize=9)
     axis.set(xlim=(0, 1.06 * len(columns)), ylim=(top, 0), frame_on=False)
     axis.set_xticks(1.06 * np.arange(len(columns)) + 0.5, columns)
@@ -2280,13 +2283,17 @@ def mark(axis, frame, place, colour, word=""):
     if not all(map(math.isfinite, place)):
         return
     x, y, *end = place
-    look = dict(color=f"C{colour}", clip_path=frame)
+    colour = f"C{colour}"
     if end:
-        axis.add_patch(pyplot().Rectangle((x, y), end[0] - x, end[1] - y, fill=False, **look))
+        box = pyplot().Rectangle((x, y), end[0] - x, end[1] - y, fill=False, edgecolor=colour)
         y = max(y, frame.get_y() + 0.1)  # the word stays in the picture
-        axis.text(x, y, word, color="w", fontsize=6, verticalalignment="bottom", clip_path=frame)
+        look = dict(color="w", fontsize=6, verticalalignment="bottom", clip_on=True)
+        drawn = [axis.add_patch(box), axis.text(x, y, word, **look)]
     else:
-        axis.plot(x, y, "o", markersize=3, markeredgecolor="w", markeredgewidth=0.3, **look)
+        look = dict(markersize=3, markeredgecolor="w", markeredgewidth=0.3)
+        drawn = axis.plot(x, y, "o", color=colour, **look)
+    for artist in drawn:
+        artist.set_clip_path(frame)
 
 
 def finish(file, shown):
@@ -2298,12 +2305,12 @@ def finish(file, shown):
 
 def save_bare(file, rows):
     """Rows of pictures (k,H,W,3) without a word, with gaps between them."""
+    zoom = max(1, 112 // rows[0].shape[1])
     # a gap below and to the right of each
     rows = [F.pad(row, (0, 0, 0, 1, 0, 1), value=1) for row in rows]
-    image = torch.cat([torch.cat(list(row), 1) for row in rows])
-    zoom = max(1, 112 // rows[0].shape[1])
-    image = image.mul(255).byte()
+    image = torch.cat([torch.cat(list(row), 1) for row in rows]).mul(255).byte()
     data.save_png(file, image.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
+    return str(file)
 
 
 def to_rgb(x, mean, std):

@@ -2699,7 +2699,7 @@ def draw(task, features, scored, p, y, rows):
     """TASK.png -> its path: three val clips with what is true and, below, what was answered; of
     classify the confusion, of pose truth against answer."""
     args = task.args
-    if not model.has_matplotlib():
+    if not model.pyplot():
         return None
     metric, value = next(iter(task.total(scored).items()))
     title = f"{args.task} from {args.encoder}: {metric} {value:.3f}"
@@ -3035,7 +3035,7 @@ def markdown(encoder, seeds, table):
 def radar(args, table):
     """The skill of each task on its own axis, of each seed a dot; below the inner circle it is
     negative: worse than the constant."""
-    if not model.has_matplotlib():
+    if not model.pyplot():
         return None
     angle = np.linspace(0, 2 * np.pi, len(table), endpoint=False)
     shown, axis = model.pyplot().subplots(
@@ -3271,8 +3271,8 @@ def main(args):
         if ranks()[0]:  # all compute the same, and one writes it
             cache = args.cache_dir or f"{args.out_dir}/features"
             args = replace(args, cache_dir=cache, out_dir=tempfile.mkdtemp())
-        if not model.has_matplotlib():
-            missing = "few pictures, and no words, without matplotlib: pip install matplotlib"
+        if not model.pyplot():
+            missing = "without matplotlib few pictures are drawn: pip install matplotlib"
             if args.task == "plot":
                 raise DataError(missing)
             model.say(missing)

@@ -970,7 +970,7 @@ def similar_halves(args, runs, device):
     first half of the channels (appearance, where FWM is on) and in the second (dynamics). Tokens
     are layer-normed, as in training, less their mean over the first 256 val clips, without which
     all of them look alike."""
-    plt = P.pyplot()
+    plt = M.pyplot()
     val = D.parse_list("world", "val") if args.data else D.parse_list(args.val)
     rows = np.arange(min(256, len(val), args.val_clips if args.data else 256))
     found = {}

@@ -658,7 +658,7 @@ def test_plot_draws_any_runs(tmp_path, monkeypatch, with_pictures):
         with pytest.raises(D.DataError, match="no folder with a log.jsonl"):
             probe.plot(probe.Args("plot", runs=none), CPU)
     with monkeypatch.context() as without:
-        without.setattr(M, "has_matplotlib", lambda: False)
+        without.setattr(M, "pyplot", lambda: None)
         with pytest.raises(SystemExit) as stop:
             probe.main(args)
     assert stop.value.code == 2

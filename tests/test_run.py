@@ -1,6 +1,7 @@
 """The run: what a step needs of memory against what it holds, the choice of --micro_batch, what is said on the way."""
 import dataclasses
 import json
+import math
 import time
 import weakref
 from pathlib import Path
@@ -208,6 +209,45 @@ def test_what_is_said(call, tmp_path, monkeypatch):
     steps = [line.split("  ") for line in said if line.startswith("step ")]
     assert len(steps) == 4 and [word.split()[0] for word in steps[1]] == M.SHOWN
     assert {"tflops", "padded_pct", "loss_4x0.3x0.5"} <= lines(tmp_path)[-1].keys()
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+def pictured(file, *marks, size=32):
+    """A black and a red picture beside each other, marks in the black one -> the file's pixels, (H,W,3) of 255."""
+    pictures = torch.zeros(2, size, size, 3)
+    pictures[1, ..., 0] = 1
+    M.figure(file, "two pictures", ["black", "red"], [M.Row("row", pictures, marks=[marks, []])])
+    image = pytest.importorskip("matplotlib.image").imread(file)
+    return (255 * image[..., :3]).round()
+
+
+def test_marks_stay_in_their_picture(tmp_path):
+    """Boxes, points and words that lead out of it are cut; what is not known is not drawn."""
+    bare = pictured(tmp_path / "bare.png")
+    red = (bare == torch.tensor([255, 0, 0]).numpy()).all(-1)
+    box = torch.tensor([0.8, 0.2, 1.6, 0.7]), 2, "a long word"
+    point = torch.tensor([1.5, 0.5]), 1
+    unknown = torch.full((4,), math.nan), 3
+    marked = pictured(tmp_path / "marked.png", box, point, unknown)
+    changed = (marked != bare).any((0, 2)).nonzero()[0]
+    assert 20 < len(changed) and changed.max() < red.any(0).nonzero()[0].min()
+
+
+def test_a_picture_of_many_pixels_shows_all_of_them(tmp_path):
+    red = (pictured(tmp_path / "large.png", size=224) == torch.tensor([255, 0, 0]).numpy()).all(-1)
+    assert red.any(0).sum() >= 224 and red.any(1).sum() >= 224
+
+
+def test_without_matplotlib_pictures_have_no_words(tmp_path, monkeypatch):
+    imread = pytest.importorskip("matplotlib.image").imread
+    monkeypatch.setattr(M, "pyplot", lambda: None)
+    pictures = torch.rand(3, 56, 40, 3)
+    rows = [M.Row("clip", pictures), None, M.Row("depth", torch.rand(3, 56, 40), "m"), M.Row("again", pictures)]
+    file = M.figure(tmp_path / "bare.png", "title", list("abc"), rows)
+    image = torch.from_numpy(imread(file))[::2, ::2, :3]
+    assert image.shape == (2 * 57, 3 * 41, 3)
+    assert (image[:56, 41:81] - pictures[1]).abs().max() < 1 / 255 and (image[56] == 1).all()
 
 
 # --- compiled --------------------------------------------------------------------------------------
