@@ -1140,6 +1140,7 @@ class Run:
     # to, after the same step.
     signalled = False
     stop = False
+    paused = 0.0  # seconds of probes since the last log line: they are no training
     say = staticmethod(say)
 
     def __init__(self, args, later={}):
@@ -1592,6 +1593,7 @@ class Run:
                 raise Told
             return features(x)
 
+        begin = time.perf_counter()
         sets = []
         try:
             for source in lists:
@@ -1612,6 +1614,7 @@ class Run:
             found[name] = (right & ok_val).double().mean().item()
         if step is not None:
             self.log({"step": step} | found)
+        self.paused += time.perf_counter() - begin
         return found
 
 
@@ -1687,6 +1690,7 @@ class Meter:
     def restart(self):
         """After a log line."""
         self.since = time.perf_counter()
+        self.run.paused = 0.0
         self.flops_before = self.state["flops"]
         self.clips = 0
         self.waits = []
@@ -1811,7 +1815,7 @@ class Meter:
         bad = self.state["bad"]
         opened = max(100, done * args.batch_size / args.clips_per_video)
         if bad > args.max_bad_fraction * opened:
-            raise Stop(f"{bad} of the videos opened so far cannot be read, more than "
+            raise Stop(f"{bad} of the clips opened so far cannot be read, more than "
                        f"--max_bad_fraction {args.max_bad_fraction}; "
                        f"all of them: python data.py check {' '.join(args.data)}")
 
@@ -1819,7 +1823,7 @@ class Meter:
         """The log line: means of the loss terms since the last one, rates, health, speed."""
         run = self.run
         window = self.state["window"]
-        seconds = time.perf_counter() - self.since
+        seconds = time.perf_counter() - self.since - run.paused
         speed = (self.state["flops"] - self.flops_before) / seconds  # FLOP/s of all ranks
         line = {"step": done} | averages(window) | rates
         line["grad_norm"] = self.grad_norm if math.isfinite(self.grad_norm) else None
@@ -2264,7 +2268,7 @@ def figure(file, title, columns, rows):
             bars[row.unit] = image
         top += tall + 0.06
     inch = max(1.4, width / 100)  # of a picture: none of its pixels is left out
-    wide = inch * len(columns) + 0.6 + len(bars)
+    wide = inch * len(columns) + 0.6 + 1.4 * len(bars)
     shown.set_size_inches(max(4, wide), inch * top + 0.6)
     shown.suptitle(title, fontsize=9)
     axis.set(xlim=(0, 1.06 * len(columns)), ylim=(top, 0), frame_on=False)

@@ -2320,7 +2320,7 @@ def probe(args, device, opened=None):
         if not math.isfinite(found[metric]):
             raise DataError(f"{source.name}: its clips have no labels for {args.task}")
     best, tried = choose(task, train)
-    file = Path(args.out_dir) / (f"head_{args.task}.safetensors" if opened else "head.safetensors")
+    file = head_file(args, opened)
     save_head(file, task, val, best)
     tiles = task.dense and not args.crop and (args.world_size or not args.data)
     (scored,), first = evaluate_heads(task, val, rows, [best])  # by tiles: for the picture
@@ -2478,13 +2478,29 @@ def save_head(file, task, features, best):
     model.put_in_place(temp, file)
 
 
+def head_file(args, opened):
+    """Where the head goes. One that is there becomes head_1.safetensors, head_2 ...: what was
+    trained is not lost. `all` keeps the last seed's."""
+    if opened:
+        return Path(args.out_dir) / f"head_{args.task}.safetensors"
+    file = older = Path(args.out_dir) / "head.safetensors"
+    number = 0
+    while older.exists():
+        number += 1
+        older = file.with_stem(f"head_{number}")
+    if number:
+        file.rename(older)
+        model.say(f"{file}: the head that was there is {older.name} now")
+    return file
+
+
 def open_head(path, device):
     """-> Task, head, what save_head wrote about them."""
     try:
         state, metadata = model.read_safetensors(path)
         about = json.loads(metadata["probe"])
-    except (ValueError, KeyError, OSError) as error:
-        raise DataError(f"--head {path}: not a head that probe.py saved ({error})") from None
+    except (ValueError, KeyError, OSError):
+        raise DataError(f"--head {path}: not a head that probe.py saved") from None
     task = TASKS[about["task"]](Args(**about["args"]), *(about[name] for name in SHAPE))
     task.mean, task.std = (state.pop(name, None) for name in ("units.mean", "units.std"))
     if task.channels:
@@ -2570,6 +2586,7 @@ def predict(args, device):
         "of": about["task"],
         "bad": len(features.bad),
         "out": str(out),
+        "encoder": where,
     }, {"bad_videos": features.bad}
 
 
@@ -2631,13 +2648,15 @@ def export_features(args, device):
         "shape": list(vectors[0].shape),
         "layer": layers[0],
         "out": str(out),
-        "picture": None if args.tokens else draw_neighbours(args, source, names, paths, vectors),
+        "picture": draw_neighbours(args, out, source, names, paths, vectors),
     }, {"bad_videos": bad}
 
 
-def draw_neighbours(args, source, names, paths, vectors):
-    """neighbours.png: the middle frames of eight videos of the list, each followed by those of its
-    five nearest by cosine, less the mean of all."""
+def draw_neighbours(args, out, source, names, paths, vectors):
+    """neighbours.png beside out: the middle frames of eight videos of the list, each followed by
+    those of its five nearest by cosine, less the mean of all. Of --tokens none."""
+    if args.tokens:
+        return None
     first = [paths.index(path) for path in dict.fromkeys(paths)]  # a video's first window
     x = F.normalize(vectors[first] - vectors[first].mean(0), dim=1)
     queries = np.linspace(0, len(first) - 1, min(8, len(first))).astype(int)
@@ -2649,7 +2668,7 @@ def draw_neighbours(args, source, names, paths, vectors):
         lines.append(model.Row(Path(names[row]).stem[-16:], some))
     columns = ["query", *(f"nearest {i}" for i in range(1, nearest.shape[1]))]
     title = f"nearest by features of {args.encoder}; mean cosine {likeness[:, 1:].mean():.2f}"
-    return model.figure(f"{args.out_dir}/neighbours.png", title, columns, lines)
+    return model.figure(out.with_name("neighbours.png"), title, columns, lines)
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -2912,7 +2931,8 @@ def draw_pairs(args, possible, impossible):
         lines += [model.Row("possible", a), model.Row("impossible", b),
                   model.Row("difference", (a - b).abs()), None]
     file = Path(args.out_dir) / "physics.png"
-    return model.figure(file, "pairs of videos", [f"frame {i}" for i in at], lines[:-1])
+    title = "what physics shows: two videos of a pair"
+    return model.figure(file, title, [f"frame {i}" for i in at], lines[:-1])
 
 
 # --- the whole suite ------------------------------------------------------------------------------
@@ -3297,7 +3317,7 @@ def main(args):
         "task": args.task,
         **result,
         "seed": args.seed,
-        "encoder": args.encoder,
+        "encoder": result.get("encoder", args.encoder),
         "seconds": round(time.time() - begin, 1),
     }
     if not args.dry_run:

@@ -211,6 +211,21 @@ def test_what_is_said(call, tmp_path, monkeypatch):
     assert {"tflops", "padded_pct", "loss_4x0.3x0.5"} <= lines(tmp_path)[-1].keys()
 
 
+def test_a_probe_in_mid_run_is_no_training_time(call, pictures, tmp_path, monkeypatch):
+    """Nor does it count for the hours to go."""
+    real = D.labelled_features
+
+    def slow(*args, **named):
+        time.sleep(3)
+        return real(*args, **named)
+
+    monkeypatch.setattr(D, "labelled_features", slow)
+    call(V, *TINY[:-3], 2, "--workers", 0, "--probe_data", pictures, pictures, "--data", pictures, "--probe_every", 2,
+         "--out_dir", tmp_path)
+    speeds = [line["clips_per_s"] for line in lines(tmp_path)]
+    assert len(speeds) == 4 and min(speeds) > 8 / 5, speeds
+
+
 # --- pictures -------------------------------------------------------------------------------------
 
 def pictured(file, *marks, size=32):

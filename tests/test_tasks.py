@@ -799,6 +799,19 @@ def test_heads_of_classify_are_saved(head, folder, tmp_path):
         probe.open_head(tmp_path / "o.safetensors", CPU)
 
 
+def test_a_head_takes_no_other_heads_place(folder, tmp_path, capsys):
+    """The newest is head.safetensors; those that were there go on as head_1, head_2, and a line says so."""
+    for task, wd in (("classify", 0.1), ("classify", 1.0), ("pose", 0.1)):
+        probe.probe(arguments(task, tmp_path, encoder=folder, head="ridge", grid_wd=(wd,), steps=1), CPU)
+    about = {path.name: probe.open_head(path, CPU)[2] for path in tmp_path.glob("head*.safetensors")}
+    found = {name: (saved["task"], *saved["args"]["grid_wd"]) for name, saved in about.items()}
+    assert found == {
+        "head_1.safetensors": ("classify", 0.1), "head_2.safetensors": ("classify", 1.0),
+        "head.safetensors": ("pose", 0.1),
+    }
+    assert "the head that was there is head_2.safetensors now" in capsys.readouterr().err
+
+
 def test_a_saved_head_knows_the_attention_heads_of_its_encoder(folder, tmp_path, monkeypatch):
     """--heads, which the hash of the weights does not show."""
     asked, real = [], M.load_encoder
