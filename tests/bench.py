@@ -588,7 +588,8 @@ class MotionProbes:
         found = {}
         for name in self.clips:
             (x, y, ok), _ = self.read(run, name, **seed)
-            half = torch.arange(len(x)) % 2 == 0
+            # by lot: where labels take turns, every other row has only every other label
+            half = torch.rand(len(x), generator=torch.Generator().manual_seed(0)) < 0.5
             found[name] = self.accuracy((x[half], y[half], ok[half]), (x[~half], y[~half], ok[~half]))
         return found
 
@@ -848,12 +849,8 @@ def print_suite(found, tasks):
 
 def draw_comparison(found, tasks, file):
     """Accuracy over FLOPs, a panel a task; thin: each method's random weights."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
+    size = (5 * len(tasks) + 1.5, 4)
+    figure, axes = M.pyplot().subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], tasks):
         for i, name in enumerate(dict.fromkeys(row["method"] for row in found.values())):
             rows = [row for row in found.values() if row["method"] == name]
@@ -864,9 +861,8 @@ def draw_comparison(found, tasks, file):
                 errors = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
                 axis.errorbar(budgets, means, errors, fmt=style, color=f"C{i}", label=name if key == "val" else None)
         axis.set(title=task, xlabel="training FLOPs", ylabel="top-1, %", xscale="log")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    M.finish(file, figure)
 
 
 def plan(args, methods):
@@ -1032,9 +1028,7 @@ def draw_halves(plt, found, file):
         axis.set(title=Path(run).name, xlabel="slices apart", xticks=apart)
     axes[0, 0].set(ylabel="cosine similarity", ylim=(low - 0.05, 1.05))
     axes[0, 0].legend(fontsize=8)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-    return str(file)
+    return M.finish(file, figure)
 
 
 def halves(args):

@@ -624,6 +624,18 @@ def test_a_task_that_a_method_cannot_do_has_no_figures_in_the_suites_table(capsy
         bench.compare(bench.parse_args())
 
 
+def test_rates_are_chosen_by_halves_that_have_every_label():
+    """The built-in world's labels take turns: of every other row a probe learns only half of them."""
+    import bench
+
+    probes = object.__new__(bench.MotionProbes)
+    probes.clips = {"motion": None}
+    y = torch.arange(64) % 8
+    features = F.one_hot(y).float() + 0.01 * torch.randn(64, 8)
+    probes.read = lambda run, name: ((features, y, torch.ones(64, dtype=torch.bool)), None)
+    assert probes.on_train("run") == {"motion": 1.0}
+
+
 def test_halves_tell_a_still_half_of_the_channels_from_one_that_changes(tmp_path):
     """An encoder whose first channels are a function of the place and whose second ones of the pixels: the
     picture's two curves."""
