@@ -23,6 +23,7 @@ The last line on stdout is one JSON object.
 import argparse
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -738,11 +739,22 @@ def judged(probes, out, seed):
     return found
 
 
+def random_twin(args, out, seed):
+    """The folder of what a run's random weights gave, which methods share whose first tokens are the same."""
+    encoder, config = M.load_encoder(f"random:{out}", seed=seed)
+    x = torch.linspace(-2, 2, 3 * 8 * 32 * 32).view(1, 3, 8, 32, 32)
+    with torch.no_grad():
+        z = encoder(x, blocks=tuple(range(1, 1 + len(encoder.blocks))))
+    about = [config.get(name) for name in ("layer", "layer_classify", "mean", "std")]
+    digest = hashlib.sha256(z.numpy().tobytes() + json.dumps(about).encode())
+    return Path(args.out, f"random_{digest.hexdigest()[:12]}_{seed}").resolve()
+
+
 def suite(args, out, seed):
     """{task: what a head of probe.py reads from a run's features, from its random weights, and the constant}."""
     found = {task: {} for task in args.suite}
     for key, encoder in (("value", str(out)), ("random", f"random:{out}")):
-        folder = out / f"suite_{key}"
+        folder = out / "suite" if key == "value" else random_twin(args, out, seed)
         file = folder / "all.json"
         if not file.exists():
             command = [sys.executable, "probe.py", "all", "--encoder", encoder, "--data", "world", "--seeds", str(seed)]
@@ -763,10 +775,21 @@ def rates(name):
     return lr, 2 * lr
 
 
+def best_rate(args, probes, name, flops):
+    """Of a method's two, the better on the first seed, by halves of the train lists. A variant ("V-JEPA, one mask")
+    learns at its method's."""
+    method = name.split(",")[0]
+    seed = args.seeds[0]
+    scores = {}
+    for lr in rates(method):
+        found = judged(probes, compared_run(args, method, lr, flops, seed), seed)
+        scores[lr] = statistics.mean(found["on_train"].values())
+    return max(scores, key=scores.get)
+
+
 def compare(args):
-    """Trains each of --rows for each of --flops and --seeds, and prints a Markdown table and writes a picture. The
-    learning rate is the better of two on the first seed, by halves of the train lists. --plan: only how long that
-    will take, by a few steps of each."""
+    """Trains each of --rows for each of --flops and --seeds, and prints a Markdown table and writes a picture.
+    --plan: only how long that will take, by a few steps of each."""
     methods = args.rows or list(COMPARED)
     if unknown := set(methods) - {*COMPARED, *VARIANTS}:
         sys.exit(f"--rows {min(unknown)}: choose from {', '.join(COMPARED | VARIANTS)}")
@@ -777,16 +800,12 @@ def compare(args):
     if not args.out:
         sys.exit("compare needs --out DIR, in which the runs are kept")
     probes = MotionProbes(args.tasks, args.stride)
-    first, *others = args.seeds
     found = {}
     for flops in args.flops:
         for name in methods:
-            tried = {}
-            for lr in rates(name):
-                tried[lr] = judged(probes, compared_run(args, name, lr, flops, first), first)
-            best = max(tried, key=lambda lr: statistics.mean(tried[lr]["on_train"].values()))
-            runs = [tried[best]]
-            for seed in others:
+            best = best_rate(args, probes, name, flops)
+            runs = []
+            for seed in args.seeds:
                 runs.append(judged(probes, compared_run(args, name, best, flops, seed), seed))
             row = {"method": name, "budget": flops, "lr": best, "runs": runs}
             found[f"{name} {flops:g}"] = row

@@ -636,6 +636,34 @@ def test_rates_are_chosen_by_halves_that_have_every_label():
     assert probes.on_train("run") == {"motion": 1.0}
 
 
+def test_a_variant_learns_at_the_rate_of_its_method(monkeypatch):
+    import bench
+
+    low, high = bench.rates("SALT")
+    asked = []
+    monkeypatch.setattr(bench, "compared_run", lambda args, name, lr, flops, seed: asked.append((name, seed)) or lr)
+    monkeypatch.setattr(bench, "judged", lambda probes, lr, seed: {"on_train": {"motion": lr, "signs": 0.5}})
+    args = bench.argparse.Namespace(seeds=[3, 4])
+    assert bench.best_rate(args, None, "SALT, tube teacher masks", 1e12) == high == 2 * low
+    assert asked == [("SALT", 3)] * 2
+
+
+def test_methods_share_the_figures_of_equal_random_weights_only(tmp_path):
+    import bench
+
+    shape = dict(width=16, depth=2, heads=2, mlp=16, patch=8, frames=8, size=32)
+    args = bench.argparse.Namespace(out=str(tmp_path))
+
+    def twin(seed=0, layer=2, **more):
+        encoder = M.ViT(**shape, **more)
+        config = encoder.config | M.IMAGENET | {"layer": layer}
+        M.save_encoder(tmp_path / "encoder.safetensors", encoder, config)
+        return bench.random_twin(args, tmp_path / "encoder.safetensors", seed)
+
+    assert twin() == twin() == twin(levels=2)  # the norms of levels are not read
+    assert len({twin(), twin(seed=1), twin(highpass=1.0), twin(layer=1)}) == 4
+
+
 def test_halves_tell_a_still_half_of_the_channels_from_one_that_changes(tmp_path):
     """An encoder whose first channels are a function of the place and whose second ones of the pixels: the
     picture's two curves."""
