@@ -160,7 +160,7 @@ def parse_list(spec, split="train", labelled=False, look=True):
         source = file_source(name)
     source.weight = weight
     if not len(source):
-        raise DataError(f"{name}: the list is empty: it names no video")
+        raise DataError(f"{name}: there is no video in it")
     check_rows(source, labelled)
     if look:
         source.facts = file_facts(source)

@@ -14,6 +14,10 @@
                                    [--steps 2000 --seeds 0 1 2 --rows ld hw --data LIST]
     python tests/bench.py compare  every method under one budget of FLOPs, beside its own random weights
                                    [--flops 8.5e12 --seeds 0 1 2 --rows V-JEPA SALT --data LIST --out DIR --plan]
+    python tests/bench.py depth    depth.png: where to read, a linear probe after each block, beside random weights
+                                   RUN [RUN ...] [--tasks NAME=TRAIN_LIST,VAL_LIST --out DIR]
+    python tests/bench.py time     without labels: do a run's features say how fast a video plays, and which way?
+                                   RUN [RUN ...] --data LIST
     python tests/bench.py halves   halves.png: how alike a place's tokens stay in either half of the channels
                                    RUN [RUN ...] [--data LIST]
 
@@ -600,12 +604,20 @@ class MotionProbes:
         right = M.linear_probe(x[ok], y[ok], x_val) == y_val
         return (right & ok_val).double().mean().item()
 
+    def depths(self, run, task, **seed):
+        """Accuracy after 1, 2 ... of the encoder's blocks."""
+        many = len(M.load_encoder(run, **seed)[0].blocks)
+        halves = self.read(run, task, tuple(range(1, many + 1)), **seed)
+        layers = [[(x, y, ok) for x in z.chunk(many, 1)] for z, y, ok in halves]
+        return [self.accuracy(*pair) for pair in zip(*layers)]
+
     @torch.no_grad()
-    def read(self, run, task, **seed):
-        """For train and val: (n,D), labels (n,) and which could be read (n,)."""
+    def read(self, run, task, layer=None, **seed):
+        """For train and val: (n,D), labels (n,) and which could be read (n,). layer: blocks to run, or several, side
+        by side."""
         encoder, config = M.load_encoder(run, **seed)
         pixels = {name: config[name] for name in ("mean", "std")}
-        layer = config.get("layer_classify")
+        layer = layer or config.get("layer_classify")
         halves = []
         for batches in self.clips[task]:
             rows = []
@@ -904,6 +916,85 @@ def plan(args, methods):
     return {"flops": args.flops, "runs_of_each": runs, "rows": rows, "minutes": round(total)}
 
 
+def depth(args):
+    """Where to read: a linear probe on the mean token after each block, of finished runs and of their random weights.
+    Runs whose folders differ in a last _NUMBER only are one line. Writes depth.png to --out."""
+    out = Path(args.out or ".")
+    out.mkdir(parents=True, exist_ok=True)
+    probes = MotionProbes(args.tasks, args.stride)
+    table = {}
+    for run in map(Path, args.videos):
+        seed = json.loads((run / "config.json").read_text())["config"]["seed"]
+        for task in probes.lists:
+            name = run.name.rstrip("0123456789").rstrip("_")
+            found = table.setdefault(f"{task}, {name}", {"trained": [], "random": []})
+            found["trained"].append(probes.depths(run, task))
+            found["random"].append(probes.depths(f"random:{run}", task, seed=seed))
+    figure, axis = M.pyplot().subplots(figsize=(6, 4), layout="constrained")
+    for i, (name, found) in enumerate(table.items()):
+        for key, style in (("trained", "o-"), ("random", ":")):
+            columns = [*zip(*found[key])]
+            print(f"| {name}, {key} | " + " | ".join(spread(column) for column in columns) + " |")
+            share = [(block + 1) / len(columns) for block in range(len(columns))]
+            mean = [100 * statistics.mean(column) for column in columns]
+            error = [100 * statistics.stdev(c) if len(c) > 1 else 0 for c in columns]
+            label = name if key == "trained" else None
+            axis.errorbar(share, mean, error, fmt=style, color=f"C{i}", capsize=2, label=label)
+    axis.set(xlabel="share of the blocks that are run (dotted: random weights)", ylabel="linear probe, top-1, %")
+    axis.legend(fontsize=8)
+    return table | {"picture": M.finish(out / "depth.png", figure)}
+
+
+def time_clips(spec, frames, stride, size, videos=600):
+    """Of each video of a list the same moment at two speeds, forward and backward: clips (n,4,T,H,W,3) uint8. The
+    slower one has every frame of the middle half of what the faster has every second frame of."""
+    source = D.parse_list(spec)
+    rows = np.random.default_rng(0).permutation(len(source))[:videos]
+    clip = D.Clip(2 * frames - 1, stride, size=size, train=False, short="error")
+    found = []
+    for batch in D.eval_batches(source, clip, rows=rows, batch_size=64):
+        video = batch["video"][batch["ok"]]
+        fast = video[:, ::2]
+        slow = video[:, frames // 2 : frames // 2 + frames]
+        found.append(torch.stack([slow, fast, slow.flip(1), fast.flip(1)], 1))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def reads_time(encoder, config, clips):
+    """Accuracy of a linear probe on the mean token that tells which of the four a clip is: half of the videos to learn
+    from, half to answer for."""
+    z = []
+    for video in clips.flatten(0, 1).split(64):
+        batch = {"video": video, "flip": torch.zeros(len(video), dtype=torch.bool)}
+        z.append(encoder(D.prepare(batch, mean=config["mean"], std=config["std"])).mean(1))
+    z = torch.cat(z).unflatten(0, (-1, 4))
+    y = torch.arange(4).expand(len(z), 4)
+    half = len(z) // 2
+    called = M.linear_probe(z[:half].flatten(0, 1), y[:half].flatten(), z[half:].flatten(0, 1))
+    return (called == y[half:].flatten()).double().mean().item()
+
+
+def time_check(args):
+    """What a user without labels can ask of a run: do its features say how fast a video of --data plays, and which way?
+    Chance is 0.25. Beside it: random weights, and differences of grey pixels."""
+    rows = {}
+    kept = {}
+    for run in map(Path, args.videos):
+        said = json.loads((run / "config.json").read_text())["config"]
+        shape = (said["frames"], max(1, said["stride"] // 2), said["size"])
+        if shape not in kept:
+            kept[shape] = time_clips(args.data[0], *shape)
+        row = {}
+        for name, where in (("value", str(run)), ("random", f"random:{run}"), ("pixels", "pixels:diff")):
+            encoder, config = P.load(P.Args("classify", encoder=where, seed=said["seed"]))
+            row[name] = reads_time(encoder, config, kept[shape])
+        row["videos"] = len(kept[shape])
+        rows[run.name] = row
+        print(f"{run.name}: {row}", file=sys.stderr, flush=True)
+    return rows
+
+
 # --- endurance ------------------------------------------------------------------------------------
 
 
@@ -1057,7 +1148,7 @@ def halves(args):
 
 
 COMMANDS = {"step": step, "gpu": gpu, "reader": reader, "world": world, "terms": terms, "compare": compare,
-            "soak": soak, "halves": halves}
+            "depth": depth, "time": time_check, "soak": soak, "halves": halves}
 
 
 def parse_args():

@@ -97,8 +97,8 @@ def test_folders(tmp_path):
 @pytest.mark.parametrize(
     "text, options, message",
     [
-        ("", {}, "list.txt: the list is empty"),
-        ("\n \n", {}, "list.txt: the list is empty"),
+        ("", {}, "list.txt: there is no video in it"),
+        ("\n \n", {}, "list.txt: there is no video in it"),
         ("a.mp4 0\nb.mp4 0\n", {}, "list.txt:2: no file '.*b.mp4'"),
         ("a.mp4 zero\na.mp4 1\n", {}, "list.txt:1: label 'zero' is neither .*all labels are numbers or all are names"),
         ("a zero\n", {}, "list.txt:1: no file '.*a zero'"),

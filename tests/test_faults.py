@@ -766,7 +766,7 @@ def test_every_awkward_file_has_an_outcome_in_training_and_in_evaluation(video_d
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "the list is empty"),
+        ("", "there is no video in it"),
         ("a.png 1\nmissing.mp4 2\n", "list.txt:2: no file"),
         ("http://x.org/a.mp4 1\n", "list.txt:1: 'http://x.org/a.mp4' is a URL"),
         ("sub 1\n", "a directory without numbered images"),
