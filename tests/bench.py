@@ -574,12 +574,12 @@ class MotionProbes:
     """Linear probes on eight motions of the world and on each of --tasks; clips are read once for all runs. An
     encoder gets the pixels, and is read at the block, that its file names."""
 
-    def __init__(self, tasks, stride=5):
+    def __init__(self, tasks, stride=5, frames=8, size=32):
         self.lists = {"motion": ("world", "world")}
         for task in tasks:
             name, _, pair = task.partition("=")
             self.lists[name] = pair.split(",")
-        clip = D.Clip(frames=8, size=32, stride=stride, train=False)
+        clip = D.Clip(frames=frames, size=size, stride=stride, train=False)
         self.clips = {}
         for name, pair in self.lists.items():
             sources = [D.parse_list(path, split=s, labelled=True) for path, s in zip(pair, ("probe", "val"))]
@@ -616,14 +616,16 @@ class MotionProbes:
         """For train and val: (n,D), labels (n,) and which could be read (n,). layer: blocks to run, or several, side
         by side."""
         encoder, config = M.load_encoder(run, **seed)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder.to(device)
         pixels = {name: config[name] for name in ("mean", "std")}
         layer = layer or config.get("layer_classify")
         halves = []
         for batches in self.clips[task]:
             rows = []
             for batch in batches:
-                z = encoder(D.prepare(batch, **pixels), blocks=layer)
-                rows.append((z.mean(1), batch["label"], batch["ok"]))
+                z = encoder(D.prepare(batch, device, **pixels), blocks=layer).mean(1)
+                rows.append((z.cpu(), batch["label"], batch["ok"]))
             halves.append([torch.cat(column) for column in zip(*rows)])
         return halves
 
@@ -685,7 +687,6 @@ def print_rows(found, speed, tasks):
 
 # --- every method under one budget ----------------------------------------------------------------
 
-FRAMES = ("--size", "32", "--frames", "8")  # of every method's clips
 COMPARED = {  # script, preset, flags
     "V-JEPA": ("train_vjepa", "laptop", ()),
     "V-JEPA 2.1": ("train_vjepa", "laptop", ("--levels", "4", "--context_loss", "0.5")),
@@ -715,13 +716,31 @@ VARIANTS = {  # --rows: what else the claims of the papers need, see assets/clai
 }
 
 
+PAPER = {  # --recipe paper: the papers' own recipes, of one --model
+    "V-JEPA": ("train_vjepa", "", ()),
+    "V-JEPA 2.1": ("train_vjepa", "vjepa21", ("--batch_size", "3072")),
+    "LD": ("train_vjepa", "", ("--distance", "--terms", "ld:1.0")),
+    "FWM-HW-LD": ("train_vjepa", "", ("--distance", "--terms", "static:0.05", "orth:0.01", "hw:1.0", "ld:1.0")),
+    "SALT": ("train_salt", "", ()),
+    "4DS": ("train_mae4d", "", ()),
+    "TDV": ("train_tdv", "", ()),
+    "DINO": ("train_tdv", "dino", ()),
+    "iBOT": ("train_tdv", "ibot", ()),
+}
+RECIPES = {"laptop": COMPARED | VARIANTS, "paper": PAPER}
+
+
 def compared_run(args, name, lr, flops, seed, *more):
     """Train one method -> its folder; what is there is not done again, what was begun goes on."""
-    script, preset, flags = (COMPARED | VARIANTS)[name]
+    script, preset, flags = RECIPES[args.recipe][name]
     out = Path(args.out, f"{name}_{flops:g}_{lr:g}_{seed}").resolve()
     if (out / "compare.json").exists() and not more:
         return out
-    command = [sys.executable, f"{script}.py", "--preset", preset, *flags, *FRAMES, "--stride", str(args.stride)]
+    command = [*(args.launch.split() or [sys.executable]), f"{script}.py", "--preset", preset, *flags]
+    if args.recipe == "laptop":
+        command += ["--size", "32", "--frames", "8", "--stride", str(args.stride)]
+    else:
+        command += ["--model", args.model, "--size", str(args.size)]
     command += ["--data", *(args.data or ["world"]), "--probe_data", "--sample_every", "0", "--resume"]
     command += ["--lr", str(lr), "--flops", str(flops), "--seed", str(seed), "--out_dir", str(out), *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -779,11 +798,11 @@ def suite(args, out, seed):
     return found
 
 
-def rates(name):
-    """The two peak learning rates that every method may choose from: its preset's, and twice as much."""
-    script, preset, _ = (COMPARED | VARIANTS)[name]
+def rates(recipe, name):
+    """The two peak learning rates that every method may choose from: its recipe's, and twice as much."""
+    script, preset, _ = RECIPES[recipe][name]
     module = {"train_vjepa": V, "train_salt": S, "train_mae4d": E, "train_tdv": T}[script]
-    lr = module.PRESETS[preset]["lr"]
+    lr = module.PRESETS.get(preset, {}).get("lr", module.Args.lr)
     return lr, 2 * lr
 
 
@@ -793,7 +812,7 @@ def best_rate(args, probes, name, flops):
     method = name.split(",")[0]
     seed = args.seeds[0]
     scores = {}
-    for lr in rates(method):
+    for lr in rates(args.recipe, method):
         found = judged(probes, compared_run(args, method, lr, flops, seed), seed)
         scores[lr] = statistics.mean(found["on_train"].values())
     return max(scores, key=scores.get)
@@ -803,15 +822,16 @@ def compare(args):
     """Trains each of --rows for each of --flops and --seeds, and prints a Markdown table and writes a picture.
     --plan: only how long that will take, by a few steps of each."""
     methods = args.rows or list(COMPARED)
-    if unknown := set(methods) - {*COMPARED, *VARIANTS}:
-        sys.exit(f"--rows {min(unknown)}: choose from {', '.join(COMPARED | VARIANTS)}")
+    if unknown := set(methods) - {*RECIPES[args.recipe]}:
+        sys.exit(f"--rows {min(unknown)}: choose from {', '.join(RECIPES[args.recipe])}")
     if unknown := set(args.suite) - {*P.TASKS, "physics"}:
         sys.exit(f"--suite {min(unknown)}: choose from {', '.join(P.TASKS)}, physics")
     if args.plan:
         return plan(args, methods)
     if not args.out:
         sys.exit("compare needs --out DIR, in which the runs are kept")
-    probes = MotionProbes(args.tasks, args.stride)
+    clip = dict(frames=8, size=32) if args.recipe == "laptop" else dict(frames=args.frames, size=args.size)
+    probes = MotionProbes(args.tasks, args.stride, **clip)
     found = {}
     for flops in args.flops:
         for name in methods:
@@ -903,7 +923,7 @@ def plan(args, methods):
         args.out = root
         for name in methods:
             flops = max(args.flops)
-            out = compared_run(args, name, rates(name)[0], flops, 0, "--stop_at", "12", "--log_every", "4")
+            out = compared_run(args, name, rates(args.recipe, name)[0], flops, 0, "--stop_at", "12", "--log_every", "4")
             # SALT's twelve steps are of its teacher, the first share of --split
             stage = out / "stage1" if (out / "stage1").exists() else out
             config = json.loads((stage / "config.json").read_text())["config"]
@@ -1172,6 +1192,8 @@ def parse_args():
     parser.add_argument("--flops", type=float, nargs="+", default=[8.5e12], help="compare: of each run")
     parser.add_argument("--suite", nargs="+", default=[], help="compare: tasks of probe.py, of the largest --flops")
     parser.add_argument("--stride", type=int, default=4, help="compare: of the clips")
+    parser.add_argument("--recipe", choices=RECIPES, default="laptop", help="compare: of the papers with one --model")
+    parser.add_argument("--launch", default="", help='compare: instead of python, "torchrun --nproc-per-node 8"')
     parser.add_argument("--plan", action="store_true", help="compare: only say how long it will take")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")

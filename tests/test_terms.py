@@ -639,13 +639,34 @@ def test_rates_are_chosen_by_halves_that_have_every_label():
 def test_a_variant_learns_at_the_rate_of_its_method(monkeypatch):
     import bench
 
-    low, high = bench.rates("SALT")
+    low, high = bench.rates("laptop", "SALT")
     asked = []
     monkeypatch.setattr(bench, "compared_run", lambda args, name, lr, flops, seed: asked.append((name, seed)) or lr)
     monkeypatch.setattr(bench, "judged", lambda probes, lr, seed: {"on_train": {"motion": lr, "signs": 0.5}})
-    args = bench.argparse.Namespace(seeds=[3, 4])
+    args = bench.argparse.Namespace(seeds=[3, 4], recipe="laptop")
     assert bench.best_rate(args, None, "SALT, tube teacher masks", 1e12) == high == 2 * low
     assert asked == [("SALT", 3)] * 2
+
+
+@pytest.mark.parametrize("recipe", ["laptop", "paper"])
+def test_every_row_of_the_comparison_is_a_command_that_its_script_takes(recipe, tmp_path, monkeypatch):
+    import bench
+
+    words = ["bench.py", "compare", "--recipe", recipe, "--launch", "torchrun --nproc-per-node 8", "--data", "k400.csv",
+             "--model", "vit_b", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    args = bench.parse_args()
+    commands = []
+    done = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, **how: commands.append(command) or done)
+    for name in bench.RECIPES[recipe]:
+        lr, twice = bench.rates(recipe, name)
+        out = bench.compared_run(args, name, twice, 1e21, 3)
+        launch, script, flags = commands[-1][:3], commands[-1][3], commands[-1][4:]
+        assert launch == ["torchrun", "--nproc-per-node", "8"]
+        said = sys.modules[script.removesuffix(".py")].parse_args(flags)
+        assert (said.lr, said.flops, said.seed, said.out_dir) == (2 * lr, 1e21, 3, str(out))
+        assert said.model == ("vit_b" if recipe == "paper" else "vit_n") and said.data == ("k400.csv",)
 
 
 def test_methods_share_the_figures_of_equal_random_weights_only(tmp_path):
