@@ -965,15 +965,16 @@ def depth(args):
     return table | {"picture": M.finish(out / "depth.png", figure)}
 
 
-def time_clips(spec, frames, stride, size, videos=600):
-    """Of each video of a list the same moment at two speeds, forward and backward: clips (n,4,T,H,W,3) uint8. The
-    slower one has every frame of the middle half of what the faster has every second frame of."""
+def time_clips(spec, frames, stride, size, most=600):
+    """Of moments of the videos of a list the same at two speeds, forward and backward: clips (n,4,T,H,W,3) uint8, a
+    video's side by side. The slower one has every frame of the middle half of what the faster has every second of."""
     source = D.parse_list(spec)
-    rows = np.random.default_rng(0).permutation(len(source))[:videos]
-    clip = D.Clip(2 * frames - 1, stride, size=size, train=False, short="error")
+    rows = np.random.default_rng(0).permutation(len(source))[:most]
+    moments = max(1, most // 2 // len(rows))
+    clip = D.Clip(2 * frames - 1, stride, size=size, train=False, short="error", segments=moments)
     found = []
-    for batch in D.eval_batches(source, clip, rows=rows, batch_size=64):
-        video = batch["video"][batch["ok"]]
+    for batch in D.eval_batches(source, clip, rows=rows, batch_size=16):
+        video = batch["video"].unflatten(0, (-1, moments))[batch["ok"]].flatten(0, 1)
         fast = video[:, ::2]
         slow = video[:, frames // 2 : frames // 2 + frames]
         found.append(torch.stack([slow, fast, slow.flip(1), fast.flip(1)], 1))
@@ -982,8 +983,8 @@ def time_clips(spec, frames, stride, size, videos=600):
 
 @torch.no_grad()
 def reads_time(encoder, config, clips):
-    """Accuracy of a linear probe on the mean token that tells which of the four a clip is: half of the videos to learn
-    from, half to answer for."""
+    """Accuracy of a linear probe on the mean token that tells which of the four a clip is: the first half of the clips
+    to learn from, the second to answer for."""
     z = []
     for video in clips.flatten(0, 1).split(64):
         batch = {"video": video, "flip": torch.zeros(len(video), dtype=torch.bool)}
@@ -1009,7 +1010,7 @@ def time_check(args):
         for name, where in (("value", str(run)), ("random", f"random:{run}"), ("pixels", "pixels:diff")):
             encoder, config = P.load(P.Args("classify", encoder=where, seed=said["seed"]))
             row[name] = reads_time(encoder, config, kept[shape])
-        row["videos"] = len(kept[shape])
+        row["clips"] = 4 * len(kept[shape])
         rows[run.name] = row
         print(f"{run.name}: {row}", file=sys.stderr, flush=True)
     return rows
