@@ -1362,7 +1362,7 @@ def reason(error):
 
 def make_loader(
     sources, clip, *, seed, batch_size, micro_batch, steps, start_step=0, rank=0, ranks=1,
-    workers=0, timeout=600, masks=None, stills=False,
+    workers=0, timeout=600, masks=(), stills=False,
 ):
     """The micro-batches of `rank` for the steps start_step to steps - 1: batch_size / ranks /
     micro_batch of them a step, in order.
@@ -1378,8 +1378,8 @@ def make_loader(
         cut   of each clip          a Cut: frame numbers, box, stored size (None: the world)
         padded                      how many clips have a frame twice
         notes {kind: text}          of what clips lose; said on stderr, once a kind
-        masks                       masks(step, batch_size, rows=) of these rows, if given: drawn by
-                                    the loader's processes
+        masks                       masks[kind](step, batch_size, rows=) of these rows, if given, of
+                                    clips or images: drawn by the loader's processes
 
     stills=True: a micro-batch is of videos alone or of images alone, which are single frames
     (b,1,H,W,3). Their share of the micro-batches, evenly spread, is that of the samples, and g
@@ -1417,15 +1417,19 @@ def kinds_of(sources):
     kinds = ([], [])
     sizes = [0.0, 0.0]
     for source, weight in zip(sources, weights):
-        still = len(source.paths) > 0 and all(suffix_of(path) in IMAGES for path in source.paths)
+        still = all_images(source)
         kinds[still].append(source)
         sizes[still] += weight or 1.0
     return kinds, sizes[1] / sum(sizes)
 
 
+def all_images(source):
+    return len(source.paths) > 0 and all(suffix_of(path) in IMAGES for path in source.paths)
+
+
 def micro_batch_of(kinds, share, masks, batch_size, numbers):
     """The samples `numbers` of a run. kinds: Clips of videos and of images; share: how many of the
-    micro-batches are images."""
+    micro-batches are images; masks: of either kind."""
     n = len(numbers)
     turn = numbers[0] // n
     before = math.floor(turn * share)
@@ -1434,7 +1438,7 @@ def micro_batch_of(kinds, share, masks, batch_size, numbers):
     batch = kinds[kind].batch(range(first, first + n))
     if masks:
         step, first = divmod(numbers[0], batch_size)
-        batch["masks"] = masks(step, batch_size, rows=slice(first, first + n))
+        batch["masks"] = masks[kind](step, batch_size, rows=slice(first, first + n))
     return batch
 
 

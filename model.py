@@ -466,6 +466,8 @@ class ViT(nn.Module):
             raise ValueError(f"there are {depth} blocks, and levels {levels}")
         if images and tubelet > 1:
             raise ValueError(f"an image encoder has tubelets of 1 frame, not {tubelet}")
+        if stills and highpass:
+            raise ValueError("highpass takes all of a single frame: stills without it")
         vars(self).update(self.config)  # self.width ...
         self.checkpoint = checkpoint
         self.grid = (frames // tubelet, size // patch, size // patch)
@@ -1099,14 +1101,19 @@ def cost(objective, step):
     return objective.args.batch_size * objective.flops(*drawn(objective, step))
 
 
-def budgeted(args, *parts):
-    """args, where --flops is given with the --steps that it pays for. parts: (share of the steps,
-    objective) of each stage; a step costs the mean over 200 steps."""
-    if not args.flops:
-        return args
+def mean_cost(parts, steps):
+    """FLOPs of a step over all ranks. parts: [(share of the steps, objective)]"""
     mean = 0.0
     for share, objective in parts:
-        mean += share * sum(cost(objective, step) for step in range(200)) / 200
+        mean += share * sum(cost(objective, step) for step in range(steps)) / steps
+    return mean
+
+
+def budgeted(args, *parts):
+    """args, where --flops is given with the --steps that it pays for, by the mean of 200."""
+    if not args.flops:
+        return args
+    mean = mean_cost(parts, 200)
     steps = round(args.flops / mean)
     if steps < 1:
         raise UserError(f"--flops {args.flops:.3g}: one step costs {mean:.3g}")
@@ -1153,6 +1160,7 @@ class Run:
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
         self.last = min(args.steps, args.stop_at or args.steps)
         self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks of this machine
+        self.stills = getattr(args, "stills", False)
         self.workers = args.workers
         if args.workers < 0:
             self.workers = data.idle_cores(self.neighbours)
@@ -1192,10 +1200,10 @@ class Run:
 
     # memory
 
-    def fit(self, objective, extra=0):
+    def fit(self, objective, *others, extra=0):
         """Plan a step, and choose --micro_batch where it is 0: the most clips that fit on every
-        rank. A resumed run on as many ranks keeps what it had."""
-        self.plan = Plan(self, objective, extra)
+        rank. A resumed run on as many ranks keeps what it had. others: as Plan's."""
+        self.plan = Plan(self, objective, others, extra)
         sizes = self.plan.sizes
         self.micro = self.args.micro_batch or self.once(self.before)
         if self.micro not in sizes:
@@ -1437,13 +1445,14 @@ class Run:
             scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip,
             clips=args.clips_per_video, short=args.short, **more)
 
-    def loader(self, sources, clip, first, masks=None):
-        """This rank's micro-batches, from step `first` on, each with its masks."""
+    def loader(self, sources, clip, first, *masks):
+        """This rank's micro-batches, from step `first` on, each with its masks. masks: of clips,
+        and of images."""
         args = self.args
         batches = data.make_loader(
             sources, clip, seed=args.seed, batch_size=args.batch_size, micro_batch=self.micro,
             rank=self.rank, ranks=self.ranks, workers=self.workers, timeout=args.timeout,
-            start_step=first, steps=self.last, masks=masks, stills=getattr(args, "stills", False))
+            start_step=first, steps=self.last, masks=masks, stills=self.stills)
         if self.device.type == "cuda":
             batches = data.ahead(batches, self.device)
         return batches
@@ -1597,10 +1606,11 @@ class Run:
         sets = []
         try:
             for source in lists:
+                frames = 1 if self.stills and data.all_images(source) else clip.frames
+                how = replace(clip, frames=frames, train=False, clips=1)
                 sets.append(data.labelled_features(
-                    read, source, replace(clip, train=False, clips=1), self.device,
-                    pixels, workers=self.workers, rank=self.rank, ranks=self.ranks,
-                    gather=self.gather, timeout=self.args.timeout))
+                    read, source, how, self.device, pixels, workers=self.workers, rank=self.rank,
+                    ranks=self.ranks, gather=self.gather, timeout=self.args.timeout))
         except Told:
             return {}
         for x, _, ok in sets:
@@ -1996,8 +2006,9 @@ class Plan:
     """What a step of an objective needs: FLOPs of all ranks, and bytes of each, term by term."""
     advice = ""  # of this process, should memory run out
 
-    def __init__(self, run, objective, extra=0):
-        """extra: bytes that are at work for a moment."""
+    def __init__(self, run, objective, parts=(), extra=0):
+        """parts: (share of the steps, objective) where steps differ. extra: bytes that are at work
+        for a moment."""
         args = run.args
         self.run = run
         self.extra = extra
@@ -2005,7 +2016,7 @@ class Plan:
         each = args.clips_per_video
         self.sizes = [n for n in range(run.per_rank, 0, -1) if run.per_rank % n == n % each == 0]
         self.clip_bytes = 3 * args.frames * args.size**2
-        self.flops = sum(cost(objective, step) for step in range(8)) / 8
+        self.flops = mean_cost(parts or [(1.0, objective)], 8)
         self.trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
         self.frozen = count(objective) - self.trained
         blocks = [count(module) for module in objective.modules() if isinstance(module, Block)]
@@ -2477,7 +2488,7 @@ def broken(folder):
 # --- 3. weight files ------------------------------------------------------------------------------
 # Ours are safetensors with the config inside. A foreign file is a nest of dicts: the part that
 # holds the encoder is taken, its names become ours, and names and shapes tell its family, which
-# says the rest of the config (assets/vjepa.md has the families in a table).
+# says the rest of the config (assets/weights.md has the families in a table).
 
 # what weights fit
 SHAPE = tuple(name for name in VIT_KEYS if name not in ("frames", "size", "init_std"))
@@ -3030,16 +3041,24 @@ def run_part(folder, part):
     return state
 
 
+# what neither transformers nor Meta's code has, unless it says so
+PLAIN = dict(images=False, cls=False, stills=False, highpass=0.0, rope_scaled=0)
+
+
+def check_has(config, wanted, whose):
+    for entry, value in wanted.items():
+        if config[entry] != value:
+            raise ValueError(
+                f"{whose} has {entry} {value}, and this was trained with {config[entry]}")
+
+
 def hf_kind(config):
     """The row of HF that has an encoder of this config. ValueError: none has."""
     images = "dinov2" if config["cls"] else "ijepa"
     kind = {"rope": "vjepa2", "sinusoid1d": "videomae", "learned": images}.get(config["pos"])
     if kind is None:
         raise ValueError(f"transformers has no model with {config['pos']} positions")
-    wanted = dict(images=False, cls=False, stills=False, highpass=0.0, rope_scaled=0)
-    for entry, value in (wanted | HF[kind][3]).items():
-        if config[entry] != value:
-            raise ValueError(f"{HF[kind][0]} has {entry} {value}, not {config[entry]}")
+    check_has(config, PLAIN | HF[kind][3], HF[kind][0])
     return kind
 
 
@@ -3133,13 +3152,10 @@ The `last_hidden_state` of a clip is what the encoder gave where it was trained.
 
 def save_meta(path, encoder, predictor=None):
     """Write V-JEPA 1's, 2's or 2.1's layout, by the encoder's positions and levels: a .pt that
-    their code and load_encoder read. ValueError: an encoder of another kind."""
+    their code and load_encoder read. ValueError: what would be read as something else."""
     config = encoder.config
-    if config["images"] or config["pos"] not in ("rope", "sincos") or config["highpass"]:
-        raise ValueError(f"Meta's V-JEPA has no {config['pos']} positions, single frames or "
-                         "highpass")
-    if config["pos"] == "rope" and config["levels"] == 1 and not config["rope_quirk"]:
-        raise ValueError("V-JEPA 2 has tiled rope frequencies: --rope_quirk in training")
+    if config["images"] or config["pos"] not in ("rope", "sincos"):
+        raise ValueError(f"Meta's V-JEPA has no {config['pos']} positions, nor single frames")
     last = "norm." if config["levels"] == 1 else "norms_block.3."
     file = {"target_encoder": {}, "predictor": {}}
     for state, module in zip(file.values(), (encoder, predictor)):
@@ -3151,8 +3167,19 @@ def save_meta(path, encoder, predictor=None):
         for name, value in module.state_dict().items():
             name = re.sub(r"^norm\.", last, name.replace("level_norms", "norms_block"))
             state[name] = value.cpu()
+    copies = [dict(state) for state in file.values()]
+    read = vjepa_config(*copies, config["levels"] > 1, config["pos"], config)
+    said = PLAIN | dict(rope_quirk=False, levels=1) | read
+    names = (*PLAIN, "heads", "levels", "rope_quirk")
+    check_has(config, {name: said[name] for name in names}, "Meta's V-JEPA")
+    heads = said["predictor_heads"]
+    if predictor is not None and predictor.heads != heads:
+        say(f"note: without a predictor: it would be read with {heads} heads, not "
+            f"{predictor.heads}")
+        file["predictor"] = {}
     file["encoder"] = file["target_encoder"]
     temp = Path(f"{path}.tmp")
+    temp.parent.mkdir(parents=True, exist_ok=True)
     torch.save(file, temp)
     put_in_place(temp, Path(path))
 
@@ -3165,7 +3192,9 @@ def export_main():
     parser.add_argument("--to", choices=["hf", "meta"], required=True)
     parser.add_argument("--out", default="", help="a folder, or a .pt; beside the run")
     args = parser.parse_args()
-    out = Path(args.out or Path(args.run) / {"hf": "hf", "meta": "vjepa.pt"}[args.to])
+    run = Path(args.run)
+    beside = run if run.is_dir() else run.parent
+    out = Path(args.out or beside / {"hf": "hf", "meta": "vjepa.pt"}[args.to])
     try:
         encoder, config = load_encoder(args.run)
         try:
@@ -3176,7 +3205,7 @@ def export_main():
         if args.to == "meta":
             save_meta(out, encoder, predictor)
         else:
-            log = Path(args.run) / "log.jsonl"
+            log = run / "log.jsonl"
             for line in log.read_text().splitlines()[1:] if log.exists() else ():
                 config |= json.loads(line)
             encoder.save_hf(out, predictor, config)

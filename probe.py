@@ -848,6 +848,8 @@ class Features:
 
     def __post_init__(self):
         config = self.config
+        if config.get("stills") and data.all_images(self.source):
+            self.clip = replace(self.clip, frames=1)  # as in training
         clip = self.clip
         self.encoder.to(self.device).eval().requires_grad_(False)
         self.want = self.layers  # of these the batches have tokens

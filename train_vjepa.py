@@ -73,7 +73,7 @@ class Args:
     aspect: tuple[float, float] = (0.75, 1.5)       # of a block
     trim: Literal["random", "prefix"] = "random"    # ids cut to the batch minimum; prefix: official
     # --- V-JEPA 2.1
-    levels: int = 1                     # outputs that are predicted, at even depths; 4 there
+    levels: int = 1                     # blocks that are predicted, at quarters of the depth: 4
     context_loss: float = 0.0           # weight of the loss on the context's own tokens
     context_ramp: tuple[int, int] = (0, 0)          # steps between which that weight rises from 0
     rope_scaled: int = 0                # > 0: places in space end at this - 1 on any grid (rope)
@@ -283,7 +283,20 @@ class VJEPA(nn.Module):
             data.sample_masks, args.masks, args.seed, grid=self.encoder.grid, aspect=args.aspect,
             trim=args.trim)
         if args.stills:  # masks that an image cannot have are told before the first comes
-            self.masks(0, 1, grid=(1, *self.grid[1:]))
+            self.image_masks(0, 1)
+        self.check_positions()
+
+    def check_positions(self):
+        a = self.args
+        if a.pos != "rope" and (a.rope_scaled or a.rope_quirk):
+            raise ValueError("--rope_scaled and --rope_quirk are for --pos rope")
+        if a.context_ramp[0] > a.context_ramp[1]:
+            raise ValueError(f"--context_ramp {a.context_ramp}: first step, last step")
+
+    @property
+    def image_masks(self):
+        """masks of clips of one frame."""
+        return partial(self.masks, grid=(1, *self.encoder.grid[1:]))
 
     @property
     def product(self):
@@ -332,16 +345,10 @@ class VJEPA(nn.Module):
         return loss, metrics | {"tokens": some_rows(h)}
 
     def place(self, keep, pred, x, step, row):
-        """The masks of the clips x, whose first is `row` of the batch, as they were drawn, or of
-        images on their own grid. Notes step and grid: forward() has no other way to know."""
+        """The masks of the clips x, whose first is `row` of the batch. Notes step and grid:
+        forward() has no other way to know."""
         self.step = step
-        self.grid = self.encoder.grid
-        if self.args.stills and x.shape[2] == 1:
-            self.grid = (1, *self.grid[1:])
-            rows = slice(row, row + len(x))
-            keep, pred = self.masks(step, self.args.batch_size, rows=rows, grid=self.grid)
-            keep = [ids.to(x.device) for ids in keep]
-            pred = [ids.to(x.device) for ids in pred]
+        self.grid = (max(1, x.shape[2] // self.args.tubelet), *self.encoder.grid[1:])
         return keep, pred
 
     def after_step(self, step, skip=0.0):
@@ -372,8 +379,8 @@ class VJEPA(nn.Module):
     def of_images(self):
         """The same where every clip is one frame: what its steps cost."""
         images = copy.copy(self)
-        images.grid = (1, *self.grid[1:])
-        images.masks = partial(self.masks, grid=images.grid)
+        images.grid = (1, *self.encoder.grid[1:])
+        images.masks = self.image_masks
         return images
 
     def surprise(self, x, context):
@@ -742,16 +749,18 @@ def build(args):
 def main(args):
     sketch = construct(build, dataclasses.replace(args, dry_run=True))
     parts = [(1.0, sketch)]
-    if args.flops and args.stills:
+    if args.stills and (args.flops or not args.dry_run):
         lists = [data.parse_list(spec, look=False) for spec in args.data]
         images = data.kinds_of(lists)[1]
+        if not images:
+            raise UserError("--stills: no list of --data is of images alone")
         parts = [(1 - images, sketch), (images, sketch.of_images())]
     args = budgeted(args, *parts)
     run = Run(args)
     if args.init_optimizer and not (os.path.isdir(args.init) or args.dry_run):
         raise UserError("--init_optimizer goes on from a run: give its folder as --init, or say "
                         "--no-init_optimizer")
-    run.fit(sketch)
+    run.fit(sketch, *parts)
     if args.dry_run:
         return dry_run(run, sketch)
     objective = construct(build, args)
@@ -769,7 +778,7 @@ def main(args):
         run.carry_optimizer(net, optimizer)
     if first == 0 and not args.init:  # before learning: what it has to beat
         meter.state["random_acc"] = run.accuracy(net, lists, clip)
-    loader = run.loader(sources, clip, first, objective.masks)
+    loader = run.loader(sources, clip, first, objective.masks, objective.image_masks)
 
     for step in run.steps(first):
         # 1. the rates of this step

@@ -718,7 +718,7 @@ VARIANTS = {  # --rows: what else the claims of the papers need, see assets/clai
 
 PAPER = {  # --recipe paper: the papers' own recipes, of one --model
     "V-JEPA": ("train_vjepa", "", ()),
-    "V-JEPA 2.1": ("train_vjepa", "vjepa21", ("--batch_size", "3072")),
+    "V-JEPA 2.1": ("train_vjepa", "vjepa21", ("--context_ramp", "0", "0", "--no-stills")),  # stills need images
     "LD": ("train_vjepa", "", ("--distance", "--terms", "ld:1.0")),
     "FWM-HW-LD": ("train_vjepa", "", ("--distance", "--terms", "static:0.05", "orth:0.01", "hw:1.0", "ld:1.0")),
     "SALT": ("train_salt", "", ()),

@@ -4,6 +4,7 @@ shares no line with the code.
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 import data as D
 import model as M
+import probe as P
 import train_vjepa as V
 
 
@@ -147,7 +149,8 @@ def setting(frames=8, B=2, **changes):
             # the predictor's mask tokens and all vectors start at 0 or next to it
             p.add_(0.1 * torch.randn_like(p) if "token" in name or "mod_embed" in name else 0.03 * torch.randn_like(p))
     x = torch.randn(B, 3, frames, args.size, args.size)
-    keep, pred = objective.masks(0, args.batch_size, rows=slice(0, B))
+    draw = objective.image_masks if frames == 1 else objective.masks
+    keep, pred = draw(0, args.batch_size, rows=slice(0, B))
     return objective, x, *objective.place(keep, pred, x, 0, 0)
 
 
@@ -265,6 +268,23 @@ def test_micro_batches_are_of_one_kind(mixture):
         sources[:1], clip, seed=0, batch_size=8, micro_batch=2, steps=1, stills=True)} == {4}
 
 
+def test_the_loader_draws_the_masks_of_either_kind(mixture):
+    """Of images on their own grid, of the rows that these clips are in the step's batch."""
+    objective = V.build(tiny(stills=True))
+    sources = [D.parse_list("world:0.5"), D.parse_list(f"{mixture}/stills.txt:0.5")]
+    loader = D.make_loader(
+        sources, D.Clip(frames=8, size=32, train=True), seed=0, batch_size=8, micro_batch=2, steps=2, stills=True,
+        masks=(objective.masks, objective.image_masks))
+    for number, batch in enumerate(loader):
+        step, first = divmod(2 * number, 8)
+        still = batch["video"].shape[1] == 1
+        draw = objective.image_masks if still else objective.masks
+        whole = draw(step, 8)
+        assert number % 2 == still and max(ids.max() for ids in batch["masks"][1]) < (16 if still else 64)
+        for got, want in zip(batch["masks"], whole):
+            assert all(torch.equal(a, b[first : first + 2]) for a, b in zip(got, want))
+
+
 def test_ranks_with_another_kind_each(run, mixture, tmp_path):
     """FSDP2 on two ranks, of which one has videos and the other images at a time, with terms that only videos have:
     no rank waits for the other, and the losses are those of one process."""
@@ -280,6 +300,62 @@ def test_ranks_with_another_kind_each(run, mixture, tmp_path):
         got.append([(line["loss"], line["flops"] / 1e9) for line in lines])
     # the FLOPs are those of both kinds, not rank 0's twice
     assert np.abs(np.array(got[0]) - got[1]).max() < 1e-5, got
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--stills", "--highpass", "4"], "highpass takes all of a single frame"),
+    (["--pos", "sincos", "--rope_scaled", "16"], "are for --pos rope"),
+    (["--pos", "sincos", "--rope_quirk"], "are for --pos rope"),
+    (["--context_loss", "0.5", "--context_ramp", "9", "3"], "--context_ramp"),
+])
+def test_flags_that_would_do_nothing_are_refused(flags, says):
+    args = V.parse_args(["--preset", "laptop", *flags])
+    with pytest.raises(M.UserError, match=says):
+        M.construct(V.build, args)
+
+
+def test_stills_need_images(tmp_path):
+    args = V.parse_args(["--preset", "laptop", "--stills", "--out_dir", str(tmp_path / "out")])
+    with pytest.raises(M.UserError, match="--stills: no list of --data is of images alone"):
+        V.main(args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_are_probed_as_they_were_trained(mixture, monkeypatch, tmp_path):
+    """By the online probe and by probe.py: as clips of one frame, through the embedding of images. An encoder without
+    one gets still clips."""
+    labelled = D.parse_list(f"{mixture}/stills.txt", labelled=True)
+    videos = D.parse_list("world")
+    for stills, frames in ((True, 1), (False, 8)):
+        encoder = V.VJEPA(tiny(stills=stills)).target
+        config = encoder.config | M.IMAGENET
+        pair = []
+        for source in (labelled, videos):
+            args = P.Args("classify", out_dir=str(tmp_path), workers=0)
+            features = P.Features(
+                args, encoder, config, source, D.Clip(8, size=32, train=False), torch.device("cpu"), (4,), form="mean")
+            pair.append(features)
+        assert [features.clip.frames for features in pair] == [frames, 8]
+        x, _, _ = next(pair[0].batches(np.arange(2)))
+        video = next(iter(D.eval_batches(labelled, pair[0].clip, rows=[0, 1], batch_size=2)))
+        assert torch.equal(x["video"][:, 0, 0], encoder(D.prepare(video), blocks=(4,)).mean(1))
+    seen = []
+    args = tiny(stills=True, out_dir=str(tmp_path / "out"), steps=1, dtype="fp32")
+    run = M.Run(args)
+    run.probe(lambda x: seen.append(x.shape[2]) or x.mean((2, 3, 4)), [labelled, labelled], run.clip(),
+              {"probe_acc": M.linear_probe})
+    assert set(seen) == {1}
+
+
+def test_the_plan_of_a_mixture_counts_images_as_images(mixture, tmp_path, capsys):
+    flags = ["--preset", "laptop", "--data", "world:0.25", f"{mixture}/stills.txt:0.75", "--stills", "--steps", "1",
+             "--batch_size", "8", "--micro_batch", "2", "--probe_data", "--log_every", "1", "--sample_every", "0",
+             "--workers", "0", "--out_dir", str(tmp_path)]
+    V.main(V.parse_args(flags))
+    told = float(re.search(r"([\d.e+]+) FLOPs a step", capsys.readouterr().err)[1])
+    sketch = M.construct(V.build, V.parse_args([*flags, "--dry_run"]))
+    clips, images = (M.mean_cost([(1.0, part)], 8) for part in (sketch, sketch.of_images()))
+    assert images < clips / 5 and told == pytest.approx(0.25 * clips + 0.75 * images, rel=0.01)
 
 
 def test_masks_that_no_image_can_have_are_refused_before_the_first_comes():

@@ -303,41 +303,72 @@ def test_transformers_loads_what_we_save(kind, tmp_path):
 def test_what_transformers_has_no_model_for(tmp_path):
     """One line that names what is in the way, before anything is written."""
     for entries, message in (
-        (dict(pos="rope"), "VJEPA2Model has rope_quirk True, not False"),
-        (dict(pos="rope", rope_quirk=True, highpass=4.0), "VJEPA2Model has highpass 0.0, not 4.0"),
-        (dict(pos="learned"), "IJepaModel has images True, not False"),
+        (dict(pos="rope"), "VJEPA2Model has rope_quirk True, and"),
+        (dict(pos="rope", rope_quirk=True, highpass=4.0), "VJEPA2Model has highpass 0.0, and"),
+        (dict(pos="learned"), "IJepaModel has images True, and"),
         (dict(pos="sincos"), "transformers has no model with sincos positions"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny(**entries).save_hf(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="tiled rope frequencies"):
-        M.save_meta(tmp_path / "a.pt", tiny())
+
+
+def metas_pair(predictor_heads=12, **entries):
+    encoder = patterned(M.ViT(**{**TINY, "width": 128, "depth": 4, "heads": 4, **entries}))
+    names = ("pos", "rope_quirk", "rope_scaled", "stills")
+    rope = {name: value for name, value in entries.items() if name in names}
+    predictor = M.Predictor(
+        in_width=128, out_width=128, width=96, depth=1, heads=predictor_heads, grid=encoder.grid, **rope)
+    return encoder, patterned(predictor)
 
 
 @pytest.mark.parametrize("entries", [
     dict(pos="sincos"), dict(pos="rope", rope_quirk=True), dict(pos="rope", levels=4, stills=True, rope_scaled=16)])
 def test_metas_layout_comes_back(entries, tmp_path):
-    """save_meta -> load_encoder and load_predictor give the same weights, in all three versions' layouts."""
-    encoder = patterned(M.ViT(**{**TINY, "depth": 4, **entries}))
-    rope = {name: value for name, value in entries.items() if name in ("pos", "rope_quirk", "rope_scaled", "stills")}
-    predictor = patterned(M.Predictor(in_width=64, out_width=64, width=32, depth=1, heads=2, grid=encoder.grid, **rope))
+    """save_meta -> load_encoder and load_predictor give the same features, in all three versions' layouts."""
+    heads = 4 if entries["pos"] == "sincos" else 12  # a V-JEPA 1 predictor has the encoder's
+    encoder, predictor = metas_pair(heads, **entries)
     M.save_meta(tmp_path / "a.pt", encoder, predictor)
-    said = dict(heads=2, frames=8, size=32)
+    said = dict(frames=8, size=32)
     back, config = M.load_encoder(tmp_path / "a.pt", **said)
     assert {name: config[name] for name in entries} == entries
-    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), encoder.state_dict().values()))
+    assert torch.equal(back(clip()), encoder(clip()))
     guess, _ = M.load_predictor(tmp_path / "a.pt", **said)
+    assert guess.heads == heads
     assert all(torch.equal(value, predictor.state_dict()[name]) for name, value in guess.state_dict().items())
+
+
+@pytest.mark.parametrize("entries, says", [
+    (dict(levels=4, rope_quirk=True, rope_scaled=16), "rope_quirk False, and this was trained with True"),
+    (dict(levels=4), "rope_scaled 16, and this was trained with 0"),
+    (dict(levels=2, rope_scaled=16), "levels 4, and this was trained with 2"),
+    (dict(), "rope_quirk True, and this was trained with False"),
+    (dict(rope_quirk=True, rope_scaled=16), "rope_scaled 0, and this was trained with 16"),
+    (dict(rope_quirk=True, stills=True), "stills False, and"),
+    (dict(rope_quirk=True, highpass=4.0), "highpass 0.0, and"),
+    (dict(rope_quirk=True, heads=2), "heads 4, and"),
+])
+def test_what_metas_code_would_read_otherwise_is_not_written(entries, says, tmp_path):
+    """Its files do not say these: they follow from the layout."""
+    encoder, predictor = metas_pair(**{"pos": "rope", **entries})
+    with pytest.raises(ValueError, match=f"Meta's V-JEPA has {says}"):
+        M.save_meta(tmp_path / "a.pt", encoder, predictor)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_predictor_of_other_heads_than_metas_stays_out(tmp_path, capsys):
+    encoder, predictor = metas_pair(4, pos="rope", rope_quirk=True)
+    M.save_meta(tmp_path / "new" / "a.pt", encoder, predictor)
+    assert capsys.readouterr().err == "note: without a predictor: it would be read with 12 heads, not 4\n"
+    back, _ = M.load_encoder(tmp_path / "new" / "a.pt", frames=8, size=32)
+    assert torch.equal(back(clip()), encoder(clip()))
 
 
 def test_export_of_a_run(tmp_path, monkeypatch, capsys):
     """python model.py export RUN: encoder from the export, predictor from the checkpoint, numbers from the log; what
     does not fit ends with status 2 and one line."""
     torch.manual_seed(0)
-    encoder = patterned(M.ViT(**TINY, rope_quirk=True))
-    predictor = patterned(M.Predictor(
-        in_width=64, out_width=64, width=48, depth=2, heads=4, grid=encoder.grid, rope_quirk=True))
+    encoder, predictor = metas_pair(pos="rope", rope_quirk=True)
     run = tmp_path / "run"
     run.mkdir()
     M.save_encoder(run / "encoder.safetensors", encoder, encoder.config | PIXELS | {"model": "vit_n", "stride": 4})
@@ -345,16 +376,15 @@ def test_export_of_a_run(tmp_path, monkeypatch, capsys):
     M.dcp.save({"model": {name.removeprefix("model."): value for name, value in state.items()}},
                checkpoint_id=run / "saving")
     M.seal(run / "saving", run / "step_00000001", 1)
-    (run / "config.json").write_text(json.dumps({"config": {"pred_heads": 4}}))
+    (run / "config.json").write_text(json.dumps({"config": {"pred_heads": 12}}))
     (run / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 1, "probe_acc": 0.25}\n')
     for to, out in (("hf", run / "hf"), ("meta", run / "vjepa.pt")):
         monkeypatch.setattr("sys.argv", ["model.py", "export", str(run), "--to", to])
         M.export_main()
         assert json.loads(capsys.readouterr().out) == {"out": str(out), "params": M.count(encoder)}
-        said = dict(heads=2, frames=8, size=32) if to == "meta" else {}
+        said = dict(frames=8, size=32) if to == "meta" else {}
         back, _ = M.load_encoder(out, **said)
         assert gap(back(clip()), encoder(clip())) < 1e-5
-        said = dict(said, heads=4) if said else {}
         guess, _ = M.load_predictor(out, **said)
         assert all(torch.equal(value, predictor.state_dict()[name]) for name, value in guess.state_dict().items())
     assert "| probe_acc | 0.25 |" in (run / "hf" / "README.md").read_text()
@@ -362,4 +392,5 @@ def test_export_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["model.py", "export", str(run), "--to", "hf", "--out", str(tmp_path / "no")])
     with pytest.raises(SystemExit) as e:
         M.export_main()
-    assert e.value.code == 2 and capsys.readouterr().err == "error: VJEPA2Model has rope_quirk True, not False\n"
+    told = "error: VJEPA2Model has rope_quirk True, and this was trained with False\n"
+    assert e.value.code == 2 and capsys.readouterr().err == told
