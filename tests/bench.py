@@ -950,19 +950,26 @@ def depth(args):
             found = table.setdefault(f"{task}, {name}", {"trained": [], "random": []})
             found["trained"].append(probes.depths(run, task))
             found["random"].append(probes.depths(f"random:{run}", task, seed=seed))
+    for name, found in table.items():
+        for key, rows in found.items():
+            print(f"| {name}, {key} | " + " | ".join(spread(column) for column in zip(*rows)) + " |")
+    return table | {"picture": draw_depths(table, out / "depth.png")}
+
+
+def draw_depths(table, file):
+    """{line: {"trained", "random": accuracies after each block, a row a run}} over the share of the blocks."""
     figure, axis = M.pyplot().subplots(figsize=(6, 4), layout="constrained")
     for i, (name, found) in enumerate(table.items()):
         for key, style in (("trained", "o-"), ("random", ":")):
             columns = [*zip(*found[key])]
-            print(f"| {name}, {key} | " + " | ".join(spread(column) for column in columns) + " |")
-            share = [(block + 1) / len(columns) for block in range(len(columns))]
+            share = [100 * (block + 1) / len(columns) for block in range(len(columns))]
             mean = [100 * statistics.mean(column) for column in columns]
             error = [100 * statistics.stdev(c) if len(c) > 1 else 0 for c in columns]
             label = name if key == "trained" else None
             axis.errorbar(share, mean, error, fmt=style, color=f"C{i}", capsize=2, label=label)
-    axis.set(xlabel="share of the blocks that are run (dotted: random weights)", ylabel="linear probe, top-1, %")
-    axis.legend(fontsize=8)
-    return table | {"picture": M.finish(out / "depth.png", figure)}
+    axis.set(xlabel="blocks that are run, % (dotted: random weights)", ylabel="linear probe, top-1, %", ylim=(0, 100))
+    axis.legend(fontsize=8, loc="upper left")
+    return M.finish(file, figure)
 
 
 def time_clips(spec, frames, stride, size, most=600):
