@@ -1200,10 +1200,10 @@ class Run:
 
     # memory
 
-    def fit(self, objective, *others, extra=0):
+    def fit(self, objective, *parts, extra=0):
         """Plan a step, and choose --micro_batch where it is 0: the most clips that fit on every
-        rank. A resumed run on as many ranks keeps what it had. others: as Plan's."""
-        self.plan = Plan(self, objective, others, extra)
+        rank. A resumed run on as many ranks keeps what it had. parts: Plan's."""
+        self.plan = Plan(self, objective, parts, extra)
         sizes = self.plan.sizes
         self.micro = self.args.micro_batch or self.once(self.before)
         if self.micro not in sizes:
@@ -3175,7 +3175,7 @@ def save_meta(path, encoder, predictor=None):
     heads = said["predictor_heads"]
     if predictor is not None and predictor.heads != heads:
         say(f"note: without a predictor: it would be read with {heads} heads, not "
-            f"{predictor.heads}")
+            f"{predictor.heads}; load_encoder wants pos={config['pos']!r}")
         file["predictor"] = {}
     file["encoder"] = file["target_encoder"]
     temp = Path(f"{path}.tmp")

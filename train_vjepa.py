@@ -73,7 +73,7 @@ class Args:
     aspect: tuple[float, float] = (0.75, 1.5)       # of a block
     trim: Literal["random", "prefix"] = "random"    # ids cut to the batch minimum; prefix: official
     # --- V-JEPA 2.1
-    levels: int = 1                     # blocks that are predicted, at quarters of the depth: 4
+    levels: int = 1                     # outputs that are predicted, spread over the depth; 2.1: 4
     context_loss: float = 0.0           # weight of the loss on the context's own tokens
     context_ramp: tuple[int, int] = (0, 0)          # steps between which that weight rises from 0
     rope_scaled: int = 0                # > 0: places in space end at this - 1 on any grid (rope)
@@ -752,7 +752,7 @@ def main(args):
     if args.stills and (args.flops or not args.dry_run):
         lists = [data.parse_list(spec, look=False) for spec in args.data]
         images = data.kinds_of(lists)[1]
-        if not images:
+        if not (images or args.init or args.resume):
             raise UserError("--stills: no list of --data is of images alone")
         parts = [(1 - images, sketch), (images, sketch.of_images())]
     args = budgeted(args, *parts)

@@ -31,6 +31,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import statistics
@@ -571,8 +572,9 @@ def train_row(args, row, seed, out):
 
 
 class MotionProbes:
-    """Linear probes on eight motions of the world and on each of --tasks; clips are read once for all runs. An
-    encoder gets the pixels, and is read at the block, that its file names."""
+    """Linear probes on eight motions of the world and on each of --tasks; clips, of long lists 2,048 and 1,024 that
+    are drawn by lot, are read once for all runs. An encoder gets the pixels, and is read at the block, that its file
+    names."""
 
     def __init__(self, tasks, stride=5, frames=8, size=32):
         self.lists = {"motion": ("world", "world")}
@@ -583,7 +585,10 @@ class MotionProbes:
         self.clips = {}
         for name, pair in self.lists.items():
             sources = [D.parse_list(path, split=s, labelled=True) for path, s in zip(pair, ("probe", "val"))]
-            self.clips[name] = [list(D.eval_batches(source, clip, batch_size=64)) for source in sources]
+            self.clips[name] = []
+            for source, most in zip(sources, (2048, 1024)):
+                rows = np.sort(np.random.default_rng(0).permutation(len(source))[:most])
+                self.clips[name].append(list(D.eval_batches(source, clip, batch_size=64, rows=rows)))
 
     def __call__(self, run, **seed):
         return {name: self.accuracy(*self.read(run, name, **seed)) for name in self.clips}
@@ -720,7 +725,8 @@ PAPER = {  # --recipe paper: the papers' own recipes, of one --model
     "V-JEPA": ("train_vjepa", "", ()),
     "V-JEPA 2.1": ("train_vjepa", "vjepa21", ("--context_ramp", "0", "0", "--no-stills")),  # stills need images
     "LD": ("train_vjepa", "", ("--distance", "--terms", "ld:1.0")),
-    "FWM-HW-LD": ("train_vjepa", "", ("--distance", "--terms", "static:0.05", "orth:0.01", "hw:1.0", "ld:1.0")),
+    "FWM-HW-LD": ("train_vjepa", "", ("--distance", "--terms", "static:0.05", "orth:0.01", "hw:1.0", "ld:1.0",
+                                      "--micro_batch", "8")),
     "SALT": ("train_salt", "", ()),
     "4DS": ("train_mae4d", "", ()),
     "TDV": ("train_tdv", "", ()),
@@ -771,12 +777,16 @@ def judged(probes, out, seed):
 
 
 def random_twin(args, out, seed):
-    """The folder of what a run's random weights gave, which methods share whose first tokens are the same."""
+    """The folder of what a run's random weights gave. Methods whose encoders make the same tokens of the same clips
+    share it, but for physics, which asks predictors."""
     encoder, config = M.load_encoder(f"random:{out}", seed=seed)
-    x = torch.linspace(-2, 2, 3 * 8 * 32 * 32).view(1, 3, 8, 32, 32)
+    frames, size = config["frames"], config["size"]
+    x = torch.linspace(-2, 2, 3 * frames * size**2).view(1, 3, frames, size, size)
     with torch.no_grad():
         z = encoder(x, blocks=tuple(range(1, 1 + len(encoder.blocks))))
-    about = [config.get(name) for name in ("layer", "layer_classify", "mean", "std")]
+    about = [config.get(name) for name in ("layer", "layer_classify", "mean", "std", "stride", "fps")]
+    if "physics" in args.suite:
+        about.append(out.name)
     digest = hashlib.sha256(z.numpy().tobytes() + json.dumps(about).encode())
     return Path(args.out, f"random_{digest.hexdigest()[:12]}_{seed}").resolve()
 
@@ -929,11 +939,11 @@ def plan(args, methods):
             config = json.loads((stage / "config.json").read_text())["config"]
             steps = round(config["steps"] / config.get("split", [1])[0])
             seconds = steps * config["batch_size"] / logged(stage)[-1]["clips_per_s"]
-            rows.append({"method": name, "steps": steps, "minutes": round(seconds / 60, 1)})
+            runs = len(args.seeds) + ("," not in name)  # a method's second rate
+            rows.append({"method": name, "steps": steps, "runs": runs, "minutes": round(seconds / 60, 1)})
             print(rows[-1], file=sys.stderr, flush=True)
-    runs = len(args.seeds) + 1
-    total = sum(row["minutes"] for row in rows) * runs * sum(args.flops) / max(args.flops)
-    return {"flops": args.flops, "runs_of_each": runs, "rows": rows, "minutes": round(total)}
+    total = sum(row["minutes"] * row["runs"] for row in rows) * sum(args.flops) / max(args.flops)
+    return {"flops": args.flops, "rows": rows, "minutes": round(total)}
 
 
 def depth(args):
@@ -941,12 +951,17 @@ def depth(args):
     Runs whose folders differ in a last _NUMBER only are one line. Writes depth.png to --out."""
     out = Path(args.out or ".")
     out.mkdir(parents=True, exist_ok=True)
-    probes = MotionProbes(args.tasks, args.stride)
     table = {}
+    kept = {}
     for run in map(Path, args.videos):
-        seed = json.loads((run / "config.json").read_text())["config"]["seed"]
+        said = json.loads((run / "config.json").read_text())["config"]
+        shape = (said["frames"], said["size"])
+        seed = said["seed"]
+        if shape not in kept:
+            kept[shape] = MotionProbes(args.tasks, args.stride, *shape)
+        probes = kept[shape]
         for task in probes.lists:
-            name = run.name.rstrip("0123456789").rstrip("_")
+            name = re.sub(r"_\d+$", "", run.name)
             found = table.setdefault(f"{task}, {name}", {"trained": [], "random": []})
             found["trained"].append(probes.depths(run, task))
             found["random"].append(probes.depths(f"random:{run}", task, seed=seed))
@@ -990,12 +1005,13 @@ def time_clips(spec, frames, stride, size, most=600):
 
 @torch.no_grad()
 def reads_time(encoder, config, clips):
-    """Accuracy of a linear probe on the mean token that tells which of the four a clip is: the first half of the clips
-    to learn from, the second to answer for."""
+    """Accuracy of a linear probe on the mean token, of the block that the file names, that tells which of the four a
+    clip is: the first half of the clips to learn from, the second to answer for."""
+    layer = config.get("layer_classify")
     z = []
     for video in clips.flatten(0, 1).split(64):
         batch = {"video": video, "flip": torch.zeros(len(video), dtype=torch.bool)}
-        z.append(encoder(D.prepare(batch, mean=config["mean"], std=config["std"])).mean(1))
+        z.append(encoder(D.prepare(batch, mean=config["mean"], std=config["std"]), blocks=layer).mean(1))
     z = torch.cat(z).unflatten(0, (-1, 4))
     y = torch.arange(4).expand(len(z), 4)
     half = len(z) // 2
@@ -1006,6 +1022,8 @@ def reads_time(encoder, config, clips):
 def time_check(args):
     """What a user without labels can ask of a run: do its features say how fast a video of --data plays, and which way?
     Chance is 0.25. Beside it: random weights, and differences of grey pixels."""
+    if not args.data:
+        sys.exit("time needs --data LIST")
     rows = {}
     kept = {}
     for run in map(Path, args.videos):

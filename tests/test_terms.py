@@ -667,22 +667,55 @@ def test_every_row_of_the_comparison_is_a_command_that_its_script_takes(recipe, 
         said = sys.modules[script.removesuffix(".py")].parse_args(flags)
         assert (said.lr, said.flops, said.seed, said.out_dir) == (2 * lr, 1e21, 3, str(out))
         assert said.model == ("vit_b" if recipe == "paper" else "vit_n") and said.data == ("k400.csv",)
+        if script != "train_salt.py":  # whose stages build themselves
+            build = sys.modules[script.removesuffix(".py")].build
+            objective = M.construct(build, dataclasses.replace(said, dry_run=True))
+            assert said.micro_batch or not getattr(objective, "by_pass", ()), name
 
 
 def test_methods_share_the_figures_of_equal_random_weights_only(tmp_path):
     import bench
 
     shape = dict(width=16, depth=2, heads=2, mlp=16, patch=8, frames=8, size=32)
-    args = bench.argparse.Namespace(out=str(tmp_path))
+    args = bench.argparse.Namespace(out=str(tmp_path), suite=["depth"])
 
-    def twin(seed=0, layer=2, **more):
-        encoder = M.ViT(**shape, **more)
-        config = encoder.config | M.IMAGENET | {"layer": layer}
+    def twin(seed=0, layer=2, stride=2, **more):
+        encoder = M.ViT(**(shape | more))
+        config = encoder.config | M.IMAGENET | {"layer": layer, "stride": stride}
         M.save_encoder(tmp_path / "encoder.safetensors", encoder, config)
         return bench.random_twin(args, tmp_path / "encoder.safetensors", seed)
 
     assert twin() == twin() == twin(levels=2)  # the norms of levels are not read
-    assert len({twin(), twin(seed=1), twin(highpass=1.0), twin(layer=1)}) == 4
+    others = [twin(seed=1), twin(highpass=1.0), twin(layer=1), twin(stride=3), twin(patch=7, size=28)]
+    assert len({twin(), *others}) == 6
+    args.suite = ["physics"]  # asks predictors, which differ where encoders do not
+    (tmp_path / "a").mkdir()
+    twin()
+    pair = [tmp_path / "encoder.safetensors", tmp_path / "a" / "other.safetensors"]
+    pair[1].write_bytes(pair[0].read_bytes())
+    assert len({bench.random_twin(args, path, 0) for path in pair}) == 2
+
+
+def test_clips_at_two_speeds_both_ways(tmp_path):
+    """The slower clip has every frame of the middle half of the faster one; four clips of a moment, two moments of a
+    video when there are few."""
+    import bench
+
+    frames = np.arange(30, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
+    for i in range(3):
+        folder = tmp_path / f"v{i}"
+        folder.mkdir()
+        for j, frame in enumerate(frames):
+            D.save_png(folder / f"{j:03d}.png", frame)
+    (tmp_path / "list.txt").write_text("v0\nv1\nv2\n")
+    clips = bench.time_clips(f"{tmp_path}/list.txt", 8, 1, 32, most=12)
+    assert clips.shape == (6, 4, 8, 32, 32, 3)
+    slow, fast, back, fast_back = clips[..., 16, 16, 0].long().unbind(1)
+    assert torch.equal(slow.diff(), torch.ones(6, 7).long()) and torch.equal(fast.diff(), 2 * torch.ones(6, 7).long())
+    assert torch.equal(back, slow.flip(1)) and torch.equal(fast_back, fast.flip(1))
+    assert torch.equal(slow[:, 0] - fast[:, 0], torch.full((6,), 4))
+    still = M.ViT(width=16, depth=1, heads=2, mlp=16, patch=8, frames=8, size=32, tubelet=1, images=True, pos="learned")
+    assert bench.reads_time(still, M.IMAGENET, torch.zeros_like(clips)) == 0.25  # nothing moves: one answer for all
 
 
 def test_halves_tell_a_still_half_of_the_channels_from_one_that_changes(tmp_path):

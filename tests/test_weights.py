@@ -359,7 +359,8 @@ def test_what_metas_code_would_read_otherwise_is_not_written(entries, says, tmp_
 def test_a_predictor_of_other_heads_than_metas_stays_out(tmp_path, capsys):
     encoder, predictor = metas_pair(4, pos="rope", rope_quirk=True)
     M.save_meta(tmp_path / "new" / "a.pt", encoder, predictor)
-    assert capsys.readouterr().err == "note: without a predictor: it would be read with 12 heads, not 4\n"
+    assert capsys.readouterr().err == (
+        "note: without a predictor: it would be read with 12 heads, not 4; load_encoder wants pos='rope'\n")
     back, _ = M.load_encoder(tmp_path / "new" / "a.pt", frames=8, size=32)
     assert torch.equal(back(clip()), encoder(clip()))
 
