@@ -733,7 +733,19 @@ PAPER = {  # --recipe paper: the papers' own recipes, of one --model
     "DINO": ("train_tdv", "dino", ()),
     "iBOT": ("train_tdv", "ibot", ()),
 }
-RECIPES = {"laptop": COMPARED | VARIANTS, "paper": PAPER}
+VIDEO = {  # --recipe video: real video of a camera that stands still
+    "V-JEPA": ("train_vjepa", "laptop_video", ()),
+    "V-JEPA 2.1": ("train_vjepa", "laptop_video", ("--levels", "4", "--context_loss", "0.5")),
+    "LD": ("train_vjepa", "laptop_video", ("--distance", "--terms", "ld:1.0")),
+    "FWM-HW-LD": ("train_vjepa", "laptop_video", ("--distance", "--terms", "static:0.01", "orth:0.01", "hw:1.0",
+                                                  "ld:1.0", "--micro_batch", "16")),
+    "SALT": ("train_salt", "laptop_video", ()),
+    "4DS": ("train_mae4d", "laptop_video", ("--highpass", "4")),
+    "TDV": ("train_tdv", "laptop_video", ()),
+    "DINO": ("train_tdv", "laptop_video_dino", ()),
+    "iBOT": ("train_tdv", "laptop_video_ibot", ()),
+}
+RECIPES = {"laptop": COMPARED | VARIANTS, "video": VIDEO, "paper": PAPER}
 
 
 def compared_run(args, name, lr, flops, seed, *more):
@@ -743,7 +755,7 @@ def compared_run(args, name, lr, flops, seed, *more):
     if (out / "compare.json").exists() and not more:
         return out
     command = [*(args.launch.split() or [sys.executable]), f"{script}.py", "--preset", preset, *flags]
-    if args.recipe == "laptop":
+    if args.recipe != "paper":
         command += ["--size", "32", "--frames", "8", "--stride", str(args.stride)]
     else:
         command += ["--model", args.model, "--size", str(args.size)]
@@ -840,7 +852,7 @@ def compare(args):
         return plan(args, methods)
     if not args.out:
         sys.exit("compare needs --out DIR, in which the runs are kept")
-    clip = dict(frames=8, size=32) if args.recipe == "laptop" else dict(frames=args.frames, size=args.size)
+    clip = dict(frames=args.frames, size=args.size) if args.recipe == "paper" else dict(frames=8, size=32)
     probes = MotionProbes(args.tasks, args.stride, **clip)
     found = {}
     for flops in args.flops:
@@ -1218,7 +1230,7 @@ def parse_args():
     parser.add_argument("--flops", type=float, nargs="+", default=[8.5e12], help="compare: of each run")
     parser.add_argument("--suite", nargs="+", default=[], help="compare: tasks of probe.py, of the largest --flops")
     parser.add_argument("--stride", type=int, default=4, help="compare: of the clips")
-    parser.add_argument("--recipe", choices=RECIPES, default="laptop", help="compare: of the papers with one --model")
+    parser.add_argument("--recipe", choices=RECIPES, default="laptop", help="compare: a row of presets; paper: of one --model")
     parser.add_argument("--launch", default="", help='compare: instead of python, "torchrun --nproc-per-node 8"')
     parser.add_argument("--plan", action="store_true", help="compare: only say how long it will take")
     parser.add_argument("--rounds", type=int, default=5)

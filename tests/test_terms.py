@@ -648,7 +648,7 @@ def test_a_variant_learns_at_the_rate_of_its_method(monkeypatch):
     assert asked == [("SALT", 3)] * 2
 
 
-@pytest.mark.parametrize("recipe", ["laptop", "paper"])
+@pytest.mark.parametrize("recipe", ["laptop", "video", "paper"])
 def test_every_row_of_the_comparison_is_a_command_that_its_script_takes(recipe, tmp_path, monkeypatch):
     import bench
 
