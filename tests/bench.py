@@ -1230,7 +1230,7 @@ def parse_args():
     parser.add_argument("--flops", type=float, nargs="+", default=[8.5e12], help="compare: of each run")
     parser.add_argument("--suite", nargs="+", default=[], help="compare: tasks of probe.py, of the largest --flops")
     parser.add_argument("--stride", type=int, default=4, help="compare: of the clips")
-    parser.add_argument("--recipe", choices=RECIPES, default="laptop", help="compare: a row of presets; paper: of one --model")
+    parser.add_argument("--recipe", choices=RECIPES, default="laptop", help="compare; paper: of one --model")
     parser.add_argument("--launch", default="", help='compare: instead of python, "torchrun --nproc-per-node 8"')
     parser.add_argument("--plan", action="store_true", help="compare: only say how long it will take")
     parser.add_argument("--rounds", type=int, default=5)
