@@ -1539,8 +1539,8 @@ def end_workers():
 def dead_worker(error):
     """One line on a loader process that died or hangs, or None where the error says something else.
     PyTorch raises it in the main thread wherever that happens to be, or else its queue loses the
-    connection; so scripts ask at their outermost level, and then leave."""
-    lost = isinstance(error, ConnectionError)
+    connection or finds its end; so scripts ask at their outermost level, and then leave."""
+    lost = isinstance(error, (ConnectionError, EOFError))
     # what a worker raised has its own traceback
     if not lost and ("DataLoader" not in str(error) or "Original Traceback" in str(error)):
         return None

@@ -974,7 +974,7 @@ def launch(main, args):
         leave(error, 2)
     except Stop as error:
         leave(error, 1)
-    except (RuntimeError, ConnectionError, MemoryError) as error:
+    except (RuntimeError, ConnectionError, EOFError, MemoryError) as error:
         if no_memory(error):
             leave(f"out of memory{Plan.advice}. {first_cause(error)}", 1)
         why = data.dead_worker(error)

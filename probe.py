@@ -3300,7 +3300,7 @@ def main(args):
             model.say(missing)
         command = dry_run if args.dry_run else COMMANDS[args.task]
         result, details = command(args, device)
-    except (RuntimeError, ConnectionError) as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         why = data.dead_worker(error)
         if not why:
             raise

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import data as D
+import model as M
+import train_vjepa as V
 
 pytestmark = pytest.mark.skipif(
     shutil.which("ffmpeg") is None, reason="FFmpeg is not installed: apt-get install -y ffmpeg"
@@ -524,12 +526,27 @@ def test_only_the_file_of_the_process_that_died_is_left_out(monkeypatch):
     for row, (pid, since, path) in zip(rows, [(11, 5.0, b"/a"), (12, 3.0, b"/b"), (13, 4.0, b"")]):
         text = bytearray(D.struct.pack("qd", pid, since) + path + b"\0")
         row[: len(text)] = torch.frombuffer(text, dtype=torch.uint8)
-    for text, found in (("DataLoader worker (pid 11) is killed by signal: Killed.", {"/a"}),
-                        ("DataLoader worker (pid(s) 12) exited unexpectedly", {"/b"}),
-                        ("DataLoader timed out after 8 seconds", {"/b"})):
+    for error, found in ((RuntimeError("DataLoader worker (pid 11) is killed by signal: Killed."), {"/a"}),
+                         (RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"), {"/b"}),
+                         (RuntimeError("DataLoader timed out after 8 seconds"), {"/b"}),
+                         (ConnectionResetError(), {"/b"}), (EOFError(), {"/b"})):  # while a batch changes hands
         monkeypatch.setattr(D, "WATCHED", [rows])
         monkeypatch.setattr(D, "POISON", set())
-        assert D.dead_worker(RuntimeError(text)) and D.POISON == found
+        assert D.dead_worker(error) and D.POISON == found
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError])
+def test_a_loader_that_loses_its_process_in_the_middle_of_a_batch_ends_in_one_line(
+    error, tmp_path, capsys, monkeypatch
+):
+    def main(args):
+        raise error
+
+    monkeypatch.setattr(M, "keep_console", lambda: None)  # pytest's own
+    with pytest.raises(SystemExit) as left:
+        M.launch(main, V.parse_args(["--preset", "laptop", "--out_dir", str(tmp_path / "out")]))
+    told = capsys.readouterr().err.splitlines()
+    assert left.value.code == 1 and len(told) == 1 and told[0].startswith("error: a loader process died or hangs")
 
 
 # --- other people's data --------------------------------------------------------------------------
