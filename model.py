@@ -3046,6 +3046,7 @@ PLAIN = dict(images=False, cls=False, stills=False, highpass=0.0, rope_scaled=0)
 
 
 def check_has(config, wanted, whose):
+    """ValueError: the first entry of an encoder's config that is not as wanted."""
     for entry, value in wanted.items():
         if config[entry] != value:
             raise ValueError(

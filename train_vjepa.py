@@ -284,9 +284,10 @@ class VJEPA(nn.Module):
             trim=args.trim)
         if args.stills:  # masks that an image cannot have are told before the first comes
             self.image_masks(0, 1)
-        self.check_positions()
+        self.check_flags()
 
-    def check_positions(self):
+    def check_flags(self):
+        """Flags that would do nothing, or the opposite, end it here."""
         a = self.args
         if a.pos != "rope" and (a.rope_scaled or a.rope_quirk):
             raise ValueError("--rope_scaled and --rope_quirk are for --pos rope")
@@ -295,7 +296,7 @@ class VJEPA(nn.Module):
 
     @property
     def image_masks(self):
-        """masks of clips of one frame."""
+        """As masks, of clips of one frame."""
         return partial(self.masks, grid=(1, *self.encoder.grid[1:]))
 
     @property
