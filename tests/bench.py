@@ -593,14 +593,15 @@ class MotionProbes:
     def __call__(self, run, **seed):
         return {name: self.accuracy(*self.read(run, name, **seed)) for name in self.clips}
 
-    def on_train(self, run, **seed):
-        """The same within each train list: the probe learns from one half and answers for the other."""
-        found = {}
+    def both(self, run):
+        """On val, and within each train list: the probe learns from one half and answers for the other."""
+        found = {"val": {}, "on_train": {}}
         for name in self.clips:
-            (x, y, ok), _ = self.read(run, name, **seed)
+            train, val = self.read(run, name)
             # by lot: where labels take turns, every other row has only every other label
-            half = torch.rand(len(x), generator=torch.Generator().manual_seed(0)) < 0.5
-            found[name] = self.accuracy((x[half], y[half], ok[half]), (x[~half], y[~half], ok[~half]))
+            half = torch.rand(len(train[0]), generator=torch.Generator().manual_seed(0)) < 0.5
+            found["val"][name] = self.accuracy(train, val)
+            found["on_train"][name] = self.accuracy([z[half] for z in train], [z[~half] for z in train])
         return found
 
     def accuracy(self, train, val):
@@ -773,19 +774,36 @@ def logged(out):
     return [line for line in lines if "loss" in line]
 
 
-def judged(probes, out, seed):
-    """The figures of a run, from its folder or measured."""
+def judged(args, probes, out, seed):
+    """The figures of a run, from its folder or measured. steps and minutes are of all its stages."""
     file = out / "compare.json"
     if file.exists() and set(probes.lists) <= set(json.loads(file.read_text())["val"]):
         return json.loads(file.read_text())
     last = logged(out)[-1]
-    found = {key: last.get(key) for key in ("step", "flops", "rankme", "feature_std")}
-    found |= {"val": probes(out), "on_train": probes.on_train(out)}
-    found["random"] = probes(f"random:{out}", seed=seed)
+    found = {key: last.get(key) for key in ("flops", "rankme", "feature_std")}
+    stages = [logged(stage) for stage in (out / "stage1", out) if stage.exists()]
+    config = json.loads((out / "config.json").read_text())["config"]
+    found["steps"] = sum(lines[-1]["step"] for lines in stages)
+    found["minutes"] = 0
+    for lines in stages:
+        seconds = lines[-1]["step"] * config["batch_size"] / statistics.median(line["clips_per_s"] for line in lines)
+        found["minutes"] += seconds / 60
+    found |= probes.both(out)
+    found["random"] = random_probes(args, probes, out, seed)
     if (out / "stage1" / "encoder.safetensors").exists():
         found["teacher"] = probes(out / "stage1")
     M.write(file, json.dumps(found))
     return found
+
+
+def random_probes(args, probes, out, seed):
+    """What linear probes read from a run's random weights: of equal ones measured once."""
+    twin = random_twin(args, out, seed)
+    file = twin / "probes.json"
+    if not file.exists() or set(probes.lists) - set(json.loads(file.read_text())):
+        twin.mkdir(exist_ok=True)
+        M.write(file, json.dumps(probes(f"random:{out}", seed=seed)))
+    return json.loads(file.read_text())
 
 
 def random_twin(args, out, seed):
@@ -828,14 +846,14 @@ def rates(recipe, name):
     return lr, 2 * lr
 
 
-def best_rate(args, probes, name, flops):
-    """Of a method's two, the better on the first seed, by halves of the train lists. A variant ("V-JEPA, one mask")
-    learns at its method's."""
+def best_rate(args, probes, name):
+    """Of a method's two, the better on the first seed at the smallest budget, by halves of the train lists. A variant
+    ("V-JEPA, one mask") learns at its method's."""
     method = name.split(",")[0]
     seed = args.seeds[0]
     scores = {}
     for lr in rates(args.recipe, method):
-        found = judged(probes, compared_run(args, method, lr, flops, seed), seed)
+        found = judged(args, probes, compared_run(args, method, lr, min(args.flops), seed), seed)
         scores[lr] = statistics.mean(found["on_train"].values())
     return max(scores, key=scores.get)
 
@@ -857,10 +875,10 @@ def compare(args):
     found = {}
     for flops in args.flops:
         for name in methods:
-            best = best_rate(args, probes, name, flops)
+            best = best_rate(args, probes, name)
             runs = []
             for seed in args.seeds:
-                runs.append(judged(probes, compared_run(args, name, best, flops, seed), seed))
+                runs.append(judged(args, probes, compared_run(args, name, best, flops, seed), seed))
             row = {"method": name, "budget": flops, "lr": best, "runs": runs}
             found[f"{name} {flops:g}"] = row
             if args.suite and flops == max(args.flops):
@@ -882,21 +900,21 @@ def spread(values):
 
 
 def print_comparison(found, tasks):
-    titles = ["method", "FLOPs", "steps", "lr"]
+    titles = ["method", "FLOPs", "steps", "minutes", "lr"]
     for task in tasks:
         titles += [f"{task}, %", "random"]
     print("| " + " | ".join([*titles, "RankMe"]) + " |\n|" + "---|" * (len(titles) + 1))
     for row in found.values():
         runs = row["runs"]
-        steps = statistics.median(run["step"] for run in runs)
-        cells = [row["method"], f"{row['budget']:.3g}", f"{steps:.0f}", f"{row['lr']:g}"]
+        steps, minutes = (statistics.median(run[key] for run in runs) for key in ("steps", "minutes"))
+        cells = [row["method"], f"{row['budget']:.3g}", f"{steps:.0f}", f"{minutes:.1f}", f"{row['lr']:g}"]
         for task in tasks:
             cells += [spread(run[key][task] for run in runs) for key in ("val", "random")]
         cells.append(f"{statistics.median(run['rankme'] for run in runs):.0f}")
         print("| " + " | ".join(cells) + " |")
         if "teacher" in runs[0]:
             teachers = [spread(run["teacher"][task] for run in runs) for task in tasks]
-            print("| its teacher | | | | " + " | | ".join(teachers) + " | | |")
+            print("| its teacher | | | | | " + " | | ".join(teachers) + " | | |")
 
 
 def print_suite(found, tasks):
@@ -951,10 +969,13 @@ def plan(args, methods):
             config = json.loads((stage / "config.json").read_text())["config"]
             steps = round(config["steps"] / config.get("split", [1])[0])
             seconds = steps * config["batch_size"] / logged(stage)[-1]["clips_per_s"]
-            runs = len(args.seeds) + ("," not in name)  # a method's second rate
-            rows.append({"method": name, "steps": steps, "runs": runs, "minutes": round(seconds / 60, 1)})
+            shares = len(args.seeds) * sum(args.flops)
+            if "," not in name:
+                shares += min(args.flops)  # a method's second rate
+            minutes = seconds / 60 * shares / flops
+            rows.append({"method": name, "steps": steps, "run": round(seconds / 60, 1), "minutes": round(minutes, 1)})
             print(rows[-1], file=sys.stderr, flush=True)
-    total = sum(row["minutes"] * row["runs"] for row in rows) * sum(args.flops) / max(args.flops)
+    total = sum(row["minutes"] for row in rows)
     return {"flops": args.flops, "rows": rows, "minutes": round(total)}
 
 

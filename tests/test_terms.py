@@ -632,8 +632,9 @@ def test_rates_are_chosen_by_halves_that_have_every_label():
     probes.clips = {"motion": None}
     y = torch.arange(64) % 8
     features = F.one_hot(y).float() + 0.01 * torch.randn(64, 8)
-    probes.read = lambda run, name: ((features, y, torch.ones(64, dtype=torch.bool)), None)
-    assert probes.on_train("run") == {"motion": 1.0}
+    half = (features, y, torch.ones(64, dtype=torch.bool))
+    probes.read = lambda run, name: (half, half)
+    assert probes.both("run") == {"val": {"motion": 1.0}, "on_train": {"motion": 1.0}}
 
 
 def test_a_variant_learns_at_the_rate_of_its_method(monkeypatch):
@@ -641,11 +642,11 @@ def test_a_variant_learns_at_the_rate_of_its_method(monkeypatch):
 
     low, high = bench.rates("laptop", "SALT")
     asked = []
-    monkeypatch.setattr(bench, "compared_run", lambda args, name, lr, flops, seed: asked.append((name, seed)) or lr)
-    monkeypatch.setattr(bench, "judged", lambda probes, lr, seed: {"on_train": {"motion": lr, "signs": 0.5}})
-    args = bench.argparse.Namespace(seeds=[3, 4], recipe="laptop")
-    assert bench.best_rate(args, None, "SALT, tube teacher masks", 1e12) == high == 2 * low
-    assert asked == [("SALT", 3)] * 2
+    monkeypatch.setattr(bench, "compared_run", lambda args, name, lr, flops, seed: asked.append((name, flops)) or lr)
+    monkeypatch.setattr(bench, "judged", lambda args, probes, lr, seed: {"on_train": {"motion": lr, "signs": 0.5}})
+    args = bench.argparse.Namespace(seeds=[3, 4], recipe="laptop", flops=[3e12, 1e12])
+    assert bench.best_rate(args, None, "SALT, tube teacher masks") == high == 2 * low
+    assert asked == [("SALT", 1e12)] * 2
 
 
 @pytest.mark.parametrize("recipe", ["laptop", "video", "paper"])
