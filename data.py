@@ -664,12 +664,10 @@ class Video:
                 frames, times, durations = find(self.middle(ids))
                 if self.are(ids, times, durations):
                     return frames, times
-                self.slow = True
             if self.times is None:
                 self.know(packet_times(self.path))
                 if self.times is not None:
                     raise Recount
-        self.slow = True
         return self.count(ids)
 
     def by_time(self, seconds):
@@ -682,7 +680,6 @@ class Video:
         frames, times, durations = self.seek(asked)
         shown = (times <= asked + 1e-6) & (asked < times + durations + 1e-3)
         if not shown.all():
-            self.slow = True
             frames, times, _ = self.walk(asked)
         return frames, times
 
@@ -712,20 +709,23 @@ class Video:
             return None, np.full(len(asked), math.inf), np.zeros(len(asked))
         return found.data, found.pts_seconds.numpy(), found.duration_seconds.numpy()
 
-    def walk(self, asked):
+    def walk(self, asked, counting=False):
         """The same by decoding all frames from a place before the first of them.
 
         After a seek a decoder may leave out frames that lean on others before it. So where frames
-        are missing it starts earlier, until that changes nothing.
+        are missing it starts earlier, until that changes nothing. counting: all from the first on,
+        shown when their number says.
         """
+        self.slow = True
         moments, places = np.unique(asked, return_inverse=True)
         before = None
         for margin in (3 * self.tick, 1.0, 10.0, math.inf):
             decoder = open_video(self.path)
-            start = moments[0] - margin
+            start = self.begin if counting else moments[0] - margin
             if start > self.begin:
                 torch.ops.torchcodec_ns.seek_to_pts(decoder._decoder, start)
-            found, whole = self.last_before(moments, sequence(decoder), start <= self.begin)
+            frames = self.numbered(decoder) if counting else sequence(decoder)
+            found, whole = self.last_before(moments, frames, start <= self.begin)
             times = [time for _, time, _ in found]
             if found and (whole or times == before or start <= self.begin):
                 break
@@ -761,23 +761,14 @@ class Video:
         return found + [shown] * (len(moments) - len(found)), whole
 
     def count(self, ids):
-        """Frames by number, decoding from the first one on."""
-        numbers, places = np.unique(ids, return_inverse=True)
-        found = []
-        number = -1
-        for frame, _, _ in sequence(open_video(self.path)):
-            number += 1
-            if number == numbers[len(found)]:
-                found.append(frame)
-            if len(found) == len(numbers):
-                break
-        missing = len(numbers) - len(found)
-        if number < 0:
-            raise ValueError("it holds no frame")
-        if missing:
-            self.ends(*(self.begin + self.tick * np.array([number + 1, numbers[-1] + 1])))
-            found += [frame] * missing
-        return torch.stack(found)[places], np.minimum(ids, number)
+        """Frames by number, decoding from the first one on, whatever their time stamps say."""
+        frames, times, _ = self.walk(self.begin + (ids + 0.999) * self.tick, counting=True)
+        return frames, times
+
+    def numbered(self, decoder):
+        """sequence() with time stamps that count."""
+        for number, (frame, *_) in enumerate(sequence(decoder)):
+            yield frame, self.begin + number * self.tick, self.tick
 
     def ends(self, end, asked):
         """It came out that it ends there. It may hold some frames less than its header announces
