@@ -56,7 +56,7 @@ from tqdm import tqdm
 VIDEOS = set(
     ".mp4 .m4v .mov .3gp .mkv .webm .avi .wmv .flv .gif .mpg .mpeg .vob .ts .mts .m2ts".split())
 # read as a video of one frame, and repeated into a still clip
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+IMAGES = set(".jpg .jpeg .png .webp .bmp".split())
 # what systems leave in folders
 JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 # so many damaged videos in a row end the run: at 10 % damage that never happens by chance (1e-20)
@@ -202,21 +202,18 @@ def folder_source(name):
     """Each sub-folder with videos is a class, in the order of their names; without any, the
     folder's own videos, unlabelled."""
     root = Path(os.path.abspath(name))
-    loose = []
-    groups = {}
-    for group in entries(root):
-        if is_video(group):
-            loose.append(group)
-        elif group.is_dir() and (videos := [*media(group, root)]):
-            groups[group.name] = videos
-    if not groups:
-        return unlabelled(name, loose)
+    found = [*media(root)]
+    loose = [path for path in found if path.parent == root]
+    if loose == found:
+        return unlabelled(name, found)
     if loose:
         print(f"note: {len(loose)} videos beside the class folders are left out, {loose[0]} first",
               file=sys.stderr)
-    source = unlabelled(name, [*chain(*groups.values())])
-    source.labels = np.repeat(range(len(groups)), [*map(len, groups.values())])
-    source.classes = tuple(groups)
+    found = [path for path in found if path.parent != root]
+    source = unlabelled(name, found)
+    groups = [path.relative_to(root).parts[0] for path in found]
+    names, source.labels = np.unique(groups, return_inverse=True)
+    source.classes = tuple(names.tolist())
     return source
 
 
@@ -265,20 +262,17 @@ def numbered_images(folder):
 def file_source(name):
     """A list file."""
     try:
-        text = Path(name).read_bytes()
+        text = Path(name).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        if b"\n" not in text:
+            # line ends of old Macs
+            text = text.replace(b"\r", b"\n")
+        first_line = text.decode().partition("\n")[0]
     except OSError as error:
         raise DataError(f"{name}: cannot read the list ({error.strerror}; the built-in world is "
                         "called world)") from None
-    text = text.removeprefix(b"\xef\xbb\xbf")
-    try:
-        text.decode()
     except UnicodeDecodeError:
         raise DataError(f"{name}: not a text file in UTF-8; a list has rows of 'path label'") \
             from None
-    if b"\n" not in text:
-        # line ends of old Macs
-        text = text.replace(b"\r", b"\n")
-    first_line = text.partition(b"\n")[0].decode()
     header = [column.strip().strip('"').lower() for column in first_line.split(",")]
     if "youtube_id" in header or text.lstrip()[:1] in (b"[", b"{"):
         raise DataError(f"{name}: an annotation file, not a list; make one with: python data.py "
@@ -408,7 +402,7 @@ def check_rows(source, labelled):
 def file_facts(source):
     """Bytes of each file (of a folder of numbered images, how many they are) and when it was
     changed (n,2)."""
-    parts = np.array_split(source.paths.spans, 1 + len(source) // 4096)
+    parts = np.array_split(range(len(source)), 1 + len(source) // 4096)
     # network file systems answer slowly, but several at a time
     with ThreadPoolExecutor(16) as pool:
         facts = np.concatenate([*pool.map(partial(look, source.paths), parts)])
@@ -422,12 +416,10 @@ def file_facts(source):
     return facts
 
 
-def look(paths, spans):
-    """file_facts of the rows with these spans; -1 bytes where there is nothing."""
-    root = os.fsencode(paths.root)
+def look(paths, rows):
+    """file_facts of these rows; -1 bytes where there is nothing."""
     facts = []
-    for start, end in spans.tolist():
-        path = os.path.join(root, paths.text[start:end])
+    for path in map(paths.__getitem__, rows):
         try:
             found = os.stat(path)
         except OSError:
@@ -435,7 +427,7 @@ def look(paths, spans):
             continue
         size = found.st_size
         if stat.S_ISDIR(found.st_mode):
-            size = len(numbered_images(Path(os.fsdecode(path)))) or -1
+            size = len(numbered_images(Path(path))) or -1
         facts.append((size, found.st_mtime_ns))
     return np.array(facts)
 
