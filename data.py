@@ -1093,16 +1093,21 @@ class Recount(Exception):
 def cut_clips(video, clip, rngs, draws, window, boxes):
     """What read_cuts returns. draws [segments][rngs], window: numbers in [0, 1) that place the
     clips."""
-    by_time = bool(clip.fps) and video.frames > 1
-    if by_time and not video.tick:
-        raise ValueError("numbered images have no frame rate: give a stride instead of fps, or "
-                         "data.py pack --fps RATE makes videos of them")
-    if by_time and clip.fps * video.tick > 1.01:
-        tell({"rate": f"{video.path} has {1 / video.tick:.3g} frames a second, {clip.fps:.3g} "
-              "are asked for: some repeat"})
-    length = video.seconds if by_time else video.frames
-    tick = video.tick if by_time else 1
-    step = 1 / clip.fps if by_time else None
+    find = video.by_number
+    length = video.frames
+    tick = 1
+    step = None
+    if clip.fps and length > 1:
+        if not video.tick:
+            raise ValueError("numbered images have no frame rate: give a stride instead of fps, "
+                             "or data.py pack --fps RATE makes videos of them")
+        find = video.by_time
+        length = video.seconds
+        tick = video.tick
+        step = 1 / clip.fps
+        if clip.fps * tick > 1.01:
+            tell({"rate": f"{video.path} has {1 / tick:.3g} frames a second, {clip.fps:.3g} are "
+                  "asked for: some repeat"})
     stride = (step or clip.stride) / tick
     span = (clip.frames - 1) * stride + 1
     starts = 1 + max(0, int(length / clip.segments / tick - span))
@@ -1117,7 +1122,7 @@ def cut_clips(video, clip, rngs, draws, window, boxes):
         numbers, places = np.unique(at, return_inverse=True)
         places = places.reshape(at.shape)
         stamps = []
-        for start, frames, shown in pieces(video, numbers, by_time):
+        for start, frames, shown in pieces(video, find, numbers):
             stamps += [*shown]
             if not boxes:
                 boxes += stored_boxes(video, frames.shape[1:3], clip, rngs)
@@ -1131,11 +1136,10 @@ def cut_clips(video, clip, rngs, draws, window, boxes):
     return videos.flatten(0, 2), sum(cuts, [])
 
 
-def pieces(video, numbers, by_time):
+def pieces(video, find, numbers):
     """(how many came before, uint8 (n,H,W,3), stamps) of the frames that are asked for, a few of
-    large ones at a time."""
+    large ones at a time. find: by_number or by_time of the video."""
     count = max(1, PIECE_BYTES // (3 * max(1, video.pixels)))
-    find = video.by_time if by_time else video.by_number
     for start in range(0, len(numbers), count):
         yield start, *find(numbers[start : start + count])
 
@@ -1144,12 +1148,12 @@ def stored_boxes(video, shape, clip, rngs):
     """For each rng a box for each view, in stored pixels."""
     height, width = shape
     square = video.pixel_aspect
+    wide = max(round(width * square), 1)
     boxes = []
     for rng in rngs:
         views = []
         for view in range(clip.views):
-            shown = choose_box(rng, height, max(round(width * square), 1), clip, view)
-            top, left, h, w = shown
+            top, left, h, w = choose_box(rng, height, wide, clip, view)
             left = min(round(left / square), width - 1)
             views.append((top, left, h, max(round(w / square), 1)))
         boxes.append(views)
@@ -1294,10 +1298,8 @@ class Clips:
             path = source.path(row)
             out["label"][group] = source.labels[row]
             out["path"][group] = [path] * len(numbers)
-            rngs = [None] * len(numbers)
-            if self.clip.train:
-                keys = [[self.seed, AUGMENT, number, attempt] for number in numbers]
-                rngs = [np.random.default_rng(key) for key in keys]
+            keys = [[self.seed, AUGMENT, number, attempt] for number in numbers]
+            rngs = [np.random.default_rng(key) if self.clip.train else None for key in keys]
             flips = [self.clip.train and self.clip.flip and rng.random() < 0.5 for rng in rngs]
             try:
                 if path in POISON:
@@ -1327,9 +1329,8 @@ def say(path):
     """A loader process notes what it reads now, "" for nothing, where the main process sees it if
     this one dies: the number of the process, the time, the path."""
     for row in READING:
-        head = struct.pack("qd", os.getpid(), perf_counter())
-        text = head + os.fsencode(path)[:4070] + b"\0"
-        row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        said = struct.pack("qd4080s", os.getpid(), perf_counter(), os.fsencode(path))
+        row[:] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
 
 
 def begin_reading(table, worker):
@@ -1532,8 +1533,8 @@ def dead_worker(error):
     pids = [int(number) for number in re.findall(r"\d+", text)] if "pid" in text else []
     read = []
     for row in chain(*(table.numpy() for table in WATCHED)):
-        pid, since = struct.unpack("qd", row[:16].tobytes())
-        path = os.fsdecode(row[16:].tobytes().partition(b"\0")[0])
+        pid, since, path = struct.unpack("qd4080s", row.tobytes())
+        path = os.fsdecode(path.rstrip(b"\0"))
         if path and (pid in pids or not pids):
             read.append((since, path))
     # who hangs has read for longest
@@ -1587,13 +1588,13 @@ def save_png(path, image):
     """Write uint8 (H,W,3)."""
     height, width, _ = image.shape
     rows = np.asarray(image, dtype=np.uint8).reshape(height, -1)
-    rows = np.pad(rows, ((0, 0), (1, 0)))  # each row starts with its filter: none
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = [b"\x89PNG\r\n\x1a\n"]
+    rows = np.insert(rows, 0, 0, axis=1)  # each row starts with its filter: none
+    head = struct.pack(">II5s", width, height, b"\x08\x02\0\0\0")  # 8 bits, RGB
+    text = b"\x89PNG\r\n\x1a\n"
     for kind, body in ((b"IHDR", head), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")):
-        check = struct.pack(">I", zlib.crc32(kind + body))
-        parts.append(struct.pack(">I", len(body)) + kind + body + check)
-    Path(path).write_bytes(b"".join(parts))
+        text += struct.pack(">I", len(body)) + kind + body
+        text += struct.pack(">I", zlib.crc32(kind + body))
+    Path(path).write_bytes(text)
 
 
 # --- masks ----------------------------------------------------------------------------------------
@@ -2331,7 +2332,7 @@ def inspect_video(path):
         fps = 0
         frames = announced = video.frames
         if isinstance(video, Pictures):
-            for _ in pieces(video, np.arange(frames), by_time=False):
+            for _ in pieces(video, video.by_number, np.arange(frames)):
                 pass
         else:
             announced = meta.num_frames_from_header or frames
