@@ -1643,9 +1643,9 @@ def multiblock(rng, B, grid, blocks, scale, time=1.0, aspect=(0.75, 1.5)):
     # through all of time: one slice stands for all of them
     if depth == t:
         slices = depth = 1
-    hidden = np.empty((B, slices, h, w), dtype=bool)
-    todo = np.arange(B)
-    while len(todo):
+    hidden = np.ones((B, slices, h, w), dtype=bool)
+    # all of them, as yet
+    while len(todo := np.flatnonzero(hidden.all((1, 2, 3)))):
         n = len(todo)
         new = np.zeros((n, slices, h, w), dtype=bool)
         for _ in range(blocks):
@@ -1655,8 +1655,6 @@ def multiblock(rng, B, grid, blocks, scale, time=1.0, aspect=(0.75, 1.5)):
             rectangle = down[:, :, None] & across[:, None]                  # (n,h,w)
             new |= when[:, :, None, None] & rectangle[:, None]
         hidden[todo] = new
-        no_context = new.all((1, 2, 3))
-        todo = todo[no_context]
     return np.broadcast_to(hidden, (B, t, h, w)).copy()
 
 
@@ -1708,18 +1706,15 @@ def parse_mask(text):
         if ":" in text:
             kind, ratio = text.split(":")
             return MASKS[kind], {"ratio": fraction(ratio)}
-        numbers = text.split("x")
-        if len(numbers) == 2:
-            numbers.append("1")
-        blocks, scale, time = numbers
+        blocks, scale, *time = text.split("x")
         if int(blocks) < 1:
             raise ValueError
         return multiblock, {
             "blocks": int(blocks),
             "scale": fraction(scale),
-            "time": fraction(time),
+            "time": fraction(*time),
         }
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise DataError(f"mask {text!r}: write BLOCKSxSCALE, BLOCKSxSCALExTIME, random:RATIO, "
                         "tube:RATIO or causal:RATIO, with numbers in (0, 1]") from None
 
