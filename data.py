@@ -1687,7 +1687,7 @@ def causal_mask(rng, B, grid, ratio):
 MASKS = {"random": random_mask, "tube": tube_mask, "causal": causal_mask}
 
 
-def fraction(text):
+def fraction(text="1"):
     """A number in (0, 1]."""
     value = float(text)
     if not 0 < value <= 1:
@@ -1923,10 +1923,9 @@ def re10k(path, frames, annotations):
     Time stamp, fx, fy, cx, cy (shares of width and height), two zeros, the 3x4 of world to camera.
     """
     cameras = {}
-    for line in path.read_text().splitlines()[1:]:
-        if line.strip():
-            time, *numbers = line.split()
-            cameras[time] = np.array(numbers, float)
+    for line in filled_lines(path)[1:]:
+        time, *numbers = line.split()
+        cameras[time] = np.array(numbers, float)
     rows = np.stack([cameras[frame.stem] for frame in frames])
     camera = np.tile(np.eye(4), (len(rows), 1, 1))
     camera[:, :3] = rows[:, 6:].reshape(-1, 3, 4)
@@ -1990,13 +1989,12 @@ def waymo(path, frames, annotations):
     times = {frame.stem: number for number, frame in enumerate(frames)}
     keys = [f"[CameraBoxComponent].box.{k}" for k in ("center.x", "center.y", "size.x", "size.y")]
     tracks = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            time = row["key.frame_timestamp_micros"]
-            if row["key.camera_name"] == camera and time in times:
-                x, y, width, height = (float(row[key]) for key in keys)
-                box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
-                tracks.setdefault(row["key.camera_object_id"], {})[times[time]] = box
+    for row in csv.DictReader(filled_lines(path)):
+        time = row["key.frame_timestamp_micros"]
+        if row["key.camera_name"] == camera and time in times:
+            x, y, width, height = (float(row[key]) for key in keys)
+            box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+            tracks.setdefault(row["key.camera_object_id"], {})[times[time]] = box
     yield "boxes", by_object([*tracks.values()], len(frames), [1] * 4)
 
 
@@ -2089,30 +2087,30 @@ def frame_clips(root, files, annotations, pattern, *rows):
         if match := re.fullmatch(pattern, path):
             clips.setdefault(match[1] or "clip", []).append(match)
     for name, frames in clips.items():
+        images = [root / match[0] for match in frames]
         # long videos in pieces, which fit the memory
         for i in range(0, len(frames), 256):
             piece = slice(i, i + 256)
-            images = [root / match[0] for match in frames[piece]]
             piece_name = f"{name}_{i:06d}" if len(frames) > 256 else name
-            yield piece_name, images, frame_labels(root, frames, piece, rows, annotations)
+            labels = frame_labels(root, frames, images, piece, rows, annotations)
+            yield piece_name, images[piece], labels
 
 
-def frame_labels(root, clip, piece, rows, annotations):
-    """Yield (label, array) for `rows` of LAYOUTS. clip: matches of the layout's pattern, of which
-    the frames `piece` (a slice) are asked for."""
-    frames = clip[piece]
+def frame_labels(root, frames, images, piece, rows, annotations):
+    """Yield (label, array) for `rows` of LAYOUTS. frames: matches of the layout's pattern, each an
+    image of the clip, of which those of `piece` (a slice) are asked for."""
     for label, place, reader, *arguments in rows:
-        # the last frame has no flow
-        labelled = frames[:-1] if label.startswith("flow") else frames
+        labelled = frames[piece]
+        if label.startswith("flow"):  # the last frame has none
+            labelled = labelled[:-1]
         # not root / ..., as a place begins with a slash where its first group is empty
         paths = [Path(f"{root}/{match.expand(place)}") for match in labelled]
         found = [i for i, path in enumerate(paths) if path.is_file()]
         if not found:
             continue
         if not label:
-            images = [root / match[0] for match in clip]
             for name, value in reader(paths[0], images, annotations):
-                yield name, value[piece] if len(value) == len(clip) else value
+                yield name, value[piece] if len(value) == len(images) else value
             continue
         value = reader([paths[i] for i in found], *arguments)
         unknown = 255 if label == "masks" else 0
@@ -2167,12 +2165,11 @@ def ava(root, files, annotations):
     paths = [root / path for path in files]
     videos = {path.stem: path for path in paths if path.suffix.lower() in VIDEOS}
     clips = {}
-    with open(annotations, newline="") as file:
-        for row in csv.reader(file):
-            if len(row) >= 8 and row[0] in videos:
-                name, second, *box, action, person = row[:8]
-                people = clips.setdefault((name, int(second)), {})
-                people.setdefault((person, *map(float, box)), []).append(int(action))
+    for row in csv.reader(filled_lines(Path(annotations))):
+        if len(row) >= 8 and row[0] in videos:
+            name, second, *box, action, person = row[:8]
+            people = clips.setdefault((name, int(second)), {})
+            people.setdefault((person, *map(float, box)), []).append(int(action))
     for (name, second), people in clips.items():
         video = videos[name]
         meta = open_video(video).metadata
