@@ -2724,18 +2724,13 @@ def at_object(ids, *tables):
     A length of 1 stands for T. Values come first: several times faster.
     """
     n, T = tables[0].shape[1:3]
-    rows = []
-    for table in tables:
-        table = table.expand(-1, n, T, *table.shape[3:])
-        rows.append(table.flatten(0, 2).flatten(1))                         # (O*n*T,values)
     clip_and_time = torch.arange(n * T, device=ids.device).view(n, T, 1, 1)
     row = ids * (n * T) + clip_and_time
-    values = torch.cat(rows, 1).T.contiguous()
-    values = values.index_select(1, row.flatten())
-    parts = values.split([table.shape[1] for table in rows])
     seen = []
-    for part, table in zip(parts, tables):
-        seen.append(part.view(*table.shape[3:], *row.shape))
+    for table in tables:
+        values = table.expand(-1, n, T, *table.shape[3:]).flatten(0, 2)     # (O*n*T,...)
+        values = values.flatten(1).T.contiguous().index_select(1, row.flatten())
+        seen.append(values.view(*table.shape[3:], *row.shape))
     return seen
 
 
@@ -2816,14 +2811,12 @@ class World:
         videos: so asking for labels changes no video.
         """
         split = list(SPLITS).index(self.split)
-        seeds = [(self.seed, split, int(i), *use) for i in indices]
-        return [np.random.default_rng(seed) for seed in seeds]
+        return [np.random.default_rng((self.seed, split, i, *use)) for i in indices]
 
     def grain(self, generators):
         """Pixel noise (n,T,H,W,3) uint8."""
         shape = (self.frames, self.size, self.size, 3)
-        noise = [g.integers(0, 256, shape, np.uint8) for g in generators]
-        return np.stack(noise)
+        return np.stack([g.integers(0, 256, shape, np.uint8) for g in generators])
 
     # --- 2 scene: float64 and elementwise, so that no clip depends on the others of a batch
 
@@ -3166,9 +3159,8 @@ class World:
         at_once = 1 if self.device == "cpu" else 64
         for i in range(0, len(indices), at_once):
             part = slice(i, i + at_once)
-            grain = self.grain(generators[part])
             cut = [scene.cut(part) for scene in scenes]
-            shot = Shot(self, cut, grain, indices[part])
+            shot = Shot(self, cut, self.grain(generators[part]), indices[part])
             for name, parts in made.items():
                 parts.append(getattr(shot, name).cpu())
         batch = {name: torch.cat(parts) for name, parts in made.items()}
@@ -3297,8 +3289,7 @@ class Shot:
 
     @property
     def change(self):
-        differs = self.video != self.impossible
-        differs = differs.flatten(2).any(-1)                                # (n,T)
+        differs = (self.video != self.impossible).flatten(2).any(-1)        # (n,T)
         return differs.int().argmax(1)
 
 
