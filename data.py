@@ -97,8 +97,8 @@ class Paths:
     @classmethod
     def of(cls, paths):
         """From a list of str."""
-        encoded = [os.fsencode(path) for path in paths]
-        ends = np.cumsum([0] + [len(path) for path in encoded])
+        encoded = [*map(os.fsencode, paths)]
+        ends = np.cumsum([0, *map(len, encoded)])
         return cls("/", b"".join(encoded), np.stack([ends[:-1], ends[1:]], 1))
 
     def __len__(self):
@@ -207,8 +207,7 @@ def folder_source(name):
     if loose == found:
         return unlabelled(name, found)
     if loose:
-        print(f"note: {len(loose)} videos beside the class folders are left out, {loose[0]} first",
-              file=sys.stderr)
+        warn(f"note: {len(loose)} videos beside the class folders are left out, {loose[0]} first")
     found = [path for path in found if path.parent != root]
     source = unlabelled(name, found)
     groups = [path.relative_to(root).parts[0] for path in found]
@@ -452,8 +451,8 @@ def match_classes(train, val):
     for side, source, mine, other in (("train", train, *keys), ("val", val, *keys[::-1])):
         alone = [str(key) for key in mine if key not in other]
         if alone:
-            print(f"note: {len(alone)} of {len(known)} classes occur in {side} only: "
-                  f"{', '.join(alone[:10])}", file=sys.stderr)
+            warn(f"note: {len(alone)} of {len(known)} classes occur in {side} only: "
+                 f"{', '.join(alone[:10])}")
         old = [-1, *mine.values()]
         new = np.array([-1] + [number[key] for key in mine])
         labels = new[np.searchsorted(old, source.labels)]
@@ -565,7 +564,11 @@ def tell(notes):
         return
     for kind in notes.keys() - TOLD:
         TOLD.add(kind)
-        print(f"note: {notes[kind]}, as others may be", file=sys.stderr)
+        warn(f"note: {notes[kind]}, as others may be")
+
+
+def warn(text):
+    print(text, file=sys.stderr)
 
 
 def losses(path, meta):
@@ -1196,7 +1199,7 @@ class Plan:
 
     def __init__(self, sources, seed):
         self.seed = seed
-        self.offsets = np.cumsum([0] + [len(source) for source in sources])
+        self.offsets = np.cumsum([0, *map(len, sources)])
         bounds = self.offsets.tolist()
         weights = [source.weight for source in sources]
         if not any(weights):
@@ -1494,7 +1497,7 @@ def stream(function, batches, workers, timeout, seed):
         for path, why in batch["bad"]:
             if path not in TOLD:
                 TOLD.add(path)
-                print(f"bad video: {path}: {why}", file=sys.stderr)
+                warn(f"bad video: {path}: {why}")
         yield batch
     WATCHED.pop()
 
@@ -2610,7 +2613,7 @@ def main():
         summary, status = tyro.extras.subcommand_cli_from_dict(
             commands, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         sys.exit(2)
     print(json.dumps(summary))
     sys.exit(status)
