@@ -1254,20 +1254,17 @@ class Clips:
         out = {
             "video": torch.zeros(shape, dtype=torch.uint8),
             "flip": torch.zeros(n, dtype=torch.bool),
-            "label": torch.full((n,), -1), "index": torch.tensor(numbers), "path": [""] * n,
+            "label": torch.full((n,), -1), "index": torch.tensor(numbers), "path": [],
             "ok": torch.ones(n, dtype=torch.bool), "bad": [], "cut": [],
         }
         rendered = {}  # of each split of the world: place in the batch -> row
         for first in range(0, n, self.per):
             group = slice(first, first + self.per)
-            source, row, cuts = self.read(numbers[group], group, out)
+            source, rows, cuts = self.read(numbers[group], group, out)
             out["cut"] += cuts or [None] * (self.per * self.many)
+            out["path"] += map(source.path, rows)
             if source.split:
-                for k in range(self.per):
-                    # nothing is decoded, so each of several clips is another one
-                    other = (row + k * len(source) // self.per) % len(source)
-                    out["path"][first + k] = source.path(other)
-                    rendered.setdefault(source.split, {})[first + k] = other
+                rendered.setdefault(source.split, {}).update(zip(range(n)[group], rows))
         # a batch at a time, which is faster than clip by clip
         for split, rows in rendered.items():
             world = World(split, frames=clip.frames, size=clip.size)
@@ -1285,8 +1282,8 @@ class Clips:
         return self.after(out) if self.after else out
 
     def read(self, numbers, group, out):
-        """The clips of one video into the places `group` (a slice) of the batch -> source, row,
-        cuts. Where it is damaged, the plan says which other video takes its place."""
+        """The clips of one video into the places `group` (a slice) of the batch -> source, their
+        rows, cuts. Where it is damaged, the plan says which other video takes its place."""
         for attempt in range(ATTEMPTS if self.plan else 1):
             source = self.sources[0]
             row = numbers[0]
@@ -1295,12 +1292,14 @@ class Clips:
                 place = np.searchsorted(self.plan.offsets, row, side="right") - 1
                 source = self.sources[place]
                 row -= int(self.plan.offsets[place])
-            # the world: not cropped and not flipped, as left and right are classes
+            rows = [row] * self.per
+            # the world: not cropped and not flipped, as left and right are classes; nothing is
+            # decoded, so each of several clips is another one
             if source.split:
-                return source, row, None
+                apart = np.arange(self.per) * len(source) // self.per
+                return source, (row + apart) % len(source), None
             path = source.path(row)
             out["label"][group] = source.labels[row]
-            out["path"][group] = [path] * len(numbers)
             keys = [[self.seed, AUGMENT, number, attempt] for number in numbers]
             rngs = [np.random.default_rng(key) if self.clip.train else None for key in keys]
             flips = [self.clip.train and self.clip.flip and rng.random() < 0.5 for rng in rngs]
@@ -1319,13 +1318,13 @@ class Clips:
                 say("")
             out["flip"][group] = torch.tensor(flips)
             out["video"][group] = video.unflatten(0, (-1, self.many))
-            return source, row, cuts
+            return source, rows, cuts
         if self.plan:
             path, why = out["bad"][-1]
             raise DataError(f"{ATTEMPTS} videos in a row cannot be read, the last one {path}: "
                             f"{why}")
         out["ok"][group] = False
-        return source, row, None
+        return source, rows, None
 
 
 def say(path):
