@@ -1892,10 +1892,6 @@ def kitti_valid(paths):
     return png(paths)[..., 2] > 0
 
 
-def not_occluded(paths):
-    return png(paths) == 0
-
-
 def relabel(paths, table):
     return table[png(paths)]
 
@@ -1933,8 +1929,8 @@ def re10k(path, frames, annotations):
     camera[:, :3] = rows[:, 6:].reshape(-1, 3, 4)
     yield "pose", np.linalg.inv(camera)
 
-    height, width, _ = open_video(frames[0]).get_frame_at(0).data.shape
-    fx, fy, cx, cy = rows[0, :4] * [width, height, width, height]
+    meta = open_video(frames[0]).metadata
+    fx, fy, cx, cy = rows[0, :4] * ([meta.width, meta.height] * 2)
     yield "K", np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
 
 
@@ -2052,7 +2048,7 @@ LAYOUTS = {
     "sintel": (
         r"training/((?:clean|final)/([^/]+))/(frame_\d+)\.png",
         ("flow", r"training/flow/\2/\3.flo", flo),
-        ("flow_visible", r"training/occlusions/\2/\3.png", not_occluded),
+        ("flow_visible", r"training/occlusions/\2/\3.png", relabel, IDS == 0),
     ),
     "chairs": (
         r"(.*)_img[12]\.ppm",
