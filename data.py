@@ -2656,13 +2656,14 @@ FAR = 50
 # What a thing does in the impossible video of a pair: until half-way, as it always does in the
 # possible one, and then; and what its substitute does then. In opposite pairs, so that more or less
 # motion tells nothing.
+MOVE, JUMP, REST, AWAY = range(4)
 LAWS = {
-    "vanish": ("move", "be away", "be away"),
-    "appear": ("be away", "move", "be away"),
-    "change": ("move", "be away", "move"),
-    "teleport": ("move", "jump", "be away"),
-    "stop": ("move", "rest", "be away"),
-    "start": ("rest", "move", "be away"),
+    "vanish": (MOVE, AWAY, AWAY),
+    "appear": (AWAY, MOVE, AWAY),
+    "change": (MOVE, AWAY, MOVE),
+    "teleport": (MOVE, JUMP, AWAY),
+    "stop": (MOVE, REST, AWAY),
+    "start": (REST, MOVE, AWAY),
 }
 IMPOSSIBLE = tuple(LAWS)
 # objects of a pair, after the planes
@@ -2793,8 +2794,7 @@ class World:
             self.contrast = 0.5 if rooms else 0.0
         # from -1/2 to 1/2 through 0 half-way
         last = self.frames - 1
-        from_middle = np.arange(self.frames) - last / 2
-        self.times = from_middle / max(1, last)
+        self.times = (np.arange(self.frames) - last / 2) / max(1, last)
         # of the rays (x,y,1) through the centres of the pixels: (W,), (H,1)
         centre = (np.arange(self.size) + 0.5) / self.size
         self.x = self.tensor(centre * 2 - 1) * FIELD
@@ -2918,7 +2918,8 @@ class World:
         breaks the law that IMPOSSIBLE[i mod 6] names: out of sight, behind a pillar, in every other
         six clips (not stop and start), else in view.
         """
-        law = np.array(IMPOSSIBLE)[indices % len(LAWS), None]               # (n,1)
+        number = indices % len(LAWS)
+        law = np.array(IMPOSSIBLE)[number, None]                            # (n,1)
         in_view = indices[:, None] // len(LAWS) % 2 == 1
         in_view = in_view | np.isin(law, ["stop", "start"])
         wall = draw.between(0.8, 1.25)
@@ -2941,13 +2942,9 @@ class World:
         last = path[:, [max(half - 1, 0)]]
         rest = last.repeat(self.frames, 1)
         behind_camera = np.full_like(path, -9.0)
-        courses = {"move": path, "jump": jump, "rest": rest, "be away": behind_camera}
-
-        parts = [np.empty_like(path) for _ in range(3)]
-        for clip, name in enumerate(law[:, 0]):
-            for part, course in zip(parts, LAWS[name]):
-                part[clip] = courses[course][clip]
-        possible, impossible, substitute = parts
+        courses = np.stack([path, jump, rest, behind_camera])               # (4,n,T,3)
+        chosen = np.array([*LAWS.values()])[number].T                       # (3,n)
+        possible, impossible, substitute = courses[chosen, np.arange(len(number))]
         impossible[:, :half] = possible[:, :half]
         substitute[:, :half] = behind_camera[:, :half]
 
