@@ -238,7 +238,7 @@ def media(folder, *above):
 def is_video(path):
     if path.is_dir():
         return bool(numbered_images(path))
-    return path.suffix.lower() in VIDEOS | IMAGES and path.is_file()
+    return suffix_of(path) in VIDEOS | IMAGES and path.is_file()
 
 
 @lru_cache(maxsize=64)
@@ -249,7 +249,7 @@ def numbered_images(folder):
     heads = set()
     for path in entries(folder):
         match = re.fullmatch(r"(.*?)(\d+)", path.stem)
-        if not match or path.suffix.lower() not in IMAGES:
+        if not match or suffix_of(path) not in IMAGES:
             return ()
         heads.add((match[1], path.suffix))
         found[int(match[2])] = path
@@ -1822,7 +1822,7 @@ def png(paths):
 
 def pipe(images, *out, rate=10):
     """Image files of one kind, `rate` a second, through FFmpeg."""
-    codec = re.sub("jpe?g", "mjpeg", Path(images[0]).suffix.lower()[1:])
+    codec = re.sub("jpe?g", "mjpeg", suffix_of(images[0])[1:])
     data = b"".join(Path(image).read_bytes() for image in images)
     return ffmpeg(f"-f image2pipe -framerate {rate} -c:v {codec} -i -", *out, data=data)
 
@@ -2161,7 +2161,7 @@ def ava(root, files, annotations):
     action a is column a - 1 of 80.
     """
     paths = [root / path for path in files]
-    videos = {path.stem: path for path in paths if path.suffix.lower() in VIDEOS}
+    videos = {path.stem: path for path in paths if suffix_of(path) in VIDEOS}
     clips = {}
     for row in csv.reader(filled_lines(Path(annotations))):
         if len(row) >= 8 and row[0] in videos:
@@ -2210,7 +2210,7 @@ def save_frames(frames, path, crf):
     if isinstance(frames, tuple):
         video, start, seconds = frames
         ffmpeg(f"-ss {start} -t {seconds} -i", video, *encode)
-    elif frames[0].suffix.lower() in VIDEOS:
+    elif suffix_of(frames[0]) in VIDEOS:
         shutil.copyfile(frames[0], path)
     else:
         pipe(frames, *encode)
