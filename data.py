@@ -1532,12 +1532,12 @@ def dead_worker(error):
         return None
     end_workers()  # or PyTorch raises once more where the next one dies
     text = "its connection was lost" if lost else " ".join(str(error).split())
-    pids = [int(number) for number in re.findall(r"\d+", text)] if "pid" in text else []
+    pids = re.findall(r"\d+", text) if "pid" in text else []
     read = []
     for row in chain(*(table.numpy() for table in WATCHED)):
         pid, since, path = struct.unpack("qd4080s", row.tobytes())
         path = os.fsdecode(path.rstrip(b"\0"))
-        if path and (pid in pids or not pids):
+        if path and (str(pid) in pids or not pids):
             read.append((since, path))
     # who hangs has read for longest
     read = read if pids else sorted(read)[:1]
@@ -2838,9 +2838,8 @@ class World:
         turn = np.radians(draw.between(*self.turn))
         zoom = np.log(draw.between(*self.zoom))
         # 1 or -1 in one of four; for the picture to go left the camera goes right
-        sign = np.where(motion % 2 == 0, 1.0, -1.0)
-        which = np.eye(4)[:, motion // 2]                                   # (4,n)
-        right, down, roll, ahead = (which * sign)[..., None]                # each (n,1)
+        motions = np.kron(np.eye(4), [1.0, -1.0])                           # (4,8)
+        right, down, roll, ahead = motions[:, motion, None]                 # each (n,1)
         # to the wall, as a share of what it is half-way
         distance = np.exp(-ahead * zoom * pace)
         place = vectors(right * shift * pace, down * shift * pace, wall * (1 - distance))
@@ -2885,14 +2884,13 @@ class World:
 
     def empty_room(self, wall):
         """-> Ro, po, size of the wall in its place and all else at the camera's."""
-        n = len(wall)
-        shape = (OBJECTS, n, self.frames)
+        shape = (OBJECTS, len(wall), self.frames)
         Ro = np.tile(np.eye(3), (*shape, 1, 1))
         # upright
         Ro[1] = rotation([1, 0, 0], np.pi / 2)
         po = np.zeros((*shape, 3))
         po[0, ..., 2] = wall
-        size = np.ones((OBJECTS, n, 1, 3))
+        size = np.ones_like(po[:, :, :1])
         return Ro, po, size
 
     def textures(self, draw, wall):
@@ -3205,12 +3203,10 @@ class Shot:
 
     @property
     def pose(self):
-        scene = self.scene
-        _, n, T, _ = scene.p.shape
-        pose = np.tile(np.eye(4), (n, T, 1, 1))
-        pose[..., :3, :3] = scene.R[0]
-        pose[..., :3, 3] = scene.p[0]
-        return self.world.tensor(pose)
+        R_p = np.concatenate([self.scene.R, self.scene.p[..., None]], -1)   # (1,n,T,3,4)
+        pose = F.pad(self.world.tensor(R_p[0]), (0, 0, 0, 1))
+        pose[..., 3, 3] = 1
+        return pose
 
     @property
     def K(self):
