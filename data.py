@@ -833,7 +833,7 @@ class Given:
 
     def __init__(self, array):
         self.array = torch.as_tensor(array)
-        if self.array.dtype != torch.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
+        if self.array.dtype != torch.uint8 or self.array.shape[3:] != (3,):
             raise DataError(f"a dataset gives {self.array.dtype} {tuple(self.array.shape)}, and "
                             "uint8 (n,H,W,3) is needed")
         self.frames = len(array)
@@ -1800,8 +1800,8 @@ def early_tokens(grid, temporal_keep):
 
 # what readers of files of another form raise
 MALFORMED = (ValueError, KeyError, IndexError, AttributeError, TypeError)
-# grey or colour, bits -> what FFmpeg calls it
-PIXELS = {(True, 8): "gray", (True, 16): "gray16le", (False, 8): "rgb24", (False, 16): "rgb48le"}
+# PNG's grey, colours and palettes (+ 4: with alpha), of 8 and of 16 bits, as FFmpeg calls them
+PIXELS = {0: ("gray", "gray16le"), 2: ("rgb24", "rgb48le"), 3: ("pal8",)}
 
 
 def png(paths):
@@ -1811,7 +1811,7 @@ def png(paths):
     """
     header = Path(paths[0]).read_bytes()[16:26]
     width, height, bits, kind = struct.unpack(">IIBB", header)
-    pixels = "pal8" if kind == 3 else PIXELS[kind in (0, 4), max(bits, 8)]
+    pixels = PIXELS[kind & 3][bits // 16]
     raw = pipe(paths, *f"-f rawvideo -pix_fmt {pixels} -".split())
     values = np.frombuffer(raw, np.uint16 if bits == 16 else np.uint8)
     shape = (height, width, 3) if pixels.startswith("rgb") else (height, width)
@@ -2603,7 +2603,7 @@ def pack_video(job):
 
 def main():
     import tyro  # late: whoever imports data.py needs no flags
-    commands = {function.__name__: function for function in (check, index, pack)}
+    commands = {"check": check, "index": index, "pack": pack}
     try:
         summary, status = tyro.extras.subcommand_cli_from_dict(
             commands, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
