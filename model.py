@@ -1148,7 +1148,6 @@ class Run:
     signalled = False
     stop = False
     paused = 0.0  # seconds of probes since the last log line: they are no training
-    say = staticmethod(say)
 
     def __init__(self, args, later={}):
         """later: {flag: what runs did before it was one}, where that is not its default."""
@@ -1348,17 +1347,17 @@ class Run:
         args = self.args
         plan = self.plan
         videos = sum(map(len, sources))
-        self.say(f"{title}{plan.name} {args.model}: {plan.trained / 1e6:.4g}M parameters trained, "
-                 f"{plan.frozen / 1e6:.4g}M frozen; {videos:,} videos of {' '.join(args.data)}")
+        say(f"{title}{plan.name} {args.model}: {plan.trained / 1e6:.4g}M parameters trained, "
+            f"{plan.frozen / 1e6:.4g}M frozen; {videos:,} videos of {' '.join(args.data)}")
         if args.dtype == "bf16" and not self.half:
-            self.say("in fp32: this CPU has no bf16, which would take a hundred times as long")
+            say("in fp32: this CPU has no bf16, which would take a hundred times as long")
         plan.tell()
         passes = self.per_rank // self.micro
-        self.say(f"{args.steps:,} steps of {args.batch_size:,} clips: {self.ranks} rank(s) x "
-                 f"{passes} x --micro_batch {self.micro}; {plan.flops:.3g} FLOPs a step, "
-                 f"{plan.flops * args.steps:.3g} in all")
-        self.say(f"{self.out}: log.jsonl, samples/, encoder.safetensors; python probe.py plot "
-                 f"--runs {self.out}")
+        say(f"{args.steps:,} steps of {args.batch_size:,} clips: {self.ranks} rank(s) x "
+            f"{passes} x --micro_batch {self.micro}; {plan.flops:.3g} FLOPs a step, "
+            f"{plan.flops * args.steps:.3g} in all")
+        say(f"{self.out}: log.jsonl, samples/, encoder.safetensors; python probe.py plot "
+            f"--runs {self.out}")
 
     def write_head(self):
         self.head["config"]["micro_batch"] = self.micro
@@ -1379,7 +1378,7 @@ class Run:
             if before := run_in(self.out, self.args.resume, self.head["script"]):
                 self.check_same(before["config"])
             if self.args.resume and not (self.out / "latest").exists():
-                self.say(f"--resume: {self.out} has no checkpoint, so this run starts afresh")
+                say(f"--resume: {self.out} has no checkpoint, so this run starts afresh")
             self.write_head()
             log = self.out / "log.jsonl"
             log.touch()
@@ -1401,7 +1400,7 @@ class Run:
                 f"{self.out} was started with other data than {' '.join(self.args.data)}: files, "
                 "sizes or labels differ; --new_data goes on with these")
         if old.get("data_times") not in (None, config["data_times"]):
-            self.say("note: the files of --data have other times than when the run was started")
+            say("note: the files of --data have other times than when the run was started")
         defaults = json.loads(json.dumps(vars(type(self.args)()) | self.later))
         differ = []
         for name in {**config, **old}:
@@ -1428,7 +1427,7 @@ class Run:
                 value = f"{value:.4g}" if isinstance(value, float) else value
                 if value is not None:
                     words.append(f"{name} {value}")
-            self.say("  ".join(words))
+            say("  ".join(words))
             if self.args.wandb:
                 sys.modules["wandb"].log(line)
 
@@ -1487,8 +1486,8 @@ class Run:
         """The last line on stdout, one JSON object."""
         line["seconds"] = round(time.time() - self.started, 1)
         line["out_dir"] = self.args.out_dir
-        self.say("a vector of each of your videos: python probe.py features --encoder "
-                 f"{self.args.out_dir} --data VIDEOS --out features.npz")
+        say("a vector of each of your videos: python probe.py features --encoder "
+            f"{self.args.out_dir} --data VIDEOS --out features.npz")
         if self.rank == 0:
             print(json.dumps(line), flush=True)
 
@@ -1595,7 +1594,7 @@ class Run:
         """
         if not lists:
             return {}
-        self.say("probing ..." if step else "probing the random weights ...")
+        say("probing ..." if step else "probing the random weights ...")
 
         def read(x):
             if self.told():
@@ -1714,9 +1713,9 @@ class Meter:
         self.waits.append((begin, moment(self.run.device)))
         share = batch["padded"] / len(batch["path"])
         if share > 0.1 and self.fresh:
-            self.run.say(f"warning: in {share:.0%} of the first clips frames repeat, as their "
-                         "videos are too short or too slow: --short says what else; python data.py "
-                         "check")
+            say(f"warning: in {share:.0%} of the first clips frames repeat, as their "
+                "videos are too short or too slow: --short says what else; python data.py "
+                "check")
         return batch
 
     def add(self, loss, metrics, batch, **per_clip):
@@ -1733,7 +1732,7 @@ class Meter:
         seconds = time.perf_counter() - self.since
         if self.fresh and self.run.device.type == "cpu" and passes * seconds > 60:
             step = datetime.timedelta(seconds=round(passes * seconds))
-            self.run.say(f"the first of {passes} micro-batches took {seconds:.3g} s: a step {step}")
+            say(f"the first of {passes} micro-batches took {seconds:.3g} s: a step {step}")
         self.fresh = False
 
     def skip(self, step, grad_norm):
@@ -1812,7 +1811,7 @@ class Meter:
             loss, _ = net(*inputs)
         sound = all(run.gather(math.isfinite(loss)))
         if not sound:
-            run.say(f"step {done}: not saved, the loss is no longer finite")
+            say(f"step {done}: not saved, the loss is no longer finite")
         return sound
 
     def after_step(self, done):
@@ -2114,8 +2113,8 @@ class Plan:
         now = self.total(run.micro)
         terms = self.terms(run.micro).items()
         parts = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in terms)
-        run.say(f"--micro_batch {run.micro} of {run.per_rank} clips a rank: {now / 2**30:.3g} GiB "
-                f"planned ({parts}), {run.room / 2**30:.3g} free")
+        say(f"--micro_batch {run.micro} of {run.per_rank} clips a rank: {now / 2**30:.3g} GiB "
+            f"planned ({parts}), {run.room / 2**30:.3g} free")
         fewer = [n for n in self.sizes if n < run.micro]
         others = {f"--micro_batch {n}": self.total(n) for n in fewer[:1]}
         if not run.args.checkpoint:
@@ -2125,7 +2124,7 @@ class Plan:
         saved = [f"{name} saves {(now - size) / 2**30:.2g} GiB" for name, size in others.items()]
         Plan.advice = f", {now / 2**30:.3g} GiB planned: {', '.join(saved)}"
         if now > run.room:
-            run.say(f"warning: more than is free{Plan.advice}")
+            say(f"warning: more than is free{Plan.advice}")
 
 
 def dry_run(run, objective, total=None, **more):

@@ -199,7 +199,6 @@ def test_a_step_keeps_no_pixels_of_its_micro_batches():
 def test_what_is_said(call, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(M, "say", said.append)
-    monkeypatch.setattr(M.Run, "say", staticmethod(said.append))
     call(S, *TINY, "--steps", 4, "--split", 0.5, 0.5, "--resume", "--out_dir", tmp_path)
     text = "\n".join(said)
     assert "has no checkpoint, so this run starts afresh" in text
