@@ -1172,6 +1172,11 @@ class Run:
         several = args.clips_per_video
         check_divides("clips of a forward pass:", self.micro, "--clips_per_video", several)
         check_divides("ranks", self.ranks, "--shard_ranks", args.shard_ranks or 1)
+        # how clips are cut from videos
+        self.clip = data.Clip(
+            frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
+            scale=args.crop_scale, ratio=args.crop_ratio, zoom=getattr(args, "zoom", 0.0),
+            flip=args.flip, clips=several, short=args.short)
         if args.wandb and not importlib.util.find_spec("wandb"):
             raise UserError("--wandb needs: pip install wandb")
 
@@ -1314,7 +1319,9 @@ class Run:
         return [data.parse_list(spec, look=self.rank == 0) for spec in self.args.data]
 
     def open(self, script, sources, title=""):
-        """Take the out directory, write config.json and the first log line, listen to signals."""
+        """Read the online probe's lists, take the out directory, write config.json and the first
+        log line, listen to signals."""
+        self.lists = probe_lists(self.args)
         files = (script, data.__file__, __file__)
         code = b"".join(Path(file).read_bytes() for file in files)
         cuda = self.device.type == "cuda"
@@ -1436,20 +1443,12 @@ class Run:
             os._exit(130)  # a second Ctrl-C waits for nothing
         Run.signalled = True
 
-    def clip(self, **more):
-        """How clips are cut from videos, by the flags."""
-        args = self.args
-        return data.Clip(
-            frames=args.frames, stride=args.stride, fps=args.fps or None, size=args.size,
-            scale=args.crop_scale, ratio=args.crop_ratio, flip=args.flip,
-            clips=args.clips_per_video, short=args.short, **more)
-
-    def loader(self, sources, clip, first, *masks):
+    def loader(self, sources, first, *masks):
         """This rank's micro-batches, from step `first` on, each with its masks. masks: of clips,
         and of images."""
         args = self.args
         batches = data.make_loader(
-            sources, clip, seed=args.seed, batch_size=args.batch_size, micro_batch=self.micro,
+            sources, self.clip, seed=args.seed, batch_size=args.batch_size, micro_batch=self.micro,
             rank=self.rank, ranks=self.ranks, workers=self.workers, timeout=args.timeout,
             start_step=first, steps=self.last, masks=masks, stills=self.stills)
         if self.device.type == "cuda":
@@ -1572,7 +1571,7 @@ class Run:
 
     # the online probe
 
-    def accuracy(self, net, lists, clip, step=None, **pixels):
+    def accuracy(self, net, step=None, **pixels):
         """Accuracy of a linear probe on the mean of the product's tokens; None where probe()
         finds none. step: log it as that of this step."""
         def features(x):
@@ -1580,7 +1579,7 @@ class Run:
                 return net(x).mean(1)  # (B,D)
 
         heads = {"probe_acc": linear_probe}
-        found = self.probe(features, lists, clip, heads, step, **pixels)
+        found = self.probe(features, self.lists, self.clip, heads, step, **pixels)
         return found.get("probe_acc")
 
     @torch.no_grad()

@@ -138,7 +138,7 @@ import torch.nn as nn
 import data
 from model import IMAGENET, SIZES, LatentGridDecoder, Meter, Row, Run, adamw, block_flops, budgeted
 from model import clip_gradients, construct, days, dry_run, health, hide, launch, make_encoder
-from model import patches, probe_lists, readout_layer, set_rates, some_rows, split_time
+from model import patches, readout_layer, set_rates, some_rows, split_time
 from model import sync_gradients, to_rgb, unpatch, warmup_decay
 
 RGB = dict(mean=[0.0] * 3, std=[1.0] * 3)  # of raw pixels, in [0,1]
@@ -277,8 +277,6 @@ def main(args):
         return plan(run, sketch)
     objective = construct(build, args)
     grid = objective.encoder.grid
-    lists = probe_lists(args)
-    clip = run.clip(zoom=args.zoom)
     sources = run.sources()
     run.continue_from(objective)
     run.open(__file__, sources)
@@ -288,8 +286,8 @@ def main(args):
     meter = Meter(run, run.load(net, optimizer))
     first = done = meter.state.pop("step", 0)
     if first == 0 and not args.init:  # before learning: what it has to beat
-        meter.state["random_acc"] = run.accuracy(net, lists, clip, **objective.pixels)
-    loader = run.loader(sources, clip, first, objective.masks)
+        meter.state["random_acc"] = run.accuracy(net, **objective.pixels)
+    loader = run.loader(sources, first, objective.masks)
 
     for step in run.steps(first):
         # 1. the rates of this step
@@ -331,11 +329,11 @@ def main(args):
         if run.stop:
             break
         if run.probes(done):
-            run.accuracy(net, lists, clip, done, **objective.pixels)
+            run.accuracy(net, done, **objective.pixels)
 
     probe_acc = None
     if done == args.steps:
-        probe_acc = run.accuracy(net, lists, clip, done, **objective.pixels)
+        probe_acc = run.accuracy(net, done, **objective.pixels)
     run.finish(meter.summary(done, probe_acc))
 
 

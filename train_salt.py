@@ -148,8 +148,7 @@ import data
 from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT, adamw, budgeted
 from model import clip_gradients, construct, cosine, count, drawn, dry_run, gather, health, launch
 from model import latent_surprise, load_encoder, mask_tokens, masked_flops, numbered, patches
-from model import probe_lists, rankme, run_in, set_rates, some_rows, sync_gradients, to_rgb
-from model import warmup_decay
+from model import rankme, run_in, set_rates, some_rows, sync_gradients, to_rgb, warmup_decay
 
 
 # --- SALT -----------------------------------------------------------------------------------------
@@ -447,8 +446,6 @@ def train(args, number, before):
     run = Run(args)
     objective = construct(partial(build, stage=number), args)
     run.fit(objective)
-    lists = probe_lists(args)
-    clip = run.clip()
     sources = run.sources()
     run.open(__file__, sources, f"stage {number} of {len(args.split)}, {objective.title}: ")
 
@@ -458,8 +455,8 @@ def train(args, number, before):
     meter = Meter(run, costs | run.load(net, optimizer))
     first = done = meter.state.pop("step", 0)
     if first == 0:  # before learning: what it has to beat
-        meter.state["random_acc"] = run.accuracy(net, lists, clip)
-    loader = run.loader(sources, clip, first, objective.masks)
+        meter.state["random_acc"] = run.accuracy(net)
+    loader = run.loader(sources, first, objective.masks)
 
     for step in run.steps(first):
         # 1. the rates of this step
@@ -503,9 +500,9 @@ def train(args, number, before):
         if run.stop:
             break
         if run.probes(done):
-            run.accuracy(net, lists, clip, done)
+            run.accuracy(net, done)
 
-    probe_acc = run.accuracy(net, lists, clip, done) if done == args.steps else None
+    probe_acc = run.accuracy(net, done) if done == args.steps else None
     costs = {name: meter.state[name] for name in costs}
     stage = {"stage": number, "teacher_acc": before["probe_acc"]}
     return meter.summary(done, probe_acc) | stage | costs

@@ -174,8 +174,7 @@ import data
 from model import IMAGENET, SIZES, Meter, MotionEncoder, Row, Run, UserError, adamw, budgeted
 from model import clip_gradients, colour_frames, colours, construct, cosine, dry_run, each_frame
 from model import ema_update, enlarge, exact, health, init_weights, launch, linear_probe
-from model import make_encoder, probe_lists, rotate, set_rates, sync_gradients, to_unit
-from model import warmup_decay
+from model import make_encoder, rotate, set_rates, sync_gradients, to_unit, warmup_decay
 
 # rows of the centres
 CLS = 0
@@ -761,7 +760,7 @@ def shades(values):
     return to_unit(values.cpu().reshape(-1, 1)).expand(-1, 3)
 
 
-def accuracies(run, net, objective, lists, clip, step=None):
+def accuracies(run, net, objective, step=None):
     """{name: accuracy} of five probes on means over a clip's tokens; {} without lists.
 
     teacher_acc: linear, on what the exported encoder has, the teacher's patches. student_acc: on
@@ -788,7 +787,7 @@ def accuracies(run, net, objective, lists, clip, step=None):
         "knn_acc": on_columns(knn_probe, slice(0, width)),
         "knn_student": on_columns(knn_probe, slice(width, 2 * width)),
     }
-    return run.probe(features, lists, clip, heads, step)
+    return run.probe(features, run.lists, run.clip, heads, step)
 
 
 @torch.no_grad()
@@ -856,8 +855,6 @@ def main(args):
     if args.dry_run:
         return dry_run(run, sketch)
     objective = construct(build, args)
-    lists = probe_lists(args)
-    clip = run.clip()
     sources = run.sources()
     run.continue_from(objective)
     run.open(__file__, sources)
@@ -868,10 +865,10 @@ def main(args):
     meter = Meter(run, {"random_knn": None} | state)
     first = done = meter.state.pop("step", 0)
     if first == 0 and not args.init:  # before learning: what it has to beat
-        found = accuracies(run, net, objective, lists, clip)
+        found = accuracies(run, net, objective)
         meter.state["random_acc"] = found.get("probe_acc")
         meter.state["random_knn"] = found.get("knn_acc")
-    loader = run.loader(sources, clip, first)
+    loader = run.loader(sources, first)
 
     for step in run.steps(first):
         # 1. the rates of this step
@@ -914,9 +911,9 @@ def main(args):
         if run.stop:
             break
         if run.probes(done):
-            accuracies(run, net, objective, lists, clip, done)
+            accuracies(run, net, objective, done)
 
-    found = accuracies(run, net, objective, lists, clip, done) if done == args.steps else {}
+    found = accuracies(run, net, objective, done) if done == args.steps else {}
     knn = {"knn_acc": found.get("knn_acc"), "random_knn": meter.state["random_knn"]}
     run.finish(meter.summary(done, found.get("probe_acc")) | knn)
 

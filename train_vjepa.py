@@ -246,7 +246,7 @@ import torch.nn.functional as F
 import data
 from model import SIZES, Meter, Predictor, Run, UserError, adamw, budgeted, clip_gradients
 from model import construct, cosine, dry_run, ema_update, exact, gather, health, latent_surprise
-from model import launch, linear, make_encoder, mask_tokens, masked_flops, numbered, probe_lists
+from model import launch, linear, make_encoder, mask_tokens, masked_flops, numbered
 from model import set_rates, some_rows, sync_gradients, warmup_decay
 
 
@@ -765,8 +765,6 @@ def main(args):
     if args.dry_run:
         return dry_run(run, sketch)
     objective = construct(build, args)
-    lists = probe_lists(args)
-    clip = run.clip()
     sources = run.sources()
     run.continue_from(objective)
     run.open(__file__, sources)
@@ -778,8 +776,8 @@ def main(args):
     if first == 0 and args.init_optimizer:
         run.carry_optimizer(net, optimizer)
     if first == 0 and not args.init:  # before learning: what it has to beat
-        meter.state["random_acc"] = run.accuracy(net, lists, clip)
-    loader = run.loader(sources, clip, first, objective.masks, objective.image_masks)
+        meter.state["random_acc"] = run.accuracy(net)
+    loader = run.loader(sources, first, objective.masks, objective.image_masks)
 
     for step in run.steps(first):
         # 1. the rates of this step
@@ -819,9 +817,9 @@ def main(args):
         if run.stop:
             break
         if run.probes(done):
-            run.accuracy(net, lists, clip, done)
+            run.accuracy(net, done)
 
-    probe_acc = run.accuracy(net, lists, clip, done) if done == args.steps else None
+    probe_acc = run.accuracy(net, done) if done == args.steps else None
     run.finish(meter.summary(done, probe_acc))
 
 

@@ -342,7 +342,7 @@ def test_images_are_probed_as_they_were_trained(mixture, monkeypatch, tmp_path):
     seen = []
     args = tiny(stills=True, out_dir=str(tmp_path / "out"), steps=1, dtype="fp32")
     run = M.Run(args)
-    run.probe(lambda x: seen.append(x.shape[2]) or x.mean((2, 3, 4)), [labelled, labelled], run.clip(),
+    run.probe(lambda x: seen.append(x.shape[2]) or x.mean((2, 3, 4)), [labelled, labelled], run.clip,
               {"probe_acc": M.linear_probe})
     assert set(seen) == {1}
 
