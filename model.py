@@ -1468,6 +1468,13 @@ class Run:
             torch.manual_seed(self.args.seed * 1_000_003 + step)
             yield step
 
+    def passes(self, net):
+        """The number in the batch of the first row of each micro-batch of a step. Gradients travel
+        between the ranks in the last one."""
+        for start in range(0, self.per_rank, self.micro):
+            sync_gradients(net, start + self.micro == self.per_rank)
+            yield self.first + start
+
     def due(self, every, done):
         """Is it time, after `done` steps, for what happens every so many and at the end?"""
         return every > 0 and (done % every == 0 or done == self.args.steps)
@@ -1793,8 +1800,21 @@ class Meter:
                        f"the last good checkpoint: {newest(self.run.out)}")
 
     def logs(self, done):
-        """Is it time for a line? Not where every step since the last one was skipped."""
-        return self.run.due(self.run.args.log_every, done) and self.state["window"]
+        """The step is over: forget its micro-batches; too many unreadable videos end the run. Is it
+        time for a log line? Not where every step since the last one was skipped."""
+        self.parts = []
+        self.sums = Counter()
+        args = self.run.args
+        due = self.run.due(args.log_every, done)
+        if due:
+            self.catch_up()
+        bad = self.state["bad"]
+        opened = max(100, done * args.batch_size / args.clips_per_video)
+        if bad > args.max_bad_fraction * opened:
+            raise Stop(f"{bad} of the clips opened so far cannot be read, more than "
+                       f"--max_bad_fraction {args.max_bad_fraction}; "
+                       f"all of them: python data.py check {' '.join(args.data)}")
+        return due and self.state["window"]
 
     def saves(self, done, net, *inputs):
         """Is it time for a checkpoint, and are the weights worth one? Not while steps are skipped,
@@ -1812,20 +1832,6 @@ class Meter:
         if not sound:
             say(f"step {done}: not saved, the loss is no longer finite")
         return sound
-
-    def after_step(self, done):
-        """Forget the micro-batches; too many unreadable videos end the run."""
-        self.parts = []
-        self.sums = Counter()
-        args = self.run.args
-        if self.run.due(args.log_every, done):
-            self.catch_up()
-        bad = self.state["bad"]
-        opened = max(100, done * args.batch_size / args.clips_per_video)
-        if bad > args.max_bad_fraction * opened:
-            raise Stop(f"{bad} of the clips opened so far cannot be read, more than "
-                       f"--max_bad_fraction {args.max_bad_fraction}; "
-                       f"all of them: python data.py check {' '.join(args.data)}")
 
     def line(self, done, rates, health):
         """The log line: means of the loss terms since the last one, rates, health, speed."""
@@ -2189,7 +2195,7 @@ def latent_surprise(encoder, predictor, targets, x, context):
 
 def gather(tokens, ids):
     """tokens (B,N,D), ids (B,M) -> (B,M,D)."""
-    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
+    return tokens.take_along_dim(ids[..., None], 1)
 
 
 def numbered(names):

@@ -139,7 +139,7 @@ import data
 from model import IMAGENET, SIZES, LatentGridDecoder, Meter, Row, Run, adamw, block_flops, budgeted
 from model import clip_gradients, construct, days, dry_run, health, hide, launch, make_encoder
 from model import patches, readout_layer, set_rates, some_rows, split_time
-from model import sync_gradients, to_rgb, unpatch, warmup_decay
+from model import to_rgb, unpatch, warmup_decay
 
 RGB = dict(mean=[0.0] * 3, std=[1.0] * 3)  # of raw pixels, in [0,1]
 
@@ -295,11 +295,10 @@ def main(args):
         set_rates(optimizer, rates)
 
         # 2. forward and backward, a micro-batch at a time
-        for start in range(0, run.per_rank, run.micro):
+        for _ in run.passes(net):
             batch = meter.next(loader)
             x = data.prepare(batch, run.device, **objective.pixels)  # (b,3,T,H,W)
             keep = batch["masks"][0]  # (b,K)
-            sync_gradients(net, start + run.micro == run.per_rank)
             with run.autocast():
                 loss, metrics = net(x, keep)
             (loss * (run.micro / run.per_rank)).backward()
@@ -313,7 +312,6 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1
-        meter.after_step(done)
 
         # 4. log, pictures, checkpoint, probe
         if meter.logs(done):

@@ -148,7 +148,7 @@ import data
 from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT, adamw, budgeted
 from model import clip_gradients, construct, cosine, count, drawn, dry_run, gather, health, launch
 from model import latent_surprise, load_encoder, mask_tokens, masked_flops, numbered, patches
-from model import rankme, run_in, set_rates, some_rows, sync_gradients, to_rgb, warmup_decay
+from model import rankme, run_in, set_rates, some_rows, to_rgb, warmup_decay
 
 
 # --- SALT -----------------------------------------------------------------------------------------
@@ -464,11 +464,10 @@ def train(args, number, before):
         set_rates(optimizer, rates)
 
         # 2. forward and backward, a micro-batch at a time
-        for start in range(0, run.per_rank, run.micro):
+        for _ in run.passes(net):
             batch = meter.next(loader)
             x = data.prepare(batch, run.device)  # (b,3,T,H,W)
             keep, pred = batch["masks"]  # [(b,K)], [(b,M)]
-            sync_gradients(net, start + run.micro == run.per_rank)
             with run.autocast():
                 loss, metrics = net(x, keep, pred)
             (loss * (run.micro / run.per_rank)).backward()
@@ -484,7 +483,6 @@ def train(args, number, before):
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1
-        meter.after_step(done)
 
         # 4. log, pictures, checkpoint, probe
         if meter.logs(done):

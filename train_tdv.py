@@ -174,7 +174,7 @@ import data
 from model import IMAGENET, SIZES, Meter, MotionEncoder, Row, Run, UserError, adamw, budgeted
 from model import clip_gradients, colour_frames, colours, construct, cosine, dry_run, each_frame
 from model import ema_update, enlarge, exact, health, init_weights, launch, linear_probe
-from model import make_encoder, rotate, set_rates, sync_gradients, to_unit, warmup_decay
+from model import make_encoder, rotate, set_rates, to_unit, warmup_decay
 
 # rows of the centres
 CLS = 0
@@ -876,10 +876,9 @@ def main(args):
         set_rates(optimizer, rates)
 
         # 2. forward and backward, a micro-batch at a time
-        for start in range(0, run.per_rank, run.micro):
+        for _ in run.passes(net):
             batch = meter.next(loader)
             x = data.prepare(batch, run.device)  # (b,3,T,H,W)
-            sync_gradients(net, start + run.micro == run.per_rank)
             with run.autocast():
                 loss, metrics = net(x, batch["index"])
             (loss * (run.micro / run.per_rank)).backward()
@@ -894,7 +893,6 @@ def main(args):
         optimizer.zero_grad()
         objective.after_step(step, skip)
         done = step + 1
-        meter.after_step(done)
 
         # 4. log, pictures, checkpoint, probes
         if meter.logs(done):

@@ -247,7 +247,7 @@ import data
 from model import SIZES, Meter, Predictor, Run, UserError, adamw, budgeted, clip_gradients
 from model import construct, cosine, dry_run, ema_update, exact, gather, health, latent_surprise
 from model import launch, linear, make_encoder, mask_tokens, masked_flops, numbered
-from model import set_rates, some_rows, sync_gradients, warmup_decay
+from model import set_rates, some_rows, warmup_decay
 
 
 # --- V-JEPA ---------------------------------------------------------------------------------------
@@ -785,11 +785,10 @@ def main(args):
         set_rates(optimizer, rates)
 
         # 2. forward and backward, a micro-batch at a time
-        for start in range(0, run.per_rank, run.micro):
+        for row in run.passes(net):
             batch = meter.next(loader)
             x = data.prepare(batch, run.device)  # (b,3,T,H,W)
-            keep, pred = objective.place(*batch["masks"], x, step, run.first + start)
-            sync_gradients(net, start + run.micro == run.per_rank)
+            keep, pred = objective.place(*batch["masks"], x, step, row)
             with run.autocast():
                 loss, metrics = net(x, keep, pred)  # [(b,K)], [(b,M)]
             (loss * (run.micro / run.per_rank)).backward()
@@ -804,7 +803,6 @@ def main(args):
         optimizer.zero_grad()
         objective.after_step(step, skip)
         done = step + 1
-        meter.after_step(done)
 
         # 4. log, pictures, checkpoint, probe
         if meter.logs(done):
