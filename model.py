@@ -2160,12 +2160,18 @@ def dry_run(run, objective, total=None, **more):
 
 # masked prediction: what V-JEPA and SALT share
 
-def mask_tokens(args):
-    """How many the predictor has: --mask_tokens, or one for each mask."""
+def make_predictor(args, encoder, **shape):
+    """On the encoder's grid, for the masks of these flags. shape: Predictor's other widths and
+    layers."""
     if args.mask_tokens > len(args.masks):
         raise ValueError(f"--mask_tokens {args.mask_tokens}: at most one for each of the "
                          f"{len(args.masks)} --masks")
-    return args.mask_tokens or len(args.masks)
+    return Predictor(
+        **shape, width=args.pred_width, depth=args.pred_depth,
+        heads=args.pred_heads or encoder.heads, grid=encoder.grid, pos=encoder.pos,
+        rope_quirk=encoder.rope_quirk, rope_scaled=encoder.rope_scaled, stills=encoder.stills,
+        mask_tokens=args.mask_tokens or len(args.masks),  # 0: one for each
+        init_std=args.init_std, checkpoint=args.checkpoint)
 
 
 def masked_flops(encoder, predictor, keep, pred):

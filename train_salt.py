@@ -145,9 +145,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import IMAGENET, SIZES, Meter, Predictor, Run, UserError, ViT, adamw, budgeted
+from model import IMAGENET, SIZES, Meter, Run, UserError, ViT, adamw, budgeted
 from model import clip_gradients, construct, cosine, count, drawn, dry_run, gather, health, launch
-from model import latent_surprise, load_encoder, mask_tokens, masked_flops, numbered, patches
+from model import latent_surprise, load_encoder, make_predictor, masked_flops, numbered, patches
 from model import rankme, run_in, set_rates, some_rows, to_rgb, warmup_decay
 
 
@@ -167,11 +167,8 @@ class MaskedPrediction(nn.Module):
             **shape, patch=args.patch, tubelet=args.tubelet, frames=args.frames, size=args.size,
             pos=args.pos, highpass=args.highpass, init_std=args.init_std,
             checkpoint=args.checkpoint)
-        self.predictor = Predictor(
-            in_width=shape["width"], out_width=out_width,
-            width=args.pred_width, depth=args.pred_depth, heads=args.pred_heads or shape["heads"],
-            grid=self.encoder.grid, pos=args.pos, mask_tokens=mask_tokens(args),
-            init_std=args.init_std, checkpoint=args.checkpoint)
+        self.predictor = make_predictor(
+            args, self.encoder, in_width=shape["width"], out_width=out_width)
         # masks(step, B, rows=) -> keep, pred: an entry a mask, ids (b,K) and (b,M), of these rows
         # of the batch; a function of the seed and the step
         self.masks = partial(

@@ -244,9 +244,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import SIZES, Meter, Predictor, Run, UserError, adamw, budgeted, clip_gradients
+from model import SIZES, Meter, Run, UserError, adamw, budgeted, clip_gradients
 from model import construct, cosine, dry_run, ema_update, exact, gather, health, latent_surprise
-from model import launch, linear, make_encoder, mask_tokens, masked_flops, numbered
+from model import launch, linear, make_encoder, make_predictor, masked_flops, numbered
 from model import set_rates, some_rows, warmup_decay
 
 
@@ -265,14 +265,10 @@ class VJEPA(nn.Module):
             shape["rope_quirk"] = True
         self.encoder, _ = make_encoder(args, shape)
         width = args.levels * shape["width"]
-        self.predictor = Predictor(
+        self.predictor = make_predictor(
+            args, self.encoder,
             in_width=width, out_width=width,
-            width=args.pred_width, depth=args.pred_depth,
-            heads=args.pred_heads or self.encoder.heads,
-            grid=self.encoder.grid, pos=args.pos, rope_quirk=self.encoder.rope_quirk,
-            rope_scaled=args.rope_scaled, mask_tokens=mask_tokens(args),
-            hidden=shape["width"] if args.levels > 1 else 0, context=args.context_loss > 0,
-            stills=args.stills, init_std=args.init_std, checkpoint=args.checkpoint)
+            hidden=shape["width"] if args.levels > 1 else 0, context=args.context_loss > 0)
         # of the forward pass that comes next: place() sets both
         self.step = 0
         self.grid = self.encoder.grid
