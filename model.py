@@ -134,12 +134,11 @@ def sinusoid_table(width, grid, device="cpu"):
 def resize_table(table, old, new):
     """A table (N,D) of the grid `old` for the grid `new`: bicubic over space, linear over time."""
     table = table.T.unflatten(1, old)                                   # (D, t, h, w)
-    if new[1:] != old[1:]:
-        table = F.interpolate(table, new[1:], mode="bicubic")
-    if new[0] != old[0]:
-        flat = table.flatten(2)[:, None]                                # (D, 1, t, h*w)
-        table = F.interpolate(flat, (new[0], flat.shape[3]), mode="bilinear")
-    return table.flatten(1).T
+    # neither changes a table of the same size
+    table = F.interpolate(table, new[1:], mode="bicubic")
+    flat = table.flatten(2)[:, None]                                    # (D, 1, t, h*w)
+    flat = F.interpolate(flat, (new[0], flat.shape[3]), mode="bilinear")
+    return flat.flatten(1).T
 
 
 @cached
@@ -939,10 +938,10 @@ def keep_console():
     """From now on print() cannot fail."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:  # closed from the start
-            setattr(sys, name, open(os.devnull, "w"))
-            continue
-        stream = io.BufferedWriter(Console(number, "w", closefd=False))
-        stream = io.TextIOWrapper(stream, errors="backslashreplace", line_buffering=True)
+            stream = open(os.devnull, "w")
+        else:
+            stream = io.BufferedWriter(Console(number, "w", closefd=False))
+            stream = io.TextIOWrapper(stream, errors="backslashreplace", line_buffering=True)
         setattr(sys, name, stream)
 
 
@@ -1096,16 +1095,12 @@ def drawn(objective, step):
     return objective.masks(step, objective.args.batch_size, rows=slice(0, 1))
 
 
-def cost(objective, step):
-    """FLOPs of a step, over all ranks."""
-    return objective.args.batch_size * objective.flops(*drawn(objective, step))
-
-
 def mean_cost(parts, steps):
     """FLOPs of a step over all ranks. parts: [(share of the steps, objective)]"""
     mean = 0.0
     for share, objective in parts:
-        mean += share * sum(cost(objective, step) for step in range(steps)) / steps
+        clips = [objective.flops(*drawn(objective, step)) for step in range(steps)]
+        mean += share * (objective.args.batch_size * sum(clips)) / steps
     return mean
 
 
@@ -1276,13 +1271,6 @@ class Run:
 
     # between ranks
 
-    def broadcast(self, value):
-        """Rank 0's value on all ranks; also a barrier."""
-        box = [value]
-        if dist.is_initialized():
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
-
     def once(self, find, *given):
         """find(*given) by rank 0 -> what it gives, on all ranks; what it refuses, all refuse."""
         found = None
@@ -1291,13 +1279,13 @@ class Run:
                 found = find(*given)
             except UserError as error:
                 found = UserError(str(error))
-        found = self.broadcast(found)
+        found = self.gather(found)[0]
         if isinstance(found, UserError):
             raise found
         return found
 
     def gather(self, value):
-        """The values of all ranks in a list, on all ranks."""
+        """The values of all ranks in a list, on all ranks; also a barrier."""
         values = [value] * self.ranks
         if dist.is_initialized():
             dist.all_gather_object(values, value)
@@ -1508,7 +1496,7 @@ class Run:
         if self.rank == 0:
             (temp / "extra.json").write_text(json.dumps({"step": step, **state}))
             seal(temp, self.out / f"step_{step:08d}", self.args.keep)
-        self.broadcast(None)
+        self.gather(None)  # all wait until it is there
 
     def load(self, net, optimizer):
         """--resume: the newest whole checkpoint -> what save() was given, with its step; {} without
@@ -2332,8 +2320,8 @@ def save_bare(file, rows):
     """Rows of pictures (k,H,W,3) without a word, with gaps between them."""
     zoom = max(1, 112 // rows[0].shape[1])
     # a gap below and to the right of each
-    rows = [F.pad(row, (0, 0, 0, 1, 0, 1), value=1) for row in rows]
-    image = torch.cat([torch.cat(list(row), 1) for row in rows]).mul(255).byte()
+    pictures = F.pad(torch.stack(rows), (0, 0, 0, 1, 0, 1), value=1)    # (rows, k, H+1, W+1, 3)
+    image = pictures.transpose(1, 2).flatten(2, 3).flatten(0, 1).mul(255).byte()
     data.save_png(file, image.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
     return str(file)
 
@@ -2453,9 +2441,14 @@ def seal(temp, final, keep):
         discard(final)
     put_in_place(temp, final)
     write(final.with_name("latest"), final.name)
-    older = [path for path in final.parent.glob("step_*") if path.name < final.name]
-    for path in sorted(older, reverse=True)[keep - 1 :]:
+    for path in up_to(final)[keep:]:
         discard(path)
+
+
+def up_to(last):
+    """This checkpoint and those before it, the newest first."""
+    before = {path for path in last.parent.glob("step_*") if path < last}
+    return sorted(before | {last}, reverse=True)
 
 
 def discard(folder):
@@ -2472,9 +2465,7 @@ def newest(folder):
     folder = Path(folder)
     if not (folder / "latest").exists():
         return None
-    latest = folder / (folder / "latest").read_text().strip()
-    before = {path for path in folder.glob("step_*") if path.name < latest.name}
-    for path in sorted(before | {latest}, reverse=True):
+    for path in up_to(folder / (folder / "latest").read_text().strip()):
         bad = broken(path)
         if not bad:
             return path
