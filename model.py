@@ -1471,10 +1471,15 @@ class Run:
         """Is it time for a probe before the last one?"""
         return self.due(self.args.probe_every, done) and done < self.args.steps
 
-    def looks(self, done):
-        """Is it time for the features' rank in the log? On one rank, each hundred steps or so."""
+    def health(self, done, tokens, correction=1, **others):
+        """Collapse shows here first: mean deviation of the features tokens (n,D), and their rank;
+        also that of others. Each hundred steps or so, on one rank; else {}."""
         every = self.args.log_every * max(1, 100 // self.args.log_every)
-        return self.rank == 0 and self.due(every, done)
+        if self.rank > 0 or not self.due(every, done):
+            return {}
+        std = tokens.float().std(0, correction=correction).mean().item()
+        ranks = {f"rankme_{name}": rankme(features) for name, features in others.items()}
+        return {"feature_std": std, "rankme": rankme(tokens)} | ranks
 
     def finish(self, line):
         """The last line on stdout, one JSON object."""
@@ -2345,12 +2350,6 @@ def hide(frames, ids, grid):
 
 
 # collapse alarms, online probes
-
-def health(tokens, correction=1):
-    """Collapse shows here first: mean deviation of the features (n,D), and their rank."""
-    std = tokens.float().std(0, correction=correction).mean().item()
-    return {"feature_std": std, "rankme": rankme(tokens)}
-
 
 def some_rows(tokens, most=2048):
     """(B,N,D) or (n,D) -> about `most` rows (n,D), enough for the collapse alarms of the log."""

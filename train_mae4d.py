@@ -137,7 +137,7 @@ import torch.nn as nn
 
 import data
 from model import IMAGENET, SIZES, LatentGridDecoder, Meter, Row, Run, adamw, block_flops, budgeted
-from model import clip_gradients, construct, days, dry_run, health, hide, launch, make_encoder
+from model import clip_gradients, construct, days, dry_run, hide, launch, make_encoder
 from model import patches, readout_layer, set_rates, some_rows, split_time
 from model import to_rgb, unpatch, warmup_decay
 
@@ -315,7 +315,7 @@ def main(args):
 
         # 4. log, pictures, checkpoint, probe
         if meter.logs(done):
-            run.log(meter.line(done, rates, health(tokens) if run.looks(done) else {}))
+            run.log(meter.line(done, rates, run.health(done, tokens)))
         if run.due(args.sample_every, done):
             with torch.no_grad(), run.autocast():
                 decoded = net(x[:3], keep[:3], reconstruct=True)

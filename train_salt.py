@@ -146,9 +146,9 @@ import torch.nn.functional as F
 
 import data
 from model import IMAGENET, SIZES, Meter, Run, UserError, ViT, adamw, budgeted
-from model import clip_gradients, construct, cosine, count, drawn, dry_run, gather, health, launch
+from model import clip_gradients, construct, cosine, count, drawn, dry_run, gather, launch
 from model import latent_surprise, load_encoder, make_predictor, masked_flops, numbered, patches
-from model import rankme, run_in, set_rates, some_rows, to_rgb, warmup_decay
+from model import run_in, set_rates, some_rows, to_rgb, warmup_decay
 
 
 # --- SALT -----------------------------------------------------------------------------------------
@@ -483,10 +483,7 @@ def train(args, number, before):
 
         # 4. log, pictures, checkpoint, probe
         if meter.logs(done):
-            ranks = {}
-            if run.looks(done):
-                ranks = health(tokens) | {"rankme_targets": rankme(targets)}
-            run.log(meter.line(done, rates, ranks))
+            run.log(meter.line(done, rates, run.health(done, tokens, targets=targets)))
         if run.due(args.sample_every, done):
             run.mask_picture(net, x, keep, objective.encoder.grid, done)
         if meter.saves(done, net, x, keep, pred):

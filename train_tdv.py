@@ -173,7 +173,7 @@ import torch.nn.functional as F
 import data
 from model import IMAGENET, SIZES, Meter, MotionEncoder, Row, Run, UserError, adamw, budgeted
 from model import clip_gradients, colour_frames, colours, construct, cosine, dry_run, each_frame
-from model import ema_update, enlarge, exact, health, init_weights, launch, linear_probe
+from model import ema_update, enlarge, exact, init_weights, launch, linear_probe
 from model import make_encoder, rotate, set_rates, to_unit, warmup_decay
 
 # rows of the centres
@@ -534,8 +534,7 @@ class Views(TDV):
     def views(self, x, index):
         """Two global views of each frame and the local ones, [(F,3,1,size,size)]."""
         a = self.args
-        mean = x.new_tensor(IMAGENET["mean"]).view(3, 1, 1)
-        std = x.new_tensor(IMAGENET["std"]).view(3, 1, 1)
+        mean, std = x.new_tensor([*IMAGENET.values()]).view(2, 3, 1, 1)
         image = each_frame(x)[:, :, 0] * std + mean  # (F,3,H,W) in [0,1]
         u = view_numbers(a.seed, index, x.shape[2], 2 + a.local_crops)
         u = u.flatten(0, 1).unbind(1)  # a view: (F,16)
@@ -779,13 +778,18 @@ def accuracies(run, net, objective, step=None):
                 parts.append(net(x, read="motion_tokens"))
             return torch.cat([part.float().mean(1) for part in parts], 1)
 
+    def head(probe, first, last):
+        """The probe of these parts."""
+        columns = slice(first * width, last * width)
+        return lambda x, y, x_val: probe(x[:, columns], y, x_val[:, columns])
+
     width = objective.encoder.width
     heads = {
-        "student_acc": on_columns(linear_probe, slice(2 * width, 3 * width)),
-        "teacher_acc": on_columns(linear_probe, slice(3 * width, 4 * width)),
-        "probe_acc": on_columns(linear_probe, slice(3 * width, None)),
-        "knn_acc": on_columns(knn_probe, slice(0, width)),
-        "knn_student": on_columns(knn_probe, slice(width, 2 * width)),
+        "student_acc": head(linear_probe, 2, 3),
+        "teacher_acc": head(linear_probe, 3, 4),
+        "probe_acc": head(linear_probe, 3, 5),
+        "knn_acc": head(knn_probe, 0, 1),
+        "knn_student": head(knn_probe, 1, 2),
     }
     return run.probe(features, run.lists, run.clip, heads, step)
 
@@ -804,13 +808,6 @@ def knn_probe(x, y, xv, k=20, T=0.07):
         votes.scatter_add_(1, y[nearest], (s / T).exp())
         out.append(votes.argmax(1))
     return torch.cat(out)
-
-
-def on_columns(probe, columns):
-    """The probe of some of the features."""
-    def head(x, y, x_val):
-        return probe(x[:, columns], y, x_val[:, columns])
-    return head
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -896,8 +893,7 @@ def main(args):
 
         # 4. log, pictures, checkpoint, probes
         if meter.logs(done):
-            ranks = health(tokens, correction=0) if run.looks(done) else {}
-            line = meter.line(done, rates, ranks)
+            line = meter.line(done, rates, run.health(done, tokens, correction=0))
             if line.get("still"):  # the share of the change that motion explains
                 line["recovered"] = 1 - line["mse"] / line["still"]
             run.log(line)

@@ -245,7 +245,7 @@ import torch.nn.functional as F
 
 import data
 from model import SIZES, Meter, Run, UserError, adamw, budgeted, clip_gradients
-from model import construct, cosine, dry_run, ema_update, exact, gather, health, latent_surprise
+from model import construct, cosine, dry_run, ema_update, exact, gather, latent_surprise
 from model import launch, linear, make_encoder, make_predictor, masked_flops, numbered
 from model import set_rates, some_rows, warmup_decay
 
@@ -280,15 +280,11 @@ class VJEPA(nn.Module):
             trim=args.trim)
         if args.stills:  # masks that an image cannot have are told before the first comes
             self.image_masks(0, 1)
-        self.check_flags()
-
-    def check_flags(self):
-        """Flags that would do nothing, or the opposite, end it here."""
-        a = self.args
-        if a.pos != "rope" and (a.rope_scaled or a.rope_quirk):
+        # flags that would do nothing, or the opposite, end it here
+        if args.pos != "rope" and (args.rope_scaled or args.rope_quirk):
             raise ValueError("--rope_scaled and --rope_quirk are for --pos rope")
-        if a.context_ramp[0] > a.context_ramp[1]:
-            raise ValueError(f"--context_ramp {a.context_ramp}: first step, last step")
+        if args.context_ramp[0] > args.context_ramp[1]:
+            raise ValueError(f"--context_ramp {args.context_ramp}: first step, last step")
 
     @property
     def image_masks(self):
@@ -587,7 +583,16 @@ class FWM(VJEPA):
         self.by_pass = sorted({"orth", "sigreg"} & set(self.weights))
         # all but hw read what the encoder makes of the full clip
         self.full_pass = bool(set(self.weights) - {"hw"})
-        self.check()
+        if args.motion and any(":" in mask for mask in args.masks):
+            raise ValueError("--motion places blocks: --masks must all be BLOCKSxSCALE[xTIME]")
+        if args.anneal and not any(name.startswith("kin_") for name in self.weights):
+            raise ValueError("--anneal is for the weights of kin_ terms")
+        if args.motion and args.trim == "prefix":
+            raise ValueError("--motion trims at random, not by --trim prefix")
+        slices = self.encoder.grid[0]
+        if self.full_pass and slices < 3:
+            raise ValueError(f"terms compare three slices of a clip: --frames {args.frames} makes "
+                             f"{slices}")
         self.factorised = bool({"static", "orth"} & set(self.weights))
         width = self.encoder.width
         seen = width // 2 if self.factorised else width
@@ -600,19 +605,6 @@ class FWM(VJEPA):
                 self.heads[name] = nn.Sequential(
                     nn.Linear(inputs, 256), nn.GELU(),
                     nn.Linear(256, outputs, bias=outputs > 1))
-
-    def check(self):
-        a = self.args
-        if a.motion and any(":" in mask for mask in a.masks):
-            raise ValueError("--motion places blocks: --masks must all be BLOCKSxSCALE[xTIME]")
-        if a.anneal and not any(name.startswith("kin_") for name in self.weights):
-            raise ValueError("--anneal is for the weights of kin_ terms")
-        if a.motion and a.trim == "prefix":
-            raise ValueError("--motion trims at random, not by --trim prefix")
-        slices = self.encoder.grid[0]
-        if self.full_pass and slices < 3:
-            raise ValueError(f"terms compare three slices of a clip: --frames {a.frames} makes "
-                             f"{slices}")
 
     def forward(self, x, keep=None, pred=None):
         """As V-JEPA's; metrics have each term, and what it adds to the loss."""
@@ -788,7 +780,7 @@ def main(args):
             with run.autocast():
                 loss, metrics = net(x, keep, pred)  # [(b,K)], [(b,M)]
             (loss * (run.micro / run.per_rank)).backward()
-            tokens = metrics.pop("tokens")  # (n,D) of the targets, for health()
+            tokens = metrics.pop("tokens")  # (n,D) of the targets, for run.health()
             meter.add(loss, metrics, batch, flops=objective.flops(keep, pred))
 
         # 3. the step; where a loss or gradient is not finite, all ranks skip it alike
@@ -802,7 +794,7 @@ def main(args):
 
         # 4. log, pictures, checkpoint, probe
         if meter.logs(done):
-            run.log(meter.line(done, rates, health(tokens) if run.looks(done) else {}))
+            run.log(meter.line(done, rates, run.health(done, tokens)))
         if run.due(args.sample_every, done):
             run.mask_picture(net, x, keep, objective.grid, done)
         if meter.saves(done, net, x, keep, pred):
