@@ -1152,6 +1152,7 @@ class Run:
         self.started = time.time()
         self.rank = int(os.environ.get("RANK", 0))
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
+        self.done = 0  # steps, with the one at work
         self.last = min(args.steps, args.stop_at or args.steps)
         self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks of this machine
         self.stills = getattr(args, "stills", False)
@@ -1452,7 +1453,9 @@ class Run:
         gc.collect()
         gc.freeze()
         self.bar = tqdm(numbers, initial=first, total=self.args.steps, disable=quiet)
+        self.done = first
         for step in self.bar:
+            self.done = step + 1
             torch.manual_seed(self.args.seed * 1_000_003 + step)
             yield step
 
@@ -1463,19 +1466,19 @@ class Run:
             sync_gradients(net, start + self.micro == self.per_rank)
             yield self.first + start
 
-    def due(self, every, done):
-        """Is it time, after `done` steps, for what happens every so many and at the end?"""
-        return every > 0 and (done % every == 0 or done == self.args.steps)
+    def due(self, every):
+        """Is it time for what happens every so many steps and at the end?"""
+        return every > 0 and (self.done % every == 0 or self.done == self.args.steps)
 
-    def probes(self, done):
+    def probes(self):
         """Is it time for a probe before the last one?"""
-        return self.due(self.args.probe_every, done) and done < self.args.steps
+        return self.due(self.args.probe_every) and self.done < self.args.steps
 
-    def health(self, done, tokens, correction=1, **others):
+    def health(self, tokens, correction=1, **others):
         """Collapse shows here first: mean deviation of the features tokens (n,D), and their rank;
         also that of others. Each hundred steps or so, on one rank; else {}."""
         every = self.args.log_every * max(1, 100 // self.args.log_every)
-        if self.rank > 0 or not self.due(every, done):
+        if self.rank > 0 or not self.due(every):
             return {}
         std = tokens.float().std(0, correction=correction).mean().item()
         ranks = {f"rankme_{name}": rankme(features) for name, features in others.items()}
@@ -1492,15 +1495,15 @@ class Run:
 
     # checkpoints
 
-    def save(self, step, net, optimizer, state):
+    def save(self, net, optimizer, state):
         """Written aside, hashed, flushed, renamed, then the pointer: a kill at any moment leaves
         the last good one. state: what load() gives back, as JSON."""
         temp = self.out / "saving"
         self.once(shutil.rmtree, temp, True)  # what a killed run left
         dcp.save(tensors_of(net, optimizer), checkpoint_id=temp)
         if self.rank == 0:
-            (temp / "extra.json").write_text(json.dumps({"step": step, **state}))
-            seal(temp, self.out / f"step_{step:08d}", self.args.keep)
+            (temp / "extra.json").write_text(json.dumps({"step": self.done, **state}))
+            seal(temp, self.out / f"step_{self.done:08d}", self.args.keep)
         self.gather(None)  # all wait until it is there
 
     def load(self, net, optimizer):
@@ -1538,19 +1541,19 @@ class Run:
         read_checkpoint(state, self.once(newest, self.args.init))
         dcs.set_optimizer_state_dict(net, optimizer, state["optimizer"])
 
-    def export(self, objective, step, **notes):
+    def export(self, objective, **notes):
         """encoder.safetensors, for probes and for sharing; all ranks take part. It comes before the
         checkpoint: a run that is killed between the two, and resumed, exports again."""
         product = objective.product
         state = {name: whole(value) for name, value in product.state_dict().items()}
         args = self.args
         config = product.config | {"model": args.model, **IMAGENET, **notes}
-        config |= {"stride": args.stride, "fps": args.fps, "step": step}
+        config |= {"stride": args.stride, "fps": args.fps, "step": self.done}
         # whoever reads it next, on any rank, finds it
         self.once(save_encoder, self.out / "encoder.safetensors", state, config)
 
     @torch.no_grad()
-    def mask_picture(self, net, x, keep, grid, done):
+    def mask_picture(self, net, x, keep, grid):
         """samples/step_*.png of the first clip of x (b,3,T,H,W): the clip, what each mask keep
         [(b,K)] leaves of it, and the first three principal components of its tokens."""
         with self.autocast():
@@ -1562,29 +1565,30 @@ class Run:
             for name, ids in zip(self.args.masks, keep):
                 rows.append(Row(name, hide(clip, ids[0], grid)))
             rows.append(Row("features", enlarge(colours(tokens), grid, clip.shape[1])))
-            self.sample(done, [f"slice {i}" for i in range(grid[0])], rows)
+            self.sample([f"slice {i}" for i in range(grid[0])], rows)
 
-    def sample(self, done, columns, rows):
+    def sample(self, columns, rows):
         """samples/step_*.png"""
-        file = self.out / "samples" / f"step_{done:08d}.png"
-        figure(file, f"{self.out.name}, step {done:,}", columns, rows)
+        file = self.out / "samples" / f"step_{self.done:08d}.png"
+        figure(file, f"{self.out.name}, step {self.done:,}", columns, rows)
 
     # the online probe
 
-    def accuracy(self, net, step=None, **pixels):
+    def accuracy(self, net, **pixels):
         """Accuracy of a linear probe on the mean of the product's tokens; None where probe()
-        finds none. step: log it as that of this step."""
+        finds none."""
         def features(x):
             with self.autocast():
                 return net(x).mean(1)  # (B,D)
 
         heads = {"probe_acc": linear_probe}
-        found = self.probe(features, self.lists, self.clip, heads, step, **pixels)
+        found = self.probe(features, self.lists, self.clip, heads, **pixels)
         return found.get("probe_acc")
 
     @torch.no_grad()
-    def probe(self, features, lists, clip, heads, step=None, **pixels):
-        """{name: accuracy} of heads fitted on the first list's clips, on those of the second.
+    def probe(self, features, lists, clip, heads, **pixels):
+        """{name: accuracy} of heads fitted on the first list's clips, on those of the second; of a
+        run that has begun they are logged.
 
         features: x -> (B,D). heads: {name: function of x (n,D), y (n,), xv -> classes of xv}.
         pixels: mean and std of what the encoder was trained on, else ImageNet's. A video that
@@ -1593,7 +1597,7 @@ class Run:
         """
         if not lists:
             return {}
-        say("probing ..." if step else "probing the random weights ...")
+        say("probing ..." if self.done else "probing the random weights ...")
 
         def read(x):
             if self.told():
@@ -1620,8 +1624,8 @@ class Run:
         for name in heads if len(labels) else ():
             right = labels[heads[name](x[ok], y, x_val)] == y_val
             found[name] = (right & ok_val).double().mean().item()
-        if step is not None:
-            self.log({"step": step} | found)
+        if self.done:
+            self.log({"step": self.done} | found)
         self.paused += time.perf_counter() - begin
         return found
 
@@ -1792,29 +1796,29 @@ class Meter:
                        f"and gradient, the last one with {', '.join(paths[:3])} ...; "
                        f"the last good checkpoint: {newest(self.run.out)}")
 
-    def logs(self, done):
+    def logs(self):
         """The step is over: forget its micro-batches; too many unreadable videos end the run. Is it
         time for a log line? Not where every step since the last one was skipped."""
         self.parts = []
         self.sums = Counter()
         args = self.run.args
-        due = self.run.due(args.log_every, done)
+        due = self.run.due(args.log_every)
         if due:
             self.catch_up()
         bad = self.state["bad"]
-        opened = max(100, done * args.batch_size / args.clips_per_video)
+        opened = max(100, self.run.done * args.batch_size / args.clips_per_video)
         if bad > args.max_bad_fraction * opened:
             raise Stop(f"{bad} of the clips opened so far cannot be read, more than "
                        f"--max_bad_fraction {args.max_bad_fraction}; "
                        f"all of them: python data.py check {' '.join(args.data)}")
         return due and self.state["window"]
 
-    def saves(self, done, net, *inputs):
+    def saves(self, net, *inputs):
         """Is it time for a checkpoint, and are the weights worth one? Not while steps are skipped,
         nor after one that ruined them: net(*inputs), the last micro-batch once more, must still
         have a finite loss, on all ranks."""
         run = self.run
-        due = run.stop or run.due(run.args.save_every, done) or done == run.last
+        due = run.stop or run.due(run.args.save_every) or run.done == run.last
         if due:
             self.catch_up()
         if not due or self.skips:
@@ -1823,28 +1827,28 @@ class Meter:
             loss, _ = net(*inputs)
         sound = all(run.gather(math.isfinite(loss)))
         if not sound:
-            say(f"step {done}: not saved, the loss is no longer finite")
+            say(f"step {run.done}: not saved, the loss is no longer finite")
         return sound
 
-    def line(self, done, rates, health):
+    def line(self, rates, health):
         """The log line: means of the loss terms since the last one, rates, health, speed."""
         run = self.run
         window = self.state["window"]
         seconds = time.perf_counter() - self.since - run.paused
         speed = (self.state["flops"] - self.flops_before) / seconds  # FLOP/s of all ranks
-        line = {"step": done} | averages(window) | rates
+        line = {"step": run.done} | averages(window) | rates
         line["grad_norm"] = self.grad_norm if math.isfinite(self.grad_norm) else None
         line |= health
         kept = ("flops", "ledger", "random_acc", "bad")
         line |= {name: self.state[name] for name in kept if name in self.state}
-        left = seconds * (run.args.steps - done) * run.args.batch_size / self.clips
+        left = seconds * (run.args.steps - run.done) * run.args.batch_size / self.clips
         line |= {
             "clips_per_s": self.clips / seconds,
             "tflops": speed / 1e12,
             **mfu(speed / run.ranks, run.device),
             "wait_pct": 100 * sum(between(*times) for times in self.waits) / seconds,
             "peak_gb": peak_gb(run.device),
-            "padded_pct": 100 * self.state["padded"] / (done * run.args.batch_size),
+            "padded_pct": 100 * self.state["padded"] / (run.done * run.args.batch_size),
             "eta": str(datetime.timedelta(seconds=round(left))),
         }
         self.state["loss"] = line["loss"]
@@ -1853,10 +1857,10 @@ class Meter:
         self.restart()
         return line
 
-    def summary(self, done, probe_acc):
+    def summary(self, probe_acc):
         """For the last line on stdout."""
         said = {name: self.state[name] for name in ("loss", "random_acc", "bad", "skipped")}
-        return {"steps": done, "probe_acc": probe_acc, **said}
+        return {"steps": self.run.done, "probe_acc": probe_acc, **said}
 
 
 def averages(rows):

@@ -234,7 +234,7 @@ def kept(mask, seed, grid, step, batch_size, rows=None):
     return (keep[0],)
 
 
-def picture(run, done, x, keep, decoded, grid):
+def picture(run, x, keep, decoded, grid):
     """Clips x (b,3,T,H,W) in [0,1], two rows each, of the first and the middle slice:
     masked | reconstructed | original."""
     rows = []
@@ -246,7 +246,7 @@ def picture(run, done, x, keep, decoded, grid):
         for at in (0, grid[0] // 2):
             rows.append(Row(f"slice {at}", shown[at].clamp(0, 1)))
         rows.append(None)
-    run.sample(done, ["masked", "reconstructed", "original"], rows[:-1])
+    run.sample(["masked", "reconstructed", "original"], rows[:-1])
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def main(args):
     net = run.wrap(objective)  # what is called, trained and saved
     optimizer = adamw(objective, args)
     meter = Meter(run, run.load(net, optimizer))
-    first = done = meter.state.pop("step", 0)
+    first = meter.state.pop("step", 0)
     if first == 0 and not args.init:  # before learning: what it has to beat
         meter.state["random_acc"] = run.accuracy(net, **objective.pixels)
     loader = run.loader(sources, first, objective.masks)
@@ -311,28 +311,27 @@ def main(args):
         optimizer.found_inf = skip
         optimizer.step()
         optimizer.zero_grad()
-        done = step + 1
 
         # 4. log, pictures, checkpoint, probe
-        if meter.logs(done):
-            run.log(meter.line(done, rates, run.health(done, tokens)))
-        if run.due(args.sample_every, done):
+        if meter.logs():
+            run.log(meter.line(rates, run.health(tokens)))
+        if run.due(args.sample_every):
             with torch.no_grad(), run.autocast():
                 decoded = net(x[:3], keep[:3], reconstruct=True)
             if run.rank == 0:
-                picture(run, done, objective.raw(x[:3]), keep[:3], decoded, grid)
-        if meter.saves(done, net, x, keep):
-            run.export(objective, done, **objective.pixels, **objective.layers)
-            run.save(done, net, optimizer, meter.state)
+                picture(run, objective.raw(x[:3]), keep[:3], decoded, grid)
+        if meter.saves(net, x, keep):
+            run.export(objective, **objective.pixels, **objective.layers)
+            run.save(net, optimizer, meter.state)
         if run.stop:
             break
-        if run.probes(done):
-            run.accuracy(net, done, **objective.pixels)
+        if run.probes():
+            run.accuracy(net, **objective.pixels)
 
     probe_acc = None
-    if done == args.steps:
-        probe_acc = run.accuracy(net, done, **objective.pixels)
-    run.finish(meter.summary(done, probe_acc))
+    if run.done == args.steps:
+        probe_acc = run.accuracy(net, **objective.pixels)
+    run.finish(meter.summary(probe_acc))
 
 
 if __name__ == "__main__":

@@ -450,7 +450,7 @@ def train(args, number, before):
     optimizer = adamw(objective, args)
     costs = {"flops": before["flops"], "ledger": before["ledger"]}  # go on over the stages
     meter = Meter(run, costs | run.load(net, optimizer))
-    first = done = meter.state.pop("step", 0)
+    first = meter.state.pop("step", 0)
     if first == 0:  # before learning: what it has to beat
         meter.state["random_acc"] = run.accuracy(net)
     loader = run.loader(sources, first, objective.masks)
@@ -479,25 +479,24 @@ def train(args, number, before):
         optimizer.found_inf = skip
         optimizer.step()
         optimizer.zero_grad()
-        done = step + 1
 
         # 4. log, pictures, checkpoint, probe
-        if meter.logs(done):
-            run.log(meter.line(done, rates, run.health(done, tokens, targets=targets)))
-        if run.due(args.sample_every, done):
-            run.mask_picture(net, x, keep, objective.encoder.grid, done)
-        if meter.saves(done, net, x, keep, pred):
-            run.export(objective, done)
-            run.save(done, net, optimizer, meter.state)
+        if meter.logs():
+            run.log(meter.line(rates, run.health(tokens, targets=targets)))
+        if run.due(args.sample_every):
+            run.mask_picture(net, x, keep, objective.encoder.grid)
+        if meter.saves(net, x, keep, pred):
+            run.export(objective)
+            run.save(net, optimizer, meter.state)
         if run.stop:
             break
-        if run.probes(done):
-            run.accuracy(net, done)
+        if run.probes():
+            run.accuracy(net)
 
-    probe_acc = run.accuracy(net, done) if done == args.steps else None
+    probe_acc = run.accuracy(net) if run.done == args.steps else None
     costs = {name: meter.state[name] for name in costs}
     stage = {"stage": number, "teacher_acc": before["probe_acc"]}
-    return meter.summary(done, probe_acc) | stage | costs
+    return meter.summary(probe_acc) | stage | costs
 
 
 if __name__ == "__main__":

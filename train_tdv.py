@@ -712,7 +712,7 @@ def hide_blocks(rng, frame, count):
 # --- pictures and probes --------------------------------------------------------------------------
 
 @torch.no_grad()
-def show(run, net, objective, x, step):
+def show(run, net, objective, x):
     """A picture of the first clip of x (B,3,T,H,W); in the log, how far composition drifts from the
     teacher, frame by frame, beside the first frame's tokens held still."""
     frames = x.shape[2]
@@ -725,9 +725,9 @@ def show(run, net, objective, x, step):
             moved = (z[0, 1:] - z[0, :-1]).norm(dim=-1)[:, 1:]  # (T-1,n)
             composed = drift(z, teacher)
             still = drift(z[:, :1].expand_as(z), teacher)
-            run.log({"step": step, "drift": composed, "drift_still": still})
+            run.log({"step": run.done, "drift": composed, "drift_still": still})
     if run.rank == 0:
-        picture(run, step, x[0], teacher[0], attention, moved)
+        picture(run, x[0], teacher[0], attention, moved)
 
 
 def drift(z, teacher):
@@ -736,7 +736,7 @@ def drift(z, teacher):
     return [round(value, 5) for value in error.tolist()]
 
 
-def picture(run, step, x, teacher, attention, moved):
+def picture(run, x, teacher, attention, moved):
     """One clip, a column a frame: the frames x (3,T,H,W), the first three principal components of
     the teacher's patches (T,n,D), what its CLS attends to (T,heads,n), and how far the motion
     encoder moves each patch in the pair that begins there, (T-1,n) or None."""
@@ -751,7 +751,7 @@ def picture(run, step, x, teacher, attention, moved):
     rows = [Row("clip", colour_frames(x))]
     for name, values in tokens.items():
         rows.append(Row(name, enlarge(values, (frames, side, side), size)))
-    run.sample(step, [f"frame {i}" for i in range(frames)], rows)
+    run.sample([f"frame {i}" for i in range(frames)], rows)
 
 
 def shades(values):
@@ -759,7 +759,7 @@ def shades(values):
     return to_unit(values.cpu().reshape(-1, 1)).expand(-1, 3)
 
 
-def accuracies(run, net, objective, step=None):
+def accuracies(run, net, objective):
     """{name: accuracy} of five probes on means over a clip's tokens; {} without lists.
 
     teacher_acc: linear, on what the exported encoder has, the teacher's patches. student_acc: on
@@ -791,7 +791,7 @@ def accuracies(run, net, objective, step=None):
         "knn_acc": head(knn_probe, 0, 1),
         "knn_student": head(knn_probe, 1, 2),
     }
-    return run.probe(features, run.lists, run.clip, heads, step)
+    return run.probe(features, run.lists, run.clip, heads)
 
 
 @torch.no_grad()
@@ -860,7 +860,7 @@ def main(args):
     optimizer = adamw(objective, args, {"motion.": args.motion_lr})
     state = run.load(net, optimizer)
     meter = Meter(run, {"random_knn": None} | state)
-    first = done = meter.state.pop("step", 0)
+    first = meter.state.pop("step", 0)
     if first == 0 and not args.init:  # before learning: what it has to beat
         found = accuracies(run, net, objective)
         meter.state["random_acc"] = found.get("probe_acc")
@@ -889,27 +889,26 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
         objective.after_step(step, skip)
-        done = step + 1
 
         # 4. log, pictures, checkpoint, probes
-        if meter.logs(done):
-            line = meter.line(done, rates, run.health(done, tokens, correction=0))
+        if meter.logs():
+            line = meter.line(rates, run.health(tokens, correction=0))
             if line.get("still"):  # the share of the change that motion explains
                 line["recovered"] = 1 - line["mse"] / line["still"]
             run.log(line)
-        if run.due(args.sample_every, done):
-            show(run, net, objective, x, done)
-        if meter.saves(done, net, x, batch["index"]):
-            run.export(objective, done)
-            run.save(done, net, optimizer, meter.state)
+        if run.due(args.sample_every):
+            show(run, net, objective, x)
+        if meter.saves(net, x, batch["index"]):
+            run.export(objective)
+            run.save(net, optimizer, meter.state)
         if run.stop:
             break
-        if run.probes(done):
-            accuracies(run, net, objective, done)
+        if run.probes():
+            accuracies(run, net, objective)
 
-    found = accuracies(run, net, objective, done) if done == args.steps else {}
+    found = accuracies(run, net, objective) if run.done == args.steps else {}
     knn = {"knn_acc": found.get("knn_acc"), "random_knn": meter.state["random_knn"]}
-    run.finish(meter.summary(done, found.get("probe_acc")) | knn)
+    run.finish(meter.summary(found.get("probe_acc")) | knn)
 
 
 if __name__ == "__main__":

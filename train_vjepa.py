@@ -760,7 +760,7 @@ def main(args):
     net = run.wrap(objective)  # what is called, trained and saved
     optimizer = adamw(objective, args)
     meter = Meter(run, run.load(net, optimizer))
-    first = done = meter.state.pop("step", 0)
+    first = meter.state.pop("step", 0)
     if first == 0 and args.init_optimizer:
         run.carry_optimizer(net, optimizer)
     if first == 0 and not args.init:  # before learning: what it has to beat
@@ -790,23 +790,22 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
         objective.after_step(step, skip)
-        done = step + 1
 
         # 4. log, pictures, checkpoint, probe
-        if meter.logs(done):
-            run.log(meter.line(done, rates, run.health(done, tokens)))
-        if run.due(args.sample_every, done):
-            run.mask_picture(net, x, keep, objective.grid, done)
-        if meter.saves(done, net, x, keep, pred):
-            run.export(objective, done)
-            run.save(done, net, optimizer, meter.state)
+        if meter.logs():
+            run.log(meter.line(rates, run.health(tokens)))
+        if run.due(args.sample_every):
+            run.mask_picture(net, x, keep, objective.grid)
+        if meter.saves(net, x, keep, pred):
+            run.export(objective)
+            run.save(net, optimizer, meter.state)
         if run.stop:
             break
-        if run.probes(done):
-            run.accuracy(net, done)
+        if run.probes():
+            run.accuracy(net)
 
-    probe_acc = run.accuracy(net, done) if done == args.steps else None
-    run.finish(meter.summary(done, probe_acc))
+    probe_acc = run.accuracy(net) if run.done == args.steps else None
+    run.finish(meter.summary(probe_acc))
 
 
 if __name__ == "__main__":

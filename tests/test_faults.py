@@ -231,11 +231,11 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_last_checkpoint_resumes(
     """Promise: disk full leaves the last good checkpoint. Injected: the third save may not write more than 100 kB."""
     full = (
         "old = V.Run.save\n"
-        "def save(self, step, *rest):\n"
-        "    if step == 3:\n"
+        "def save(self, *rest):\n"
+        "    if self.done == 3:\n"
         "        import resource\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
-        "    old(self, step, *rest)\n"
+        "    old(self, *rest)\n"
         "V.Run.save = save\n"
     )
     status, err = train("--save_every", 1, code=full)
