@@ -1432,28 +1432,27 @@ class Run:
             os._exit(130)  # a second Ctrl-C waits for nothing
         Run.signalled = True
 
-    def loader(self, sources, first, *masks):
-        """This rank's micro-batches, from step `first` on, each with its masks. masks: of clips,
-        and of images."""
+    def loader(self, sources, *masks):
+        """This rank's micro-batches of the steps to come, each with its masks. masks: of clips, and
+        of images."""
         args = self.args
         batches = data.make_loader(
             sources, self.clip, seed=args.seed, batch_size=args.batch_size, micro_batch=self.micro,
             rank=self.rank, ranks=self.ranks, workers=self.workers, timeout=args.timeout,
-            start_step=first, steps=self.last, masks=masks, stills=self.stills)
+            start_step=self.done, steps=self.last, masks=masks, stills=self.stills)
         if self.device.type == "cuda":
             batches = data.ahead(batches, self.device)
         return batches
 
-    def steps(self, first):
+    def steps(self):
         """The numbers of the steps to take: none where a signal has come before the first. No
         random state outlives a step."""
-        numbers = range(first, first if self.told() else self.last)
+        numbers = range(self.done, self.done if self.told() else self.last)
         quiet = self.rank > 0 or not sys.stderr.isatty()
         # what lives now lives on: the collector need not walk through it (0.1 s) ever again
         gc.collect()
         gc.freeze()
-        self.bar = tqdm(numbers, initial=first, total=self.args.steps, disable=quiet)
-        self.done = first
+        self.bar = tqdm(numbers, initial=self.done, total=self.args.steps, disable=quiet)
         for step in self.bar:
             self.done = step + 1
             torch.manual_seed(self.args.seed * 1_000_003 + step)
@@ -1692,6 +1691,7 @@ class Meter:
         self.state = {"random_acc": None, "bad": 0, "padded": 0, "loss": None, "window": [],
                       "flops": 0.0, "skipped": 0}
         self.state |= state
+        run.done = self.state.pop("step", 0)
         self.skips = 0
         self.parts = []  # of this step: numbers and files of each micro-batch
         self.sums = Counter()

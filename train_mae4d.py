@@ -284,12 +284,11 @@ def main(args):
     net = run.wrap(objective)  # what is called, trained and saved
     optimizer = adamw(objective, args)
     meter = Meter(run, run.load(net, optimizer))
-    first = meter.state.pop("step", 0)
-    if first == 0 and not args.init:  # before learning: what it has to beat
+    if run.done == 0 and not args.init:  # before learning: what it has to beat
         meter.state["random_acc"] = run.accuracy(net, **objective.pixels)
-    loader = run.loader(sources, first, objective.masks)
+    loader = run.loader(sources, objective.masks)
 
-    for step in run.steps(first):
+    for step in run.steps():
         # 1. the rates of this step
         rates = objective.schedules(step)
         set_rates(optimizer, rates)

@@ -450,12 +450,11 @@ def train(args, number, before):
     optimizer = adamw(objective, args)
     costs = {"flops": before["flops"], "ledger": before["ledger"]}  # go on over the stages
     meter = Meter(run, costs | run.load(net, optimizer))
-    first = meter.state.pop("step", 0)
-    if first == 0:  # before learning: what it has to beat
+    if run.done == 0:  # before learning: what it has to beat
         meter.state["random_acc"] = run.accuracy(net)
-    loader = run.loader(sources, first, objective.masks)
+    loader = run.loader(sources, objective.masks)
 
-    for step in run.steps(first):
+    for step in run.steps():
         # 1. the rates of this step
         rates = objective.schedules(step)
         set_rates(optimizer, rates)

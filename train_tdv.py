@@ -860,14 +860,13 @@ def main(args):
     optimizer = adamw(objective, args, {"motion.": args.motion_lr})
     state = run.load(net, optimizer)
     meter = Meter(run, {"random_knn": None} | state)
-    first = meter.state.pop("step", 0)
-    if first == 0 and not args.init:  # before learning: what it has to beat
+    if run.done == 0 and not args.init:  # before learning: what it has to beat
         found = accuracies(run, net, objective)
         meter.state["random_acc"] = found.get("probe_acc")
         meter.state["random_knn"] = found.get("knn_acc")
-    loader = run.loader(sources, first)
+    loader = run.loader(sources)
 
-    for step in run.steps(first):
+    for step in run.steps():
         # 1. the rates of this step
         rates = objective.schedules(step)
         set_rates(optimizer, rates)
