@@ -500,7 +500,7 @@ class ViT(nn.Module):
                 raise ValueError("an image encoder sees whole frames: no keep, and fill for clips "
                                  "of one frame only")
             z = self(each_frame(x), blocks=blocks).unflatten(0, (len(x), -1))  # (B, T, 1+h*w, D)
-            if self.cls_token is None:
+            if not self.cls:
                 return z.flatten(1, 2)
             return torch.cat([z[:, :, 0], z[:, :, 1:].flatten(1, 2)], 1)
         grouped = isinstance(keep, (list, tuple))
@@ -553,7 +553,7 @@ class ViT(nn.Module):
             table = self.positions(grid, x.device)
             # under autocast the residual stream is float32 from here on, as in V-JEPA 1's
             x = x + settle((table if ids is None else table[ids]).float(), x)
-        if self.cls_token is not None:
+        if self.cls:
             cls = self.cls_token.to(x.dtype).expand(B, 1, -1)
             x = interleave(repeat(cls), x.split(lengths, 1))
             if ids is None:
@@ -587,7 +587,7 @@ class ViT(nn.Module):
         """Forward FLOPs of one clip whose groups (image encoder: frames) have these token
         counts."""
         embed = 2 * self.patch_embed.proj.weight.numel() * sum(lengths)
-        if self.cls_token is not None:
+        if self.cls:
             lengths = [1 + n for n in lengths]
         return embed + len(self.blocks) * block_flops(self.width, self.mlp, lengths)
 
@@ -620,7 +620,13 @@ class MotionBlock(Block):
         """x (B,n,D), z (B,m,D), with m = n where it modulates -> (B,n,D)."""
         if self.condition in ("xattn", "film"):
             x = x + self.attn(self.norm1(x), rope)
-            x = x + self.tell(self.norm_cross(x), z)
+            told = self.norm_cross(x)
+            if self.condition == "xattn":
+                told = self.cross(told, z)
+            else:
+                scale, shift = self.modulation(z).chunk(2, -1)
+                told = told * scale + shift
+            x = x + told
             return x + self.mlp(self.norm2(x))
         told = self.modulation(z).chunk(CONDITIONS[self.condition], -1)
         scale1, shift1, scale2, shift2, *gates = told
@@ -629,12 +635,6 @@ class MotionBlock(Block):
         gate1, gate2 = gates or (1, 1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-
-    def tell(self, x, z):
-        if self.condition == "xattn":
-            return self.cross(x, z)
-        scale, shift = self.modulation(z).chunk(2, -1)
-        return x * scale + shift
 
 
 class MotionEncoder(ViT):

@@ -136,10 +136,11 @@ import torch
 import torch.nn as nn
 
 import data
-from model import IMAGENET, SIZES, LatentGridDecoder, Meter, Row, Run, adamw, block_flops, budgeted
-from model import clip_gradients, construct, days, dry_run, hide, launch, make_encoder
-from model import patches, readout_layer, set_rates, some_rows, split_time
-from model import to_rgb, unpatch, warmup_decay
+from model import (
+    IMAGENET, SIZES, LatentGridDecoder, Meter, Row, Run, adamw, block_flops, budgeted,
+    clip_gradients, construct, days, dry_run, hide, launch, make_encoder, patches, readout_layer,
+    set_rates, some_rows, split_time, to_rgb, unpatch, warmup_decay,
+)
 
 RGB = dict(mean=[0.0] * 3, std=[1.0] * 3)  # of raw pixels, in [0,1]
 

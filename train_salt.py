@@ -145,10 +145,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import IMAGENET, SIZES, Meter, Run, UserError, ViT, adamw, budgeted
-from model import clip_gradients, construct, cosine, count, drawn, dry_run, gather, launch
-from model import latent_surprise, load_encoder, make_predictor, masked_flops, numbered, patches
-from model import run_in, set_rates, some_rows, to_rgb, warmup_decay
+from model import (
+    IMAGENET, SIZES, Meter, Run, UserError, ViT, adamw, budgeted, clip_gradients, construct, cosine,
+    count, drawn, dry_run, gather, launch, latent_surprise, load_encoder, make_predictor,
+    masked_flops, numbered, patches, run_in, set_rates, some_rows, to_rgb, warmup_decay,
+)
 
 
 # --- SALT -----------------------------------------------------------------------------------------

@@ -171,10 +171,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import IMAGENET, SIZES, Meter, MotionEncoder, Row, Run, UserError, adamw, budgeted
-from model import clip_gradients, colour_frames, colours, construct, cosine, dry_run, each_frame
-from model import ema_update, enlarge, exact, init_weights, launch, linear_probe
-from model import make_encoder, rotate, set_rates, to_unit, warmup_decay
+from model import (
+    IMAGENET, SIZES, Meter, MotionEncoder, Row, Run, UserError, adamw, budgeted, clip_gradients,
+    colour_frames, colours, construct, cosine, dry_run, each_frame, ema_update, enlarge, exact,
+    init_weights, launch, linear_probe, make_encoder, rotate, set_rates, to_unit, warmup_decay,
+)
 
 # rows of the centres
 CLS = 0

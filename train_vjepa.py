@@ -244,10 +244,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import SIZES, Meter, Run, UserError, adamw, budgeted, clip_gradients
-from model import construct, cosine, dry_run, ema_update, exact, gather, latent_surprise
-from model import launch, linear, make_encoder, make_predictor, masked_flops, numbered
-from model import set_rates, some_rows, warmup_decay
+from model import (
+    SIZES, Meter, Run, UserError, adamw, budgeted, clip_gradients, construct, cosine, dry_run,
+    ema_update, exact, gather, latent_surprise, launch, linear, make_encoder, make_predictor,
+    masked_flops, numbered, set_rates, some_rows, warmup_decay,
+)
 
 
 # --- V-JEPA ---------------------------------------------------------------------------------------
