@@ -180,6 +180,7 @@ from model import (
 # rows of the centres
 CLS = 0
 PATCHES = 1
+KINDS = ("cls", "patch")
 # what the motion encoder has of the encoder
 MOTION_SHAPE = "width depth heads mlp patch pos act eps frames size init_std".split()
 
@@ -255,15 +256,15 @@ class TDV(nn.Module):
         }
         loss = a.w_mse * mse
         if a.w_cls:
-            ce, entropy = self.ce(CLS, zhat[:, :1], h[:, :1], weight[:, None])
+            ce, said = self.ce(CLS, zhat[:, :1], h[:, :1], weight[:, None])
             loss = loss + a.w_cls * ce
-            metrics |= {"ce_cls": ce.detach(), "entropy_cls": entropy}
+            metrics |= said
         if a.w_patch:
             n = z.shape[1] - 1
             each = weight[:, None].expand(-1, n) / n
-            ce, entropy = self.ce(PATCHES, zhat[:, 1:], h[:, 1:], each)
+            ce, said = self.ce(PATCHES, zhat[:, 1:], h[:, 1:], each)
             loss = loss + a.w_patch * ce
-            metrics |= {"ce_patch": ce.detach(), "entropy_patch": entropy}
+            metrics |= said
         return loss, metrics
 
     def predict(self, z, now, then):
@@ -284,8 +285,8 @@ class TDV(nn.Module):
         return (change > self.args.motion_threshold).float()
 
     def ce(self, kind, zhat, h, weight=None):
-        """Cross-entropy from teacher tokens h to student tokens zhat, (...,D), and the teacher's
-        entropy. kind: CLS or PATCHES; weight (...,) of each token: none, the mean."""
+        """Cross-entropy from teacher tokens h to student tokens zhat, (...,D), and what the log
+        shows: it, and the teacher's entropy. kind: CLS or PATCHES; weight (...,) of each token: none, the mean."""
         s, student_prototypes = self.head(zhat)
         with torch.no_grad():
             t, teacher_prototypes = self.target_head(h)
@@ -299,7 +300,8 @@ class TDV(nn.Module):
         sums = torch.cat([mean * rows, mean.new_tensor([rows])])  # (K+1,)
         if self.training and torch.is_grad_enabled():  # a step
             self.logit_sums[kind].append(sums)
-        return loss, entropy
+        name = KINDS[kind]
+        return loss, {f"ce_{name}": loss.detach(), f"entropy_{name}": entropy}
 
     @torch.no_grad()
     def after_step(self, step, skip=0.0):
@@ -516,9 +518,9 @@ class Views(TDV):
             others = seen[:view] + seen[view + 1:]
             students += others
             teachers += [teacher[:, 0]] * len(others)
-        ce, entropy = self.ce(CLS, torch.cat(students), torch.cat(teachers))
+        ce, said = self.ce(CLS, torch.cat(students), torch.cat(teachers))
         loss = a.w_cls * ce
-        metrics = {"ce_cls": ce.detach(), "entropy_cls": entropy, "tokens": h[0][:, 0]}
+        metrics = said | {"tokens": h[0][:, 0]}
 
         # patches: from each hidden one to itself; a view counts once, however many it hides
         if a.w_patch:
@@ -526,9 +528,9 @@ class Views(TDV):
             weight = hidden / hidden.sum(1, keepdim=True).clamp(min=1)
             student = torch.cat(z)[:, 1:][hidden]  # (hidden patches,D)
             teacher = torch.cat(h)[:, 1:][hidden]
-            ce, entropy = self.ce(PATCHES, student, teacher, weight[hidden] / len(hidden))
+            ce, said = self.ce(PATCHES, student, teacher, weight[hidden] / len(hidden))
             loss = loss + a.w_patch * ce
-            metrics |= {"ce_patch": ce.detach(), "entropy_patch": entropy}
+            metrics |= said
         return loss, metrics
 
     @torch.no_grad()
@@ -541,16 +543,15 @@ class Views(TDV):
         u = u.flatten(0, 1).unbind(1)  # a view: (F,16)
         # of the two global views: shares that are blurred and solarised (DINO)
         special = (dict(blur=1.0), dict(blur=0.1, solarise=0.2))
-        wide = []
-        local = []
+        views = []
         with exact(x):  # bf16 would place pixels wrongly
             for view in (0, 1):
-                wide.append(augment(
+                views.append(augment(
                     image, u[view], a.size, a.global_scale, crop=view < a.random_crops,
                     colour=a.colour, **special[view]))
             for numbers in u[2:]:
-                local.append(augment(image, numbers, a.local_size, a.local_scale, colour=a.colour))
-        normalised = [((view - mean) / std)[:, :, None] for view in wide + local]
+                views.append(augment(image, numbers, a.local_size, a.local_scale, colour=a.colour))
+        normalised = [((view - mean) / std)[:, :, None] for view in views]
         return normalised[:2], normalised[2:]
 
     def hide(self, index, frames, view):
