@@ -34,6 +34,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -362,7 +363,7 @@ class PatchEmbed(nn.Module):
     """Tubelet embedding. The weight has Conv3d's shape and name, but only the kept patches are
     multiplied. highpass: see ViT."""
 
-    def __init__(self, width, patch, tubelet, highpass=0.0):
+    def __init__(self, width, patch, tubelet, highpass):
         super().__init__()
         self.highpass = highpass
         kernel = (tubelet, patch, patch)
@@ -400,17 +401,12 @@ def level_ends(depth, levels):
 
 
 # what ViT.config holds: numbers with their ranges, and what has few values
-COUNT = (int, 1, 100_000)
-NUMBERS = {
-    "width": COUNT, "depth": (int, 1, 1000), "heads": COUNT, "mlp": COUNT, "patch": COUNT,
-    "tubelet": COUNT, "frames": COUNT, "size": COUNT, "levels": (int, 1, 1000),
-    "rope_scaled": (int, 0, 1000), "highpass": (float, 0, math.inf), "eps": (float, 0, 1),
-    "init_std": (float, 0, math.inf),
+NUMBERS = dict.fromkeys("width heads mlp patch tubelet frames size".split(), (int, 1, 100_000)) | {
+    "depth": (int, 1, 1000), "levels": (int, 1, 1000), "rope_scaled": (int, 0, 1000),
+    "highpass": (float, 0, math.inf), "eps": (float, 0, 1), "init_std": (float, 0, math.inf),
 }
-SWITCH = (False, True)
-CHOICES = {
+CHOICES = dict.fromkeys("rope_quirk images cls final_norm stills".split(), (False, True)) | {
     "pos": ("rope", "sincos", "sinusoid1d", "learned"), "act": tuple(ACTIVATIONS),
-    "rope_quirk": SWITCH, "images": SWITCH, "cls": SWITCH, "final_norm": SWITCH, "stills": SWITCH,
 }
 VIT_KEYS = (*NUMBERS, *CHOICES)
 # what a config may say besides: size name, sampling, blocks to read out, pixel statistics
@@ -1019,12 +1015,12 @@ def first_cause(error):
 def check_numbers(args, positive):
     """Numbers no script can use end it here; the flags' types let `--lr nan` through."""
     for name, value in vars(args).items():
-        need = "a share from 0 to 1" if name in SHARES else "a positive finite number"
+        least = -1 if name == "workers" else 0
+        most = 1 if name in SHARES else sys.float_info.max
+        need = "a share from 0 to 1" if most == 1 else "a positive finite number"
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, str):
                 continue
-            least = -1 if name == "workers" else 0
-            most = 1 if name in SHARES else sys.float_info.max
             bad = not least <= number <= most or (name == "betas" and number == 1)
             if bad or (name in positive and number == 0):
                 raise UserError(f"--{name} {number}: {need} is needed")
@@ -2040,7 +2036,7 @@ class Plan:
         """kept: what autograd keeps of a clip; lean: with --checkpoint, with the block that is
         recomputed. Found on the meta device, where nothing is computed."""
         state = {}
-        for name, value in [*objective.named_parameters(), *objective.named_buffers()]:
+        for name, value in objective.state_dict(keep_vars=True).items():
             state[name] = value.detach().to("meta").requires_grad_(value.requires_grad)
         own = {value.untyped_storage()._cdata for value in state.values()}
         kept = {}
@@ -2355,10 +2351,10 @@ def hide(frames, ids, grid):
 
 # collapse alarms, online probes
 
-def some_rows(tokens, most=2048):
-    """(B,N,D) or (n,D) -> about `most` rows (n,D), enough for the collapse alarms of the log."""
+def some_rows(tokens):
+    """(B,N,D) or (n,D) -> about 2,048 rows (n,D), enough for the collapse alarms of the log."""
     rows = tokens.detach().flatten(0, -2)
-    return rows[:: max(1, len(rows) // most)]
+    return rows[:: max(1, len(rows) // 2048)]
 
 
 @torch.no_grad()
@@ -2382,26 +2378,28 @@ def linear_probe(x, y, xv, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)):
     the best leave-one-out accuracy on x, which the singular value decomposition gives in closed
     form for all penalties at once.
     """
-    mean = x.double().mean(0)
+    x = x.double()
+    mean = x.mean(0)
     # one row has no deviation
-    std = x.double().std(0, correction=min(1, len(x) - 1)) + 1e-6
-    x = (x.double() - mean) / std
+    std = x.std(0, correction=min(1, len(x) - 1)) + 1e-6
+    x = (x - mean) / std
     xv = (xv.double() - mean) / std
     target = F.one_hot(y).double()
     centre = target.mean(0)
     target = target - centre
     u, s, v = torch.linalg.svd(x, full_matrices=False)
-    best = None
+    along = u.T @ target
+    best = (-1, None)
     for penalty in penalties:
         shrink = s**2 / (s**2 + penalty * len(x))
-        fit = u @ (shrink[:, None] * (u.T @ target))
+        fit = u @ (shrink[:, None] * along)
         leverage = (u**2 @ shrink + 1 / len(x)).clamp(max=1 - 1e-9)
         # each row predicted by a fit without it
         left_out = target - (target - fit) / (1 - leverage)[:, None]
         score = ((left_out + centre).argmax(1) == y).double().mean().item()
-        if best is None or score > best[0]:
+        if score > best[0]:
             inverse = shrink / s.clamp(min=1e-12)
-            best = (score, v.T @ (inverse[:, None] * (u.T @ target)))
+            best = (score, v.T @ (inverse[:, None] * along))
     return (xv @ best[1] + centre).argmax(1)
 
 
@@ -2506,8 +2504,7 @@ class Refused(UserError):
     def __init__(self, path, what):
         path = str(path)
         path = path if len(path) <= 110 else "..." + path[-107:]
-        text = " ".join(f"{path}: {what}".split())
-        super().__init__(text if len(text) <= 200 else text[:197] + "...")
+        super().__init__(textwrap.shorten(f"{path}: {what}", 200, placeholder="..."))
 
 
 @contextmanager
@@ -2915,17 +2912,16 @@ def vjepa_config(state, predictor, levels, pos, override):
     frames = override.get("frames", 16)
     slices = frames // config["tubelet"]
     side = math.isqrt(table.shape[1] // slices)
-    check_sincos("pos_embed", table, (slices, side, side))
-    if predictor_table is not None:
-        check_sincos("predictor_pos_embed", predictor_table, (slices, side, side))
+    grid = (slices, side, side)
+    for name, table in (("pos_embed", table), ("predictor_pos_embed", predictor_table)):
+        if table is None:
+            continue
+        ours = sincos_table(table.shape[-1], grid)[None]
+        if table.shape != ours.shape or (table - ours).abs().max() > 1e-4:
+            raise ValueError(
+                f"{name} {tuple(table.shape)} is not the sincos table of the grid {grid}")
     size = side * config["patch"]
     return config | dict(pos=pos, predictor_heads=config["heads"], frames=frames, size=size)
-
-
-def check_sincos(name, table, grid):
-    ours = sincos_table(table.shape[-1], grid)[None]
-    if table.shape != ours.shape or (table - ours).abs().max() > 1e-4:
-        raise ValueError(f"{name} {tuple(table.shape)} is not the sincos table of the grid {grid}")
 
 
 # our names -> those of transformers, each where a name's part begins, replaced in this order
@@ -3095,7 +3091,7 @@ def hf_state(kind, encoder, predictor):
     for name, value in ours.items():
         for here, there in HF[kind][1].items():
             name = re.sub(rf"(^|(?<=\.)){re.escape(here)}", there, name)
-        state[name] = value.detach().cpu().float().contiguous()
+        state[name] = value.cpu().float().contiguous()
     return state
 
 

@@ -328,9 +328,7 @@ def main(args):
         if run.probes():
             run.accuracy(net, **objective.pixels)
 
-    probe_acc = None
-    if run.done == args.steps:
-        probe_acc = run.accuracy(net, **objective.pixels)
+    probe_acc = run.accuracy(net, **objective.pixels) if run.done == args.steps else None
     run.finish(meter.summary(probe_acc))
 
 
