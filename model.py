@@ -43,6 +43,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from itertools import chain, cycle, repeat
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.fx.experimental import _config as fx_config
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint as recompute
+import tyro
 from tqdm import tqdm
 
 import data
@@ -3185,34 +3187,38 @@ def save_meta(path, encoder, predictor=None):
     put_in_place(temp, Path(path))
 
 
-def export_main():
-    """python model.py export RUN --to hf|meta: a run, or any weight file, for other programs."""
-    parser = argparse.ArgumentParser(prog="model.py", description=export_main.__doc__)
-    parser.add_argument("command", choices=["export"])
-    parser.add_argument("run", help="the folder of a run, or a weight file")
-    parser.add_argument("--to", choices=["hf", "meta"], required=True)
-    parser.add_argument("--out", default="", help="a folder, or a .pt; beside the run")
-    args = parser.parse_args()
-    run = Path(args.run)
+def export(run: tyro.conf.Positional[Path], to: Literal["hf", "meta"], out: str = ""):
+    """A run, or any weight file, for other programs.
+
+    Args:
+        run: the folder of a run, or a weight file
+        to: for transformers, or Meta's V-JEPA code
+        out: a folder, or a .pt; beside the run
+    """
     beside = run if run.is_dir() else run.parent
-    out = Path(args.out or beside / {"hf": "hf", "meta": "vjepa.pt"}[args.to])
+    file = Path(out or beside / {"hf": "hf", "meta": "vjepa.pt"}[to])
     try:
-        encoder, config = load_encoder(args.run)
+        encoder, config = load_encoder(run)
         try:
-            predictor = load_predictor(args.run)[0]
+            predictor = load_predictor(run)[0]
         except ValueError as error:
             say(f"note: without a predictor: {error}")
             predictor = None
-        if args.to == "meta":
-            save_meta(out, encoder, predictor)
+        if to == "meta":
+            save_meta(file, encoder, predictor)
         else:
             log = run / "log.jsonl"
             for line in log.read_text().splitlines()[1:] if log.exists() else ():
                 config |= json.loads(line)
-            encoder.save_hf(out, predictor, config)
+            encoder.save_hf(file, predictor, config)
     except (OSError, ValueError) as error:
         leave(error, 2)
-    print(json.dumps({"out": str(out), "params": count(encoder)}))
+    print(json.dumps({"out": str(file), "params": count(encoder)}))
+
+
+def export_main():
+    """python model.py export RUN --to hf|meta: a run, or any weight file, for other programs."""
+    tyro.extras.subcommand_cli_from_dict({"export": export}, description=export_main.__doc__)
 
 
 FOURDS_NAMES = {
