@@ -1208,8 +1208,7 @@ class Run:
             if terms := getattr(objective, "by_pass", ()):
                 raise UserError(f"--micro_batch must be given: the value of {' and '.join(terms)} "
                                 "depends on the clips of a forward pass")
-            fitting = [n for n in sizes if self.plan.fits(n)]
-            self.micro = min(self.gather(fitting[0] if fitting else sizes[-1]))
+            self.micro = min(self.gather(next(filter(self.plan.fits, sizes), sizes[-1])))
         need = self.plan.shared(self.micro) * self.neighbours
         if need > shared_memory() and not self.args.dry_run:
             raise UserError(
@@ -1721,8 +1720,8 @@ class Meter:
 
     def add(self, loss, metrics, batch, **per_clip):
         """One micro-batch: its scalars, its files, and what a clip of it cost (flops=...)."""
-        numbers = {}
-        for name, value in {"loss": loss.detach(), **metrics}.items():
+        numbers = {"loss": loss.detach(), **metrics}
+        for name, value in numbers.items():
             numbers[name] = torch.as_tensor(value, device=self.run.device).double()
         # without the batch: its pixels would stay on the device
         self.parts.append((numbers, batch["path"]))
@@ -1785,7 +1784,7 @@ class Meter:
         """Log the files of a step that was skipped; too many in a row end the run."""
         step = self.step
         suspects = [part for part in parts if not math.isfinite(part[0]["loss"])] or parts
-        files = set(chain(*[paths for _, paths in suspects]))
+        files = set().union(*[paths for _, paths in suspects])
         paths = sorted(set().union(*self.run.gather(files)))
         reason = "loss or gradient is not finite"
         self.run.log({"step": step, "skipped": reason, "files": paths[:100]})
@@ -2042,6 +2041,7 @@ class Plan:
             state[name] = value.detach().to("meta").requires_grad_(value.requires_grad)
         own = {value.untyped_storage()._cdata for value in state.values()}
         kept = {}
+        held = []  # or another storage gets the address of one that is counted
         after = [0]  # each block
         inputs = []  # of those that keep anything
 
@@ -2053,12 +2053,13 @@ class Plan:
         def pack(value):
             storage = value.untyped_storage()
             if storage._cdata not in own:
-                kept[storage._cdata] = (size(value), storage)  # held, or another gets its address
+                kept[storage._cdata] = size(value)
+                held.append(storage)
             return value
 
         def note(module, given, output):
             if isinstance(module, Block):
-                after.append(sum(pair[0] for pair in kept.values()))
+                after.append(sum(kept.values()))
                 if after[-1] > after[-2]:
                     inputs.append(size(given[0]))
 
@@ -2069,7 +2070,7 @@ class Plan:
             torch.func.functional_call(objective, state, self.example(1, "meta"))
         objective.train()
         hook.remove()
-        self.kept = sum(pair[0] for pair in kept.values())
+        self.kept = sum(kept.values())
         self.lean = self.kept - after[-1] + sum(inputs) + max(np.diff(after), default=0).item()
 
     def terms(self, clips, shards=None, checkpoint=None):

@@ -174,7 +174,8 @@ import data
 from model import (
     IMAGENET, SIZES, Meter, MotionEncoder, Row, Run, UserError, adamw, budgeted, clip_gradients,
     colour_frames, colours, construct, cosine, dry_run, each_frame, ema_update, enlarge, exact,
-    init_weights, launch, linear_probe, make_encoder, rotate, set_rates, to_unit, warmup_decay,
+    init_weights, launch, linear_probe, make_encoder, matrices, rotate, set_rates, to_unit,
+    warmup_decay,
 )
 
 # rows of the centres
@@ -397,11 +398,7 @@ class TDV(nn.Module):
 
     def head_flops(self, tokens):
         """Forward, of the head and its prototypes."""
-        weights = 0
-        for p in self.head.parameters():
-            if p.ndim == 2 and p.shape[1] > 1:
-                weights += p.numel()
-        return 2 * tokens * weights
+        return 2 * tokens * (matrices(self.head) - self.head.scale.numel())
 
 
 def pairs(x):
