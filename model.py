@@ -2422,11 +2422,20 @@ def put_in_place(temp, path):
     flush(path.parent)
 
 
+@contextmanager
+def replacing(path):
+    """A file to write to, which then takes the place of the one at path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = Path(f"{path}.tmp")
+    yield temp
+    put_in_place(temp, path)
+
+
 def write(path, text):
     """Replace the file's text: a kill or a full disk leaves the old one whole."""
-    temp = Path(f"{path}.tmp")
-    temp.write_text(text)
-    put_in_place(temp, path)
+    with replacing(path) as temp:
+        temp.write_text(text)
 
 
 def sha256(path):
@@ -2529,15 +2538,14 @@ def save_encoder(path, encoder, config):
         raise ValueError(f"{path}: the config to export lacks {lacking}")
     state = encoder if isinstance(encoder, dict) else encoder.state_dict()
     state = {name: value.detach().cpu().float().contiguous() for name, value in state.items()}
-    path = Path(path)
-    temp = Path(f"{path}.tmp")
     side = Path(f"{path}.sha256")
-    save_file(state, temp, metadata={"config": json.dumps(config)})
-    digest = sha256(temp)
-    # before the new weights: a kill in between leaves weights without a sum, never with a wrong one
-    side.unlink(missing_ok=True)
-    put_in_place(temp, path)
-    write(side, f"{digest}  {path.name}\n")
+    with replacing(path) as temp:
+        save_file(state, temp, metadata={"config": json.dumps(config)})
+        digest = sha256(temp)
+        # before the new weights: a kill in between leaves weights without a sum, never with a wrong
+        # one
+        side.unlink(missing_ok=True)
+    write(side, f"{digest}  {side.stem}\n")
 
 
 def load_encoder(path, *, seed=0, key="", **override):
@@ -3128,10 +3136,8 @@ def save_hf(folder, encoder, predictor=None, about={}):
                    "pred_mlp_ratio": ratio(predictor.mlp, predictor.width),
                    "pred_num_mask_tokens": len(predictor.mask_tokens)}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temp = folder / "model.tmp"
-    save_file(hf_state(kind, encoder, state), temp, metadata={"format": "pt"})
-    put_in_place(temp, folder / "model.safetensors")
+    with replacing(folder / "model.safetensors") as temp:
+        save_file(hf_state(kind, encoder, state), temp, metadata={"format": "pt"})
     write(folder / "config.json", json.dumps(hf, indent=1))
     write(folder / "README.md", card(model_class, config | about))
 
@@ -3182,10 +3188,8 @@ def save_meta(path, encoder, predictor=None):
             f"{predictor.heads}; load_encoder wants pos={config['pos']!r}")
         file["predictor"] = {}
     file["encoder"] = file["target_encoder"]
-    temp = Path(f"{path}.tmp")
-    temp.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(file, temp)
-    put_in_place(temp, Path(path))
+    with replacing(path) as temp:
+        torch.save(file, temp)
 
 
 def export(run: tyro.conf.Positional[Path], to: Literal["hf", "meta"], out: str = ""):
