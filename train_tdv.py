@@ -287,7 +287,8 @@ class TDV(nn.Module):
 
     def ce(self, kind, zhat, h, weight=None):
         """Cross-entropy from teacher tokens h to student tokens zhat, (...,D), and what the log
-        shows: it, and the teacher's entropy. kind: CLS or PATCHES; weight (...,) of each token: none, the mean."""
+        shows: it, and the teacher's entropy. kind: CLS or PATCHES; weight (...,) of each token:
+        none, the mean."""
         s, student_prototypes = self.head(zhat)
         with torch.no_grad():
             t, teacher_prototypes = self.target_head(h)
