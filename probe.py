@@ -613,20 +613,22 @@ def read_labels(path, names, cut, size):
     if not beside.is_file():
         raise DataError(f"{path}: no dense labels (no file {beside}); `python data.py index "
                         "LAYOUT ROOT` makes them")
-    found = {}
     with safe_open(beside, "pt") as file:
         has = set(file.keys())
-        for name in dict.fromkeys([*names, *(SEEN[n] for n in names if n in SEEN)]):
+
+        def label(name):
+            value = True
             if name in has:
-                found[name] = in_clip(name, label_rows(file, name, cut), cut, size)
+                value = in_clip(name, label_rows(file, name, cut), cut, size)
             elif name not in SEEN:
                 raise DataError(
                     f"{beside}: no label {name!r}; it has {', '.join(sorted(has))}")
-    for name in set(SEEN) & set(names):
-        known = found.get(name, torch.tensor(True))
-        end = ends(found[SEEN[name]], name, size)
-        found[name] = known & ((end >= 0) & (end < size)).all(-1)
-    return {name: found[name] for name in names}
+            if name in SEEN:
+                end = ends(label(SEEN[name]), name, size)
+                value = value & ((end >= 0) & (end < size)).all(-1)
+            return value
+
+        return {name: label(name) for name in names}
 
 
 def label_rows(file, name, cut):
@@ -635,9 +637,11 @@ def label_rows(file, name, cut):
         return file.get_tensor(name)
     value = file.get_slice(name)
     rows = value.get_shape()[0]
-    between = name.startswith("flow")
-    ids = torch.from_numpy(cut.ids[:-1] if between else cut.ids)
-    frames = cut.shape[0] - 1 if between else cut.shape[0]
+    ids = torch.from_numpy(cut.ids)
+    frames = cut.shape[0]
+    if name.startswith("flow"):
+        ids = ids[:-1]
+        frames -= 1
     if rows not in (1, frames):
         raise ValueError(f"{name} has {rows} rows, and the video {cut.shape[0]} frames")
     if not len(ids):
@@ -686,7 +690,7 @@ def ends(value, name, size):
     here = torch.stack(torch.meshgrid(centres, indexing="xy"), -1)
     if name == "flow_visible":
         return here + value
-    return here + torch.stack([-value, torch.zeros_like(value)], -1)
+    return here + F.pad(-value[..., None], (0, 1))
 
 
 def stack(values):
@@ -744,16 +748,16 @@ def dense_batches(source, clip, names, **how):
     for a label that a clip does not have, and for what would break the labels' time: fps (use
     stride), flow with a stride.
     """
-    if not names:
-        return data.eval_batches(source, clip, **how)
-    if clip.fps or (clip.stride > 1 and any(name.startswith("flow") for name in names)):
-        raise DataError(
-            "dense labels are those of frames: give stride, not fps, and with flow stride 1")
-    clip = replace(clip, flip=False)
-    if source.split:  # the world renders its own
-        return data.eval_batches(source, clip, names=names, **how)
-    cut = partial(with_labels, names=names, size=clip.size)
-    return data.eval_batches(source, clip, after=cut, **how)
+    if names:
+        if clip.fps or (clip.stride > 1 and any(name.startswith("flow") for name in names)):
+            raise DataError(
+                "dense labels are those of frames: give stride, not fps, and with flow stride 1")
+        clip = replace(clip, flip=False)
+        if source.split:  # the world renders its own
+            how["names"] = names
+        else:
+            how["after"] = partial(with_labels, names=names, size=clip.size)
+    return data.eval_batches(source, clip, **how)
 
 
 def with_labels(batch, names, size):
