@@ -494,9 +494,8 @@ class UPerNet(nn.Module):
         self.grid = grid
         self.pools = pools
         self.lateral = several(4, conv, in_width, width, 1)
-        self.pooled = nn.ModuleList()
-        for _ in pools:
-            self.pooled.append(nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU()))
+        self.pooled = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU()) for _ in pools)
         self.bottom = conv(width * (1 + len(pools)), width)
         self.fuse = conv(4 * width, width)
         self.smooth = several(3, conv, width, width)
@@ -525,10 +524,9 @@ class TwoFrameDPT(nn.Module):
     def __init__(self, in_width, grid, out, width, heads):
         super().__init__()
         self.grid = grid
-        self.embed = nn.ModuleList()
-        for _ in range(4):
-            norm = model.LayerNorm(in_width, eps=1e-6)
-            self.embed.append(nn.Sequential(norm, nn.Linear(in_width, width)))
+        self.embed = nn.ModuleList(
+            nn.Sequential(model.LayerNorm(in_width, eps=1e-6), nn.Linear(in_width, width))
+            for _ in range(4))
         self.positions = nn.Parameter(model.sincos_table(width, (1, *grid))[None].clone())
         self.blocks = several(4, model.MotionBlock, width, heads, 4 * width, "xattn")
         self.lateral = several(4, conv, width, width)
@@ -1093,7 +1091,7 @@ class Task:
         labels(batch)         labels of dense_batches -> y, in a form of its own
         net()                 the head
         ask(net, x, y)        tokens {key: (b,V,N,D)} -> its output, and the y that this is about
-        loss(out, y)          a mean; of squares, if it does not say
+        loss(out, y)          a mean; of errors to the `power`, if it does not say
         answer(out)           -> p, what is scored and predicted
         score(p, y)           -> rows (n,c); total(rows) -> {metric: value}, of sums their means
         constants(ys)         answers y -> p that look at no video; of them the best on train is the
@@ -1118,6 +1116,7 @@ class Task:
     dense = False  # answers for each pixel
     pixels = False  # that are lengths in pixels
     at_once = True  # are the heads of a grid one computation? vmap cannot do all of convolutions
+    power = 2  # of the errors that the loss is a mean of
     up = False  # higher is better
     folds = 1  # of a cross-validation that chooses a head where few videos would be held out
 
@@ -1166,7 +1165,7 @@ class Task:
         return out.float(), y
 
     def loss(self, out, y):
-        return mean_of((self.answer(out) - y["y"])[known(y)].square())
+        return mean_of((self.answer(out) - y["y"])[known(y)].abs() ** self.power)
 
     def answer(self, out):
         return out[..., 0] if self.channels == 1 else out
@@ -1586,6 +1585,7 @@ class Flow(Moments):
     names = ("flow",)
     channels = 2
     pixels = True
+    power = 1
 
     def labels(self, batch):
         out = torch.full_like(batch["flow"][:, :1], math.nan)  # the last frame's leads out of it
@@ -1594,9 +1594,6 @@ class Flow(Moments):
     def views(self, x):
         here = x["video"]
         return [here, torch.cat([here[:, 1:], here[:, -1:]], 1)]
-
-    def loss(self, out, y):
-        return mean_of((out - y["y"])[known(y)].abs())
 
     def score(self, p, y):
         error = (p - y["y"]).norm(dim=-1)
@@ -2508,10 +2505,9 @@ def open_head(path, device):
     except (ValueError, KeyError, OSError):
         raise DataError(f"--head {path}: not a head that probe.py saved") from None
     task = TASKS[about["task"]](Args(**about["args"]), *(about[name] for name in SHAPE))
-    task.mean, task.std = (state.pop(name, None) for name in ("units.mean", "units.std"))
     if task.channels:
-        task.mean = task.mean.to(device)
-        task.std = task.std.to(device)
+        task.mean = state.pop("units.mean").to(device)
+        task.std = state.pop("units.std").to(device)
     head = task.net()
     for name, _ in [*head.named_buffers(recurse=False)]:
         setattr(head, name, state[name])  # of knn as many rows as there were videos
@@ -2533,19 +2529,18 @@ def open_out(args, *kinds):
 def write_table(out, heading, paths, values, **more):
     """paths (n) and values (n,...) as columns of a .csv, or as arrays of an .npz or .safetensors.
     more: other columns (n)."""
-    values = np.asarray(values)
+    columns = {"values": np.asarray(values), **more}
     temp = out.with_name(f"{out.stem}.tmp{out.suffix}")
     if out.suffix == ".csv":
-        flat = values.reshape(len(values), -1)
+        flat = columns["values"].reshape(len(values), -1)
         with open(temp, "w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["path", *more, *(heading or range(flat.shape[1]))])
             table.writerows([*row, *numbers] for *row, numbers in zip(paths, *more.values(), flat))
     elif out.suffix == ".npz":
-        np.savez(temp, path=np.array(paths), values=values, **more)
+        np.savez(temp, path=np.array(paths), **columns)
     else:
-        tensors = {"values": torch.from_numpy(values)}
-        tensors |= {name: torch.tensor(column) for name, column in more.items()}
+        tensors = {name: torch.as_tensor(column) for name, column in columns.items()}
         save_file(tensors, temp, {"path": json.dumps(paths)})
     model.put_in_place(temp, out)
 
