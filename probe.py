@@ -952,7 +952,7 @@ class Features:
     def fresh(self, rows, size, turn):
         """Read these rows in order, `size` at a time, and yield of each {key: tokens (V,N,D)} with
         {name: label}, or None where it cannot be read."""
-        if not len(rows) or not (self.keys or self.names):
+        if not (self.keys or self.names):
             yield from ({} for _ in rows)
             return
         args = self.args
@@ -960,7 +960,7 @@ class Features:
         batches = dense_batches(
             self.source,
             self.clip,
-            [*self.names, *self.keys[1:]],
+            self.names + self.keys[1:],
             rows=rows,
             batch_size=size,
             workers=args.workers,
@@ -990,16 +990,15 @@ class Features:
         """Keep this share of the rows in a folder that is called after all that tokens depend on:
         weights, config, list and files, clips, and how data.py reads them. What is there already is
         not computed again."""
-        seed = self.clip.train and self.args.seed
         facts = [
             self.config,
             self.layers,
-            self.keys,
             self.names,
+            self.keys,
             self.form,
             self.apart,
             self.bf16,
-            seed,
+            self.clip.train and self.args.seed,
             asdict(self.clip),
             data.fingerprint([self.source]),
             weights_hash(self.encoder),
@@ -1011,14 +1010,13 @@ class Features:
         self.kept = len(self.source)
         if share < 1:
             self.kept = int(share * self.kept) // self.each * self.each
-        parts = np.split(np.arange(self.kept), range(self.each, self.kept, self.each))
+        parts = [np.arange(self.kept)[i : i + self.each] for i in range(0, self.kept, self.each)]
         rank, many = ranks()
         for turn in range(self.turns):
             missing = [part for part in parts if not self.file(part[0], turn).exists()]
             gathered([None])  # all have looked before any writes
             missing = missing[rank::many]
-            rows = np.array([*chain(*missing)], int)
-            clips = self.fresh(rows, self.args.micro_batch, turn)
+            clips = self.fresh([*chain(*missing)], self.args.micro_batch, turn)
             for part in missing:
                 self.write(self.file(part[0], turn), list(islice(clips, len(part))))
             gathered([None])  # all have written
@@ -1031,13 +1029,13 @@ class Features:
 
     def write(self, file, clips):
         """A file of these clips, in place only when it is whole."""
-        read = [clip for clip in clips if clip is not None]
-        columns = {"ok": torch.tensor([clip is not None for clip in clips])}
-        for name in read[0] if read else ():
-            columns[name] = stack([clip[name] for clip in read]).cpu()
+        ok = torch.tensor([clip is not None for clip in clips])
+        columns = {"ok": ok}
+        for name in self.names + self.keys:
+            columns[name] = stack([clip and clip[name] for clip in clips]).cpu()
             if name in self.keys:
                 columns[name] = columns[name].to(self.type)
-                if not columns[name].isfinite().all():
+                if not columns[name][ok].isfinite().all():
                     raise DataError(f"{self.source.name}: features are not finite in "
                                     f"{self.type}; --cache_gb 0 keeps them in float32")
         temp = file.with_suffix(f".{os.getpid()}")
@@ -1048,15 +1046,13 @@ class Features:
             temp.unlink(missing_ok=True)
 
     def stored(self, row, turn):
-        """As fresh gives it. Clips that could not be read have no place in a file."""
+        """As fresh gives it."""
         file = open_file(self.file(row, turn))
-        ok = file.get_tensor("ok")
         i = int(row % self.each)
-        names = [*self.names, *self.keys]
-        if names and not ok[i]:
+        names = self.names + self.keys
+        if names and not file.get_tensor("ok")[i]:
             return None
-        place = int(ok[:i].sum())
-        return {name: file.get_slice(name)[place] for name in names}
+        return {name: file.get_slice(name)[i] for name in names}
 
 
 @lru_cache(maxsize=512)
