@@ -52,7 +52,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, islice, product
 from pathlib import Path
@@ -1145,12 +1145,10 @@ class Task:
 
     def plan(self, videos):
         """Batch size, steps and warm-up: 4DS's (A.2)."""
-        few = 20_000 if self.args.finetune else 40_000
-        steps = self.args.steps or (600 if self.args.data else few)
-        warmup = min(1000, steps // 10)
-        if self.args.finetune:
-            warmup = min(3000, steps * 3 // 20)
-        return self.args.batch_size or 32, steps, warmup
+        args = self.args
+        most, share, longest = (20_000, 3, 3000) if args.finetune else (40_000, 2, 1000)
+        steps = args.steps or (600 if args.data else most)
+        return args.batch_size or 32, steps, min(longest, steps * share // 20)
 
     def output(self, net, x, y):
         """ask, in the units of the labels."""
@@ -1202,7 +1200,7 @@ def commonest(task, ys):
     """Task.constants of a classifier."""
     values = torch.cat([y["y"].flatten() for y in ys])
     best = values[values < task.classes].bincount().argmax()
-    return [partial(always, torch.eye(task.classes, device=best.device)[best])]
+    return [partial(always, F.one_hot(best, task.classes).float())]
 
 
 def always(p, y):
@@ -1251,8 +1249,7 @@ class Classify(Task):
         if args.head == "readout" or args.finetune == "4ds":
             return super().plan(videos)
         batch = args.batch_size or max(16, min(256, videos // 512 * 16))
-        steps = args.steps if args.finetune else 0
-        steps = steps or args.epochs * math.ceil(videos / batch)
+        steps = (args.finetune and args.steps) or args.epochs * math.ceil(videos / batch)
         return batch, steps, steps // 7 if args.finetune else 0  # 5 of Table 8's 35 epochs
 
     def labels(self, batch):
@@ -2209,6 +2206,7 @@ def clip_of(args, config, tasks=("classify",)):
         flip=args.flip and not space,
         segments=1 if space else args.segments,
         zoom=args.zoom,
+        train=False,
     )
 
 
@@ -2242,7 +2240,7 @@ def open_features(args, tasks, device):
     if args.data:
         names.pop("actions", None)  # the world's are found by how boxes move
     train_clip = replace(clip, train=args.train_passes > 0)
-    val_clip = replace(clip, train=False, views=1 if space else args.views)
+    val_clip = replace(clip, views=1 if space else args.views)
     how = (device, tuple(layers), [*names], form)
     train = Features(args, encoder, config, source, train_clip, *how)
     val = Features(args, encoder, config, val_source, val_clip, *how)
@@ -2609,7 +2607,7 @@ def export_features(args, device):
     encoder, config = load(args)
     form = "all" if args.tokens else args.pool
     check_encoder(args, config, form)
-    clip = replace(clip_of(args, config), train=False)
+    clip = clip_of(args, config)
     layers = (args.layer or config.get("layer") or config.get("depth", 0),)
     names = names_of(source)
     groups = {clip.segments: [*range(len(source))]}
@@ -2805,17 +2803,15 @@ def is_checkpoint(path):
 
 def build(folder, random):
     """The objective that the flags in the folder's config.json ask for."""
-    head = json.loads((folder / "config.json").read_text())
-    said = head["config"]
-    name = head["script"]
+    said = json.loads((folder / "config.json").read_text())
+    name = said["script"]
     if not name.isidentifier() or not (Path(__file__).parent / f"{name}.py").exists():
         raise ValueError(f"made by {name}.py, which does not lie beside probe.py")
     script = importlib.import_module(name)
-    flags = dict(getattr(script, "LATER", {}))
-    for flag in fields(script.Args):  # a flag that the run did not have yet: what runs did then
-        if flag.name in said:
-            value = said[flag.name]
-            flags[flag.name] = tuple(value) if isinstance(value, list) else value
+    flags = dict(getattr(script, "LATER", {}))  # what runs did before there was a flag
+    for flag, value in said["config"].items():
+        if flag in script.Args.__annotations__:
+            flags[flag] = tuple(value) if isinstance(value, list) else value
     flags["out_dir"] = str(folder.resolve())  # SALT's stage, and where its teacher lies
     if flags.get("init"):  # its shape, of whatever family
         flags["init"] = "" if random else str(folder / "encoder.safetensors")
@@ -2848,9 +2844,8 @@ def forecaster(args, device):
     objective = restore(args, device)
     if not hasattr(objective, "surprise") or getattr(objective, "motion", objective) is None:
         raise DataError(f"--encoder {args.encoder}: has no predictor, so it foretells nothing")
-    run = objective.args
     pixels = getattr(objective, "pixels", model.IMAGENET)
-    return objective.surprise, dict(frames=run.frames, stride=run.stride, size=run.size, **pixels)
+    return objective.surprise, vars(objective.args) | pixels
 
 
 def first_length(source):
@@ -2872,16 +2867,15 @@ def physics(args, device):
     surprise, about = forecaster(args, device)
     _, val = lists(args, labelled=False, rooms=True)
     window = about["frames"]
-    stride = 1 if args.data else args.stride or about["stride"]
-    frames = args.frames or window
+    clip = clip_of(replace(args, fps=0.0), about, [args.task])
+    frames = clip.frames
     if not (args.frames or args.data):
-        frames = max(window, first_length(val) // stride)
+        frames = max(window, first_length(val) // clip.stride)
     contexts = args.context or (window // 2,)
     if not all(0 < seen < window and seen % 2 == 0 for seen in contexts) or frames < window:
         raise DataError(f"--context {contexts} --frames {frames}: of windows of {window} "
                         "frames an even part is seen, the rest foretold")
-    size = args.size or about["size"]
-    clip = data.Clip(frames, stride, size=size, train=False, short=args.short)
+    clip = replace(clip, frames=frames)
     starts = range(0, frames - window + 1, 2)  # the paper's stride of 2
     rows = []
     bad = {}
