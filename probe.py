@@ -2369,8 +2369,8 @@ def draws(args, device):
 
 
 def mean_and_std(values):
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"value": float(np.mean(values)), "std": std}
+    std = np.std(values, ddof=1) if len(values) > 1 else None
+    return {"value": np.mean(values), "std": std}
 
 
 def flops_of(work):
@@ -2658,10 +2658,9 @@ def draw_neighbours(args, out, source, names, paths, vectors):
     likeness, nearest = (x[queries] @ x.T).topk(min(6, len(first)), 1)
     rows = [names.index(paths[first[i]]) for i in nearest.flatten()]
     frames = frames_of(source, data.Clip(1, 1, size=112, train=False), rows)[:, 0]
-    lines = []
-    for some, row in zip(frames.unflatten(0, nearest.shape), rows[:: nearest.shape[1]]):
-        lines.append(model.Row(Path(names[row]).stem[-16:], some))
     columns = ["query", *(f"nearest {i}" for i in range(1, nearest.shape[1]))]
+    each = zip(rows[:: len(columns)], frames.split(len(columns)))
+    lines = [model.Row(Path(names[row]).stem[-16:], some) for row, some in each]
     title = f"nearest by features of {args.encoder}; mean cosine {likeness[:, 1:].mean():.2f}"
     return model.figure(out.with_name("neighbours.png"), title, columns, lines)
 
@@ -2741,7 +2740,7 @@ def draw(task, features, scored, p, y, rows):
         places = [task.marks(p, y, clip, frame) for frame in at]
         for label, marks in zip(("truth", "answer"), zip(*places)):
             lines.append(model.Row(label, 0.6 * shown, marks=marks))
-    file = Path(args.out_dir) / f"{args.task}.png"
+    file = f"{args.out_dir}/{args.task}.png"
     return model.figure(file, title, [f"frame {frame}" for frame in at], lines)
 
 
@@ -2921,7 +2920,7 @@ def draw_pairs(args, possible, impossible):
     for a, b in zip(possible[:4, at].float() / 255, impossible[:4, at].float() / 255):
         lines += [model.Row("possible", a), model.Row("impossible", b),
                   model.Row("difference", (a - b).abs()), None]
-    file = Path(args.out_dir) / "physics.png"
+    file = f"{args.out_dir}/physics.png"
     title = "what physics shows: two videos of a pair"
     return model.figure(file, title, [f"frame {i}" for i in at], lines[:-1])
 
@@ -2981,7 +2980,7 @@ def everything(args, device):
     skills = [row["skill"] for row in table if row["skill"] is not None]
     return {
         "metric": "skill",
-        "value": float(np.mean(skills)) if skills else None,
+        "value": np.mean(skills) if skills else None,
         "tasks": {row["task"]: row["value"] for row in table},
         "seeds": seeds,
         "table": str(out / "all.md"),
@@ -3021,10 +3020,10 @@ def summary(task, results):
         "task": task,
         "metric": first["metric"],
         "better": first["better"],
-        "constant": float(np.mean(constants)),
+        "constant": np.mean(constants),
         **mean_and_std(values),
         "values": values,
-        "skill": float(np.mean(skills)) if skills else None,
+        "skill": np.mean(skills) if skills else None,
         "skills": skills,
         "params": first.get("params"),
         "layer": first.get("layer"),
@@ -3087,7 +3086,7 @@ def runs_of(args):
             if "step" in line:
                 steps[line["step"]] = last
         if last:
-            found[run] = steps
+            found[run] = dict(sorted(steps.items()))
     if not found:
         runs = " ".join(args.runs) or "(none)"
         raise DataError(f"--runs {runs}: no folder with a log.jsonl")
@@ -3107,13 +3106,13 @@ PANELS = (
 
 def r2(pairs):
     """Of a line through points [(x, y)]; None for fewer than three."""
-    return float(np.corrcoef(np.array(pairs).T)[0, 1] ** 2) if len(pairs) > 2 else None
+    return np.corrcoef(np.array(pairs).T)[0, 1] ** 2 if len(pairs) > 2 else None
 
 
 def pairs_of(steps, x, y):
     """[(x, y)] of the log's lines that have both."""
-    lines = [steps[step] for step in sorted(steps)]
-    return [(line[x], line[y]) for line in lines if None not in (line.get(x), line.get(y))]
+    both = [(line.get(x), line.get(y)) for line in steps.values()]
+    return [pair for pair in both if None not in pair]
 
 
 def plot(args, device):
@@ -3189,10 +3188,10 @@ def compare(args, device):
     deltas = {}
     costs = {}
     for run, row in table.items():
-        last = found[run].get(max(found[run], default=0), {}) | {"hours": hours(found[run])}
+        last = next(reversed(found[run].values()), {}) | {"hours": hours(found[run])}
         costs[run] = {name: last.get(name) for name in COSTS}
-        cells = [told(last.get(name), unit) for name, unit in COSTS.items()]
-        deltas[run] = {c: row[c] - base[c] for c in columns if c in row and c in base}
+        cells = [*map(told, costs[run].values(), COSTS.values())]
+        deltas[run] = {c: row[c] - base[c] for c in row if c in base}
         for c in columns:
             change = "" if run == baseline else told(deltas[run].get(c), "{:+.2f}", 100)
             cells += [told(row.get(c), "{:.2f}", 100), change]
