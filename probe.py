@@ -702,8 +702,8 @@ def stack(values):
         fill = math.nan
     elif given[0].dtype == torch.uint8 and given[0].ndim == 3:
         fill = 255
-    shapes = torch.tensor([value.shape for value in given])
-    out = given[0].new_full((len(values), *shapes.amax(0).tolist()), fill)
+    most = np.max([value.shape for value in given], 0)
+    out = given[0].new_full((len(values), *most), fill)
     for row, value in zip(out, values):
         if value is not None:
             row[tuple(slice(n) for n in value.shape)] = value
@@ -1069,7 +1069,7 @@ def weights_hash(encoder):
 
 def store_what_fits(args, *lists):
     """Of each list the same share of the rows, as --cache_gb and the disk allow."""
-    folder = Path(args.cache_dir or Path(args.out_dir) / "features")
+    folder = Path(args.cache_dir or f"{args.out_dir}/features")
     folder.mkdir(parents=True, exist_ok=True)
     room = min(args.cache_gb * 1e9, 0.9 * shutil.disk_usage(folder).free)
     needed = sum(features.row_bytes() * len(features.source) for features in lists)
@@ -1362,6 +1362,14 @@ class Track(Task):
         first = y["first"][:, :, None].expand(y["y"].shape)
         return F.pad(first, (0, self.hidden), value=1.0)
 
+    def marks(self, p, y, clip, frame):
+        things = y["first"][clip].isfinite().all(1).nonzero().flatten()[:16].tolist()
+        return [[*zip(places[clip, things, frame], things)] for places in self.places(p, y)]
+
+    def places(self, p, y):
+        """Where things are and where they are said to be; NaN is not drawn."""
+        return y["y"], p
+
 
 class Points(Track):
     """Points that are seen in the first frame (4DS A.2.3): where they are and whether they are
@@ -1413,12 +1421,10 @@ class Points(Track):
     def total(self, rows):
         return {"aj": rows.mean().item(), "jaccard": rows.mean(0).tolist()}
 
-    def marks(self, p, y, clip, frame):
-        """Points where they are and where they are said to be, if visible."""
-        things = y["asked"][clip].nonzero().flatten()[:16].tolist()
-        truth = [(y["y"][clip, k, frame], k) for k in things if y["seen"][clip, k, frame]]
-        answer = [(p[clip, k, frame, :2], k) for k in things if p[clip, k, frame, 2] > 0.5]
-        return truth, answer
+    def places(self, p, y):
+        """Points, if visible."""
+        truth = y["y"].masked_fill(~y["seen"][..., None], math.nan)
+        return truth, p[..., :2].masked_fill(p[..., 2:] <= 0.5, math.nan)
 
 
 def is_true(logit, truth):
@@ -1449,10 +1455,6 @@ class Boxes(Track):
         high = torch.minimum(p[:, 2:], y[:, 2:])
         both = area_of(torch.cat([low, high], 1))
         return sums(both / (area_of(p) + area_of(y) - both).clamp(min=1e-9))
-
-    def marks(self, p, y, clip, frame):
-        things = y["first"][clip].isfinite().all(1).nonzero().flatten()[:16].tolist()
-        return [[*zip(boxes[clip, things, frame], things)] for boxes in (y["y"], p)]
 
 
 def area_of(boxes):
@@ -1812,7 +1814,7 @@ def fit(task, train, rows, pairs):
     batch, steps, warmup = task.plan(len(rows))
     micro = math.gcd(batch, min(batch, args.micro_batch))
     parts = endless(train, rows, batch, micro, args.seed)
-    for step in tqdm(range(steps), desc=args.task, disable=not sys.stderr.isatty()):
+    for step in tqdm(range(steps), desc=args.task, disable=None):
         for group in optimizer.param_groups:
             group["lr"] = max(1e-7, group["peak"] * rate(step, steps, warmup))
         for i, (x, labels, share, last) in enumerate(parts):
@@ -2190,15 +2192,15 @@ def clip_of(args, config, tasks=("classify",)):
     frames = args.frames or config.get("frames", 16)
     size = args.size or config.get("size", 224)
     stride = args.stride or config.get("stride", 4)
-    fps = args.fps or None
+    fps = args.fps
     if not (space or fps or args.stride):
-        fps = config.get("fps") or None
+        fps = config.get("fps")
     if space and ("flow" in tasks or args.data):
         stride = 1
     return data.Clip(
         frames,
         stride,
-        fps,
+        fps or None,
         size,
         args.crop_scale,
         args.crop_ratio,
@@ -2762,13 +2764,12 @@ def draw_pose(args, title, truth, p):
     """Truth to the right, answer up: nine numbers of the turn, three of the shift."""
     shown, axes = model.pyplot().subplots(1, 2, figsize=(8, 4), layout="constrained")
     shown.suptitle(title, fontsize=9)
-    for axis, name in zip(axes, ("turn", "shift")):
-        some = np.arange(12) % 4 == 3
-        some = some if name == "shift" else ~some
+    shift = np.arange(12) % 4 == 3
+    words = ("xx xy xz yx yy yz zx zy zz", "right down ahead")
+    for axis, name, some, each in zip(axes, ("turn", "shift"), (~shift, shift), words):
         dots = axis.plot(truth[:, some], p[:, some], ".", markersize=4)
         axis.axline((0, 0), slope=1, color="0.7", linewidth=0.8)
-        words = "right down ahead" if name == "shift" else "xx xy xz yx yy yz zx zy zz"
-        axis.legend(dots, words.split(), fontsize=6)
+        axis.legend(dots, each.split(), fontsize=6)
         axis.set(title=name, xlabel="truth", ylabel="answer")
     return model.finish(f"{args.out_dir}/pose.png", shown)
 
@@ -3031,8 +3032,8 @@ def summary(task, results):
 
 
 def markdown(encoder, seeds, table):
-    numbers = " ".join(map(str, seeds))
-    lines = [f"`{encoder}`, seeds {numbers}; skill: 0 is the constant answer, 1 is perfect", "",
+    lines = [f"`{encoder}`, seeds {' '.join(map(str, seeds))}; skill: 0 is the constant answer, "
+             "1 is perfect", "",
              "| task | metric | constant | value | skill |", "|---|---|---|---|---|"]
     for row in table:
         spread = f" +- {row['std']:.4f}" if row["std"] is not None else ""
@@ -3058,7 +3059,7 @@ def radar(args, table):
     names = [f"{row['task']}\n{row['metric']} {row['value']:.3g}" for row in table]
     axis.set_xticks(angle, names, fontsize=8)
     axis.tick_params(pad=12)
-    axis.set_ylim(min(-0.1, *skill, *chain(*(row["skills"] for row in table))), 1)
+    axis.set_ylim(min(-0.1, *chain(*(row["skills"] for row in table))), 1)
     axis.set_title(f"skill of {args.encoder}: 1 is perfect, 0 (dashed) the constant", fontsize=9)
     return model.finish(f"{args.out_dir}/radar.png", shown)
 
@@ -3094,13 +3095,8 @@ def runs_of(args):
 
 
 PANELS = (
-    ("step", "loss"),
-    ("step", "lr"),
-    ("step", "rankme"),
-    ("step", "feature_std"),
-    ("step", "probe_acc"),
-    ("loss", "probe_acc"),
-    ("flops", "probe_acc"),
+    *product(["step"], "loss lr rankme feature_std probe_acc".split()),
+    *product(["loss", "flops"], ["probe_acc"]),
 )
 
 
@@ -3151,9 +3147,7 @@ def plot(args, device):
 def accuracies(run, steps):
     """{column: accuracy} of a run: the last of its online probe, and of each probe whose --out_dir
     was the run's folder."""
-    found = {}
-    for _, accuracy in pairs_of(steps, "step", "probe_acc"):
-        found["online probe"] = accuracy
+    found = {"online probe": last for _, last in pairs_of(steps, "step", "probe_acc")}
     for line in read_log(Path(run) / "probe.jsonl"):
         if line["task"] == "classify":
             val = line["args"]["val"] or line["args"]["data"]
@@ -3311,7 +3305,7 @@ def main(args):
         "seconds": round(time.time() - begin, 1),
     }
     if not args.dry_run:
-        with open(Path(args.out_dir) / "probe.jsonl", "a") as file:
+        with open(f"{args.out_dir}/probe.jsonl", "a") as file:
             file.write(dumps(result | details | {"args": asdict(args)}) + "\n")
     print(dumps(result), flush=True)
 
