@@ -464,8 +464,7 @@ class Tracker(nn.Module):
 
 
 def conv(a, b, kernel=3):
-    padding = kernel // 2
-    layer = nn.Conv2d(a, b, kernel, padding=padding, bias=False)
+    layer = nn.Conv2d(a, b, kernel, padding="same", bias=False)
     return nn.Sequential(layer, nn.GroupNorm(8, b), nn.ReLU())
 
 
@@ -850,6 +849,11 @@ class Features:
 
     def __post_init__(self):
         config = self.config
+        if not config.get("depth") and self.form not in POOLS:
+            raise DataError(f"--encoder {self.args.encoder}: {self.args.task} needs tokens, and this "
+                            "gives one vector a clip: classify with --head linear, ridge or knn")
+        if self.form in ("cls", "concat") and not config.get("cls"):
+            raise DataError(f"--pool {self.form}: this encoder has no CLS token")
         if config.get("stills") and data.all_images(self.source):
             self.clip = replace(self.clip, frames=1)  # as in training
         clip = self.clip
@@ -906,9 +910,11 @@ class Features:
         if self.form not in ("grid", "mean"):
             tokens = slice(None if self.form == "all" else first)
         parts = []
-        for some in torch.arange(len(video)).split(self.args.micro_batch):
-            clips = {"video": video[some], "flip": flip[some]}
-            x = data.prepare(clips, self.device, self.config["mean"], self.config["std"])
+        many = self.args.micro_batch
+        for clips, flips in zip(video.split(many), flip.split(many)):
+            x = data.prepare(
+                {"video": clips, "flip": flips}, self.device, self.config["mean"],
+                self.config["std"])
             with self.autocast():
                 z = encoder(x, blocks=blocks).float()[:, tokens]
             parts.append(POOLS[self.form](z) if self.pooled else z)
@@ -1091,7 +1097,7 @@ class Task:
         answer(out)           -> p, what is scored and predicted
         score(p, y)           -> rows (n,c); total(rows) -> {metric: value}, of sums their means
         constants(ys)         answers y -> p that look at no video; of them the best on train is the
-                              baseline
+                              baseline. None: there are no labels
         marks(p, y, clip, frame)   what a picture shows as truth and as answer
     """
     args: Args
@@ -1182,18 +1188,19 @@ class Task:
         return []
 
     def constants(self, ys):
-        values = known_values(ys, self.channels)
-        both = (values.mean(0), values.median(0).values)
+        """And the units of the output."""
+        values = torch.cat([y["y"].reshape(-1, self.channels) for y in ys])
+        values = values[values.isfinite().all(1)]
+        if len(values) < 2:
+            return []
+        self.mean = values.mean(0)
+        self.std = values.std(0) + 1e-6
+        both = (self.mean, values.median(0).values)
         return [partial(everywhere, value.squeeze()) for value in both]
 
 
 def everywhere(value, y):
     return value.expand_as(y["y"])
-
-
-def known_values(ys, channels):
-    values = torch.cat([y["y"].reshape(-1, channels) for y in ys])
-    return values[values.isfinite().all(1)]
 
 
 def commonest(task, ys):
@@ -2233,10 +2240,11 @@ def open_features(args, tasks, device):
     encoder, config = load(args)
     if args.compile:
         model.compile_blocks(encoder)
-    check_encoder(args, config, form)
     clip = clip_of(args, config, tasks)
-    if form == "grid":
-        check_grid(args, clip)
+    if form == "grid" and args.width % 8:
+        raise DataError(f"--width {args.width}: readouts have a width that 8 divides")
+    if form == "grid" and (clip.frames % 2 or clip.size % 8):
+        raise DataError(f"--frames {clip.frames} must be even, --size {clip.size} divisible by 8")
     layers = sorted({*chain(*(layers_of(task, args, config) for task in tasks))})
     names = dict.fromkeys(chain(*(TASKS[task].names for task in tasks)))
     if args.data:
@@ -2251,21 +2259,6 @@ def open_features(args, tasks, device):
     return train, val
 
 
-def check_encoder(args, config, form):
-    if not config.get("depth") and form not in POOLS:
-        raise DataError(f"--encoder {args.encoder}: {args.task} needs tokens, and this gives "
-                        "one vector a clip: classify with --head linear, ridge or knn")
-    if form in ("cls", "concat") and not config.get("cls", False):
-        raise DataError(f"--pool {form}: this encoder has no CLS token")
-
-
-def check_grid(args, clip):
-    if args.width % 8:
-        raise DataError(f"--width {args.width}: readouts have a width that 8 divides")
-    if clip.frames % 2 or clip.size % 8:
-        raise DataError(f"--frames {clip.frames} must be even, --size {clip.size} divisible by 8")
-
-
 def task_of(args, features):
     """--task for these features, whose classes and units are not known yet."""
     clip = features.clip
@@ -2276,21 +2269,16 @@ def task_of(args, features):
 def learn_labels(task, train):
     """Classes, units and the best constant answer from 512 train clips -> that, what it scores
     there."""
-    args = task.args
     rows = np.arange(len(train.source))
     if task.names and len(rows) > 512:
         rows = np.linspace(0, len(rows) - 1, 512).astype(int)
     parts = train.of(()).batches(rows)
     ys = [task.labels(labels) for _, labels, part in parts if len(part)]
     task.classes = task.classes_of(ys, train.source)
-    if task.channels:
-        values = known_values(ys, task.channels)
-        if len(values) < 2:
-            raise DataError(
-                f"{train.source.name}: {len(rows)} clips of it have no labels for {args.task}")
-        task.mean = values.mean(0)
-        task.std = values.std(0) + 1e-6
     constants = task.constants(ys)
+    if not constants:
+        raise DataError(
+            f"{train.source.name}: {len(rows)} clips of it have no labels for {task.args.task}")
     totals = []
     for constant in constants:
         scored = [task.score(constant(y), y).double().cpu() for y in ys]
@@ -2608,7 +2596,6 @@ def export_features(args, device):
     source = data.parse_list(args.data)
     encoder, config = load(args)
     form = "all" if args.tokens else args.pool
-    check_encoder(args, config, form)
     clip = clip_of(args, config)
     layers = (args.layer or config.get("layer") or config.get("depth", 0),)
     names = names_of(source)
