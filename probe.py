@@ -696,16 +696,15 @@ def stack(values):
     given = [value for value in values if value is not None]
     if not given:
         return torch.full((len(values), 0), math.nan)
-    fill = 0
-    if given[0].is_floating_point():
-        fill = math.nan
-    elif given[0].dtype == torch.uint8 and given[0].ndim == 3:
+    like = given[0]
+    fill = math.nan if like.is_floating_point() else 0
+    if like.dtype == torch.uint8 and like.ndim == 3:
         fill = 255
     most = np.max([value.shape for value in given], 0)
-    out = given[0].new_full((len(values), *most), fill)
+    out = like.new_full((len(values), *most), fill)
     for row, value in zip(out, values):
         if value is not None:
-            row[tuple(slice(n) for n in value.shape)] = value
+            row[tuple(map(slice, value.shape))] = value
     return out
 
 
@@ -850,8 +849,9 @@ class Features:
     def __post_init__(self):
         config = self.config
         if not config.get("depth") and self.form not in POOLS:
-            raise DataError(f"--encoder {self.args.encoder}: {self.args.task} needs tokens, and this "
-                            "gives one vector a clip: classify with --head linear, ridge or knn")
+            raise DataError(
+                f"--encoder {self.args.encoder}: {self.args.task} needs tokens, and this gives one "
+                "vector a clip: classify with --head linear, ridge or knn")
         if self.form in ("cls", "concat") and not config.get("cls"):
             raise DataError(f"--pool {self.form}: this encoder has no CLS token")
         if config.get("stills") and data.all_images(self.source):
@@ -2180,7 +2180,7 @@ def rows_of(source, rows):
     """These rows of a list (of the world, which has no paths, or a slice of it)."""
     paths = source.paths
     if len(paths):
-        paths = data.Paths.of([paths[row] for row in rows])
+        paths = replace(paths, spans=paths.spans[rows])
     return replace(source, labels=source.labels[rows], paths=paths, facts=None)
 
 
@@ -3076,8 +3076,7 @@ def runs_of(args):
         if last:
             found[run] = dict(sorted(steps.items()))
     if not found:
-        runs = " ".join(args.runs) or "(none)"
-        raise DataError(f"--runs {runs}: no folder with a log.jsonl")
+        raise DataError(f"--runs {' '.join(args.runs) or '(none)'}: no folder with a log.jsonl")
     return found
 
 
