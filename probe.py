@@ -551,42 +551,18 @@ class TwoFrameDPT(nn.Module):
 # what classify can train: its rates, its decays (of ridge: penalties), how it is made of a width,
 # classes and the encoder's attention heads
 HEADS = {
-    "attentive": (
-        (1e-3,),
-        (0.01,),
-        partial(Attentive, depth=0),
-    ),
+    "attentive": ((1e-3,), (0.01,), partial(Attentive, depth=0)),
     # V-JEPA's of ImageNet (Table 2)
-    "attentive2": (
-        (1e-3,),
-        (0.01,),
-        partial(Attentive, depth=1),
-    ),
+    "attentive2": ((1e-3,), (0.01,), partial(Attentive, depth=1)),
     "attentive4": (
         (5e-3, 3e-3, 1e-3, 3e-4, 1e-4),
         (0.8, 0.4, 0.1, 0.01),
         lambda width, classes, heads: Attentive(width, classes, 16, depth=3),
     ),
-    "linear": (
-        (1e-2, 3e-3, 1e-3, 3e-4),
-        (0.1, 0.01),
-        Standardised,
-    ),
-    "ridge": (
-        (0.0,),
-        (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
-        Ridge,
-    ),
-    "knn": (
-        (0.0,),
-        (0.0,),
-        Neighbours,
-    ),
-    "readout": (
-        (),
-        (),
-        None,
-    ),
+    "linear": ((1e-2, 3e-3, 1e-3, 3e-4), (0.1, 0.01), Standardised),
+    "ridge": ((0.0,), (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), Ridge),
+    "knn": ((0.0,), (0.0,), Neighbours),
+    "readout": ((), (), None),
 }
 POOLED = ("linear", "ridge", "knn")  # read one vector a clip
 
@@ -1011,7 +987,7 @@ class Features:
         ]
         digest = hashlib.sha256(json.dumps(facts).encode() + Path(data.__file__).read_bytes())
         self.folder = folder / digest.hexdigest()[:32]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         self.each = max(1, min(256, 2**28 // self.row_bytes()))
         self.kept = len(self.source)
         if share < 1:
@@ -1464,8 +1440,13 @@ class Boxes(Track):
         return sums(both / (area_of(p) + area_of(y) - both).clamp(min=1e-9))
 
 
+def sides(boxes):
+    """(...,4) -> (...,2): wide, high."""
+    return boxes[..., 2:] - boxes[..., :2]
+
+
 def area_of(boxes):
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
+    return sides(boxes).clamp(min=0).prod(-1)
 
 
 class Depth(Task):
@@ -1718,9 +1699,9 @@ def moves(boxes):
     things = torch.arange(boxes.shape[2])
     start = boxes[clips, first, things]                                 # (B, O, 4)
     end = boxes[clips, last, things]
-    side = (start[..., 2:] - start[..., :2]).clamp(min=1)
+    side = sides(start).clamp(min=1)
     moved = (end - start).unflatten(-1, (2, 2)).mean(-2) / side
-    grown = (end[..., 2:] - end[..., :2]).clamp(min=1) / side
+    grown = sides(end).clamp(min=1) / side
     grown = grown.log().mean(-1, keepdim=True)
     y = (torch.cat([moved, grown, -moved, -grown], -1) > 0.2).float()
     key = torch.arange(frames, device=boxes.device) == frames // 2
@@ -2036,7 +2017,7 @@ def whole_clip(task, features, row):
 def starts(length, side):
     """Where tiles begin that cover a length and overlap by half or more."""
     many = 1 + math.ceil(2 * (length - side) / side)
-    return np.linspace(0, length - side, many).astype(int).tolist()
+    return evenly(length - side + 1, many).tolist()
 
 
 @torch.no_grad()
@@ -2266,12 +2247,17 @@ def task_of(args, features):
     return TASKS[args.task](args, features.width, heads, features.grid, clip.frames, clip.size)
 
 
+def evenly(length, many):
+    """So many of range(length)."""
+    return np.linspace(0, length - 1, many).astype(int)
+
+
 def learn_labels(task, train):
     """Classes, units and the best constant answer from 512 train clips -> that, what it scores
     there."""
     rows = np.arange(len(train.source))
     if task.names and len(rows) > 512:
-        rows = np.linspace(0, len(rows) - 1, 512).astype(int)
+        rows = evenly(len(rows), 512)
     parts = train.of(()).batches(rows)
     ys = [task.labels(labels) for _, labels, part in parts if len(part)]
     task.classes = task.classes_of(ys, train.source)
@@ -2643,7 +2629,7 @@ def draw_neighbours(args, out, source, names, paths, vectors):
         return None
     first = [paths.index(path) for path in dict.fromkeys(paths)]  # a video's first window
     x = F.normalize(vectors[first] - vectors[first].mean(0), dim=1)
-    queries = np.linspace(0, len(first) - 1, min(8, len(first))).astype(int)
+    queries = evenly(len(first), min(8, len(first)))
     likeness, nearest = (x[queries] @ x.T).topk(min(6, len(first)), 1)
     rows = [names.index(paths[first[i]]) for i in nearest.flatten()]
     frames = frames_of(source, data.Clip(1, 1, size=112, train=False), rows)[:, 0]
@@ -2903,7 +2889,7 @@ def physics(args, device):
 
 def draw_pairs(args, possible, impossible):
     """The possible, the impossible, where they differ."""
-    at = np.linspace(0, possible.shape[1] - 1, 8).astype(int)
+    at = evenly(possible.shape[1], 8)
     lines = []
     for a, b in zip(possible[:4, at].float() / 255, impossible[:4, at].float() / 255):
         lines += [model.Row("possible", a), model.Row("impossible", b),
