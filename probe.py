@@ -647,8 +647,9 @@ def in_clip(name, value, cut, size):
         return (value - corner) * scale
     if name == "boxes":
         value = ((value.unflatten(-1, (2, 2)) - corner) * scale).clamp(torch.zeros(2), size)
-        empty = (value[..., 1, :] <= value[..., 0, :]).any(-1)
-        return value.masked_fill(empty[..., None, None], math.nan).flatten(-2)
+        value = value.flatten(-2)
+        empty = (sides(value) <= 0).any(-1, keepdim=True)
+        return value.masked_fill(empty, math.nan)
     if name == "K":
         moved = value[:2] - corner[:, None] * value[2:]
         return torch.cat([moved * scale[:, None], value[2:]])
@@ -736,20 +737,18 @@ def with_labels(batch, names, size):
     """A batch of files with the labels beside them, which its cuts say how to cut. One whose labels
     are damaged is unread."""
     many = len(batch["cut"]) // len(batch["path"])  # clips of a video
-    labels = []
-    for i, path in enumerate(batch["path"]):
+    labels = [{}] * len(batch["cut"])
+    for i in batch["ok"].nonzero().flatten().tolist():
+        path = batch["path"][i]
         clips = slice(i * many, (i + 1) * many)
-        cuts = batch["cut"][clips] if batch["ok"][i] else ()
         try:
-            mine = [read_labels(path, names, cut, size) for cut in cuts]
+            labels[clips] = [read_labels(path, names, cut, size) for cut in batch["cut"][clips]]
         except DataError:
             raise
         except data.DAMAGE as error:
             batch["ok"][i] = False
             batch["bad"].append((path, data.reason(error)))
             batch["video"][clips] = 0
-            mine = ()
-        labels += mine or [{}] * many
     for name in names:
         batch[name] = stack([row.get(name) for row in labels])
     return batch
@@ -938,7 +937,7 @@ class Features:
             yield from ({} for _ in rows)
             return
         args = self.args
-        training = self.keys and self.tuned and self.tuned.training
+        training = self.tuned and self.tuned.training
         batches = dense_batches(
             self.source,
             self.clip,
@@ -1039,7 +1038,7 @@ class Features:
 
 @lru_cache(maxsize=512)
 def open_file(path):
-    return safe_open(str(path), "pt")
+    return safe_open(path, "pt")
 
 
 def weights_hash(encoder):
@@ -1171,7 +1170,7 @@ class Task:
             return []
         self.mean = values.mean(0)
         self.std = values.std(0) + 1e-6
-        both = (self.mean, values.median(0).values)
+        both = self.mean, values.median(0).values
         return [partial(everywhere, value.squeeze()) for value in both]
 
 
@@ -2027,7 +2026,7 @@ def evaluate_whole(task, features, rows, head, constant):
     size = features.clip.size
     answer = reader(task, features, head)
     still = torch.zeros(1, dtype=torch.bool)
-    scored = [], []
+    scored = []
     for row in rows:
         try:
             clips, labels, crop = whole_clip(task, features, row)
@@ -2051,9 +2050,9 @@ def evaluate_whole(task, features, rows, head, constant):
             p = torch.cat([scale[:, None, None] * p, torch.ones_like(p[:, :1])], 1)
             total = total + F.pad(p, (left, wide - left - w, top, high - top - h))
         p = task.answer((total[:, :-1] / total[:, -1:]).movedim(1, -1))
-        for found, one in zip(scored, (p, scale * constant(y))):
-            found.append(task.score(one, y).double().cpu())
-    return [torch.cat(found) for found in scored]
+        both = (p, scale * constant(y))
+        scored.append([task.score(one, y).double().cpu() for one in both])
+    return [torch.cat(found) for found in zip(*scored)]
 
 
 def hold_outs(paths, group, share, seed, folds=1):
@@ -2384,8 +2383,7 @@ def dry_run(args, device):
         x = {key: view.wanted(train.blank()) for key in train.keys}
         y = {"first": torch.zeros(1, 16, 4 if name == "boxes" else 2, device=meta),
              "boxes": torch.zeros(1, task.frames, 16, 4, device=meta)}
-        head = task.net()
-        head.to(meta).eval().requires_grad_(False)
+        head = task.net().to(meta).eval().requires_grad_(False)
         pairs = len(task.pairs())
         batch, steps, _ = task.plan(n)
         seen = batch * steps * seeds
@@ -2854,11 +2852,11 @@ def physics(args, device):
     bad = {}
     how = dict(batch_size=args.micro_batch, workers=args.workers)
     for batch in dense_batches(val, clip, ("impossible", "kind"), **how):
-        windows = list(product(starts, contexts))
         pair = []
         for key in ("video", "impossible"):
             x = data.prepare(
                 batch | {"video": batch[key]}, device, about["mean"], about["std"])
+            windows = product(starts, contexts)
             wrong = [surprise(x[:, :, t : t + window], seen) for t, seen in windows]
             pair.append(torch.stack(wrong).mean(0).cpu())
         if not rows:
@@ -2914,7 +2912,7 @@ def labelled_tasks(args):
         has = {*open_file(beside).keys()}
     needs = {name: {*task.names} - {*SEEN} for name, task in TASKS.items()}
     needs["physics"] = {"impossible"}
-    if (train.labels < 0).any():
+    if train.labels.min() < 0:
         needs["classify"] = {"a class"}
     return [name for name in tasks if has >= needs[name]]
 
