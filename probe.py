@@ -1851,11 +1851,10 @@ def mix(args, batch, rng):
     if args.cutmix and not (args.mixup and rng.random() < 0.5):
         half = side * math.sqrt(1 - rng.beta(args.cutmix, args.cutmix)) / 2
         centre = rng.uniform(0, side, 2)
-        top, left = (centre - half).clip(0, side).round().astype(int)
-        bottom, right = (centre + half).clip(0, side).round().astype(int)
+        edges = np.stack([centre - half, centre + half]).clip(0, side).round().astype(int)
+        (top, left), (bottom, right) = edges
         share = 1 - (bottom - top) * (right - left) / side**2
-        box = video[other, :, top:bottom, left:right]
-        video[:, :, top:bottom, left:right] = box
+        video[:, :, top:bottom, left:right] = video[other, :, top:bottom, left:right]
     elif args.mixup:
         share = rng.beta(args.mixup, args.mixup)
         video[:] = (share * video + (1 - share) * video[other]).round()
