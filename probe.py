@@ -502,12 +502,12 @@ class UPerNet(nn.Module):
 
     def forward(self, z, size):
         """z (B,n,4*D) -> (B,out,*size)."""
-        x = pyramid(z, self.grid, self.lateral)
-        scales = [x[3]]
+        *x, coarse = pyramid(z, self.grid, self.lateral)
+        scales = [coarse]
         for convolve, cells in zip(self.pooled, self.pools):
-            pooled = convolve(F.adaptive_avg_pool2d(x[3], cells))
-            scales.append(resize(pooled, x[3].shape[2:]))
-        x[3] = self.bottom(torch.cat(scales, 1))
+            pooled = convolve(F.adaptive_avg_pool2d(coarse, cells))
+            scales.append(resize(pooled, coarse.shape[2:]))
+        x.append(self.bottom(torch.cat(scales, 1)))
         for i in (2, 1, 0):
             x[i] = x[i] + resize(x[i + 1], x[i].shape[2:])
         x = [convolve(layer) for convolve, layer in zip(self.smooth, x)] + [x[3]]
@@ -774,19 +774,20 @@ class Pixels(nn.Module):
 
 def load(args):
     """--encoder -> (module, its config)."""
-    if args.encoder in ("pixels:frame", "pixels:diff"):
-        config = dict(model=args.encoder, mean=[0.0] * 3, std=[1.0] * 3)
+    name = args.encoder
+    if name in ("pixels:frame", "pixels:diff"):
+        config = dict(model=name, mean=[0.0] * 3, std=[1.0] * 3)
         if args.data:
             config |= dict(frames=8, size=32)
-        return Pixels(args.encoder[7:]), config
-    if is_checkpoint(Path(args.encoder.removeprefix("random:"))):
+        return Pixels(name[7:]), config
+    if is_checkpoint(Path(name.removeprefix("random:"))):
         run = restore(args, "cpu")
         config = {**model.IMAGENET, **getattr(run, "pixels", {}), **getattr(run, "layers", {})}
         config |= {"model": run.args.model, "stride": run.args.stride, "fps": run.args.fps}
         return run.product, run.product.config | config
     override = {"heads": args.heads} if args.heads else {}
     try:
-        return model.load_encoder(args.encoder, seed=args.seed, **override)
+        return model.load_encoder(name, seed=args.seed, **override)
     except ValueError as error:
         raise DataError(f"--encoder {error}") from error
 
@@ -821,12 +822,16 @@ class Features:
     form: str = "grid"
     apart: bool = False
 
+    tuned = None  # an encoder that is trained, instead of the given one
+    kept = 0
+
     def __post_init__(self):
+        args = self.args
         config = self.config
         if not config.get("depth") and self.form not in POOLS:
             raise DataError(
-                f"--encoder {self.args.encoder}: {self.args.task} needs tokens, and this gives one "
-                "vector a clip: classify with --head linear, ridge or knn")
+                f"--encoder {args.encoder}: {args.task} needs tokens, and this gives one vector a "
+                "clip: classify with --head linear, ridge or knn")
         if self.form in ("cls", "concat") and not config.get("cls"):
             raise DataError(f"--pool {self.form}: this encoder has no CLS token")
         if config.get("stills") and data.all_images(self.source):
@@ -836,15 +841,13 @@ class Features:
         self.want = self.layers  # of these the batches have tokens
         self.keys = ["video", "right"] if "right" in self.names else ["video"]
         self.names = [name for name in self.names if name != "right"]
-        self.tuned = None  # an encoder that is trained, instead of the given one
         self.pooled = self.form in POOLS
         self.apart = self.apart or not self.pooled
         self.type = torch.float32 if self.pooled else torch.float16  # on disk
-        self.turns = self.args.train_passes if clip.train else 1
-        self.kept = 0
+        self.turns = args.train_passes if clip.train else 1
         self.bad = {}
-        self.bf16 = self.args.dtype == "bf16"
-        if self.args.dtype == "auto":
+        self.bf16 = args.dtype == "bf16"
+        if args.dtype == "auto":
             self.bf16 = self.device.type == "cuda"
         tubelet = 1 if config.get("images") else config.get("tubelet", 1)
         side = clip.size // config.get("patch", clip.size)
@@ -852,7 +855,7 @@ class Features:
         try:
             self.shape = self.blank()[0].shape                          # (V, N, D)
         except ValueError as error:
-            raise DataError(f"--encoder {self.args.encoder}: {error}") from error
+            raise DataError(f"--encoder {args.encoder}: {error}") from error
         self.width = self.shape[-1] // len(self.layers)
 
     def blank(self):
@@ -1013,12 +1016,13 @@ class Features:
         ok = torch.tensor([clip is not None for clip in clips])
         columns = {"ok": ok}
         for name in self.names + self.keys:
-            columns[name] = stack([clip and clip[name] for clip in clips]).cpu()
+            values = stack([clip and clip[name] for clip in clips]).cpu()
             if name in self.keys:
-                columns[name] = columns[name].to(self.type)
-                if not columns[name][ok].isfinite().all():
+                values = values.to(self.type)
+                if not values[ok].isfinite().all():
                     raise DataError(f"{self.source.name}: features are not finite in "
                                     f"{self.type}; --cache_gb 0 keeps them in float32")
+            columns[name] = values
         temp = file.with_suffix(f".{os.getpid()}")
         try:
             save_file(columns, temp, {"bad": json.dumps(self.bad)})
@@ -1114,15 +1118,14 @@ class Task:
         how = dict(steps=self.args.resample, released=self.args.readout == "4ds") | more
         return kind(self.width, grid or self.grid, out, **self.wide(paper, heads), **how)
 
-    def pairs(self):
-        """The grid of (learning rate, weight decay)."""
-        rates = (1e-4, 3e-4, 1e-3)
-        if self.args.data:
-            rates = (2e-3,)
-        if self.args.finetune:
-            rates = (1e-3,) if self.args.data else (1e-4, 3e-4)
-        decay = 0.05 if self.args.finetune == "vjepa" else 1e-4
-        return list(product(self.args.grid_lr or rates, self.args.grid_wd or (decay,)))
+    def pairs(self, rates=(), decays=()):
+        """The grid of (learning rate, weight decay): as the flags say, else these, else 4DS's."""
+        args = self.args
+        usual = (2e-3,) if args.data else (1e-4, 3e-4, 1e-3)
+        if args.finetune:
+            usual = (1e-3,) if args.data else (1e-4, 3e-4)
+        decay = 0.05 if args.finetune == "vjepa" else 1e-4
+        return [*product(args.grid_lr or rates or usual, args.grid_wd or decays or (decay,))]
 
     def plan(self, videos):
         """Batch size, steps and warm-up: 4DS's (A.2)."""
@@ -1220,11 +1223,8 @@ class Classify(Task):
         return int(train.labels.max()) + 1
 
     def pairs(self):
-        args = self.args
-        if args.head == "readout" or args.finetune:
-            return super().pairs()
-        rates, decays, _ = HEADS[args.head]
-        return list(product(args.grid_lr or rates, args.grid_wd or decays))
+        *grid, _ = HEADS[self.args.head]
+        return super().pairs(*([] if self.args.finetune else grid))
 
     def plan(self, videos):
         args = self.args
@@ -2757,11 +2757,12 @@ def restore(args, device):
     elif broken := model.broken(found):
         raise DataError(f"{broken}: damaged or missing")
     torch.manual_seed(args.seed)
+    random = args.encoder.startswith("random:")
     try:
-        objective = build(folder, args.encoder.startswith("random:"))
+        objective = build(folder, random)
     except ValueError as error:
         raise DataError(f"--encoder {folder}: {error}") from error
-    if not args.encoder.startswith("random:"):
+    if not random:
         model.read_checkpoint({"model": objective.state_dict()}, found)
     return objective.to(device).eval().requires_grad_(False)
 
