@@ -2723,7 +2723,7 @@ def draw_confusion(args, title, confusion, source):
     shown.colorbar(axis.imshow(share.numpy(), vmin=0, vmax=1), label="share of the class")
     axis.set_title(title, fontsize=9)
     axis.set(xlabel="called", ylabel="is")
-    names = [*(source.classes or range(len(share)))]
+    names = source.classes
     if len(names) <= 30:
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.set_xticks(range(len(names) + 1), [*names, "unread"], fontsize=7, rotation=90)
