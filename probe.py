@@ -415,8 +415,7 @@ class Readout(nn.Module):
         """z (B,N,D), q (B,Q,width or 512) unless the queries are learned -> (B,Q,out)."""
         if self.steps != self.moments:
             series = z.unflatten(1, (self.moments, -1)).flatten(2)[:, None]     # (B, 1, t, n*D)
-            size = (self.steps, series.shape[3])
-            series = F.interpolate(series, size, mode=self.mode)
+            series = F.interpolate(series, (self.steps, series.shape[3]), mode=self.mode)
             z = series[:, 0].unflatten(2, (-1, z.shape[2])).flatten(1, 2)
         each = z.shape[1] // self.positions.shape[1]
         z = self.norm(z) + self.positions.repeat_interleave(each, 1)
@@ -456,16 +455,15 @@ class Tracker(nn.Module):
 
     def forward(self, z, first):
         """z (B,N,D), first (B,O,C) as shares of the picture -> (B,O,T,out)."""
-        things = first.shape[1]
         q = self.embed(fourier(first, released=self.released))
         q = q[:, :, None] + self.time                                   # (B, O, copies, width)
         out = self.readout(z, q.flatten(1, 2))
-        return out.view(len(z), things, -1, self.out)
+        return out.view(*first.shape[:2], -1, self.out)
 
 
 def conv(a, b, kernel=3):
-    layer = nn.Conv2d(a, b, kernel, padding="same", bias=False)
-    return nn.Sequential(layer, nn.GroupNorm(8, b), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(a, b, kernel, padding="same", bias=False), nn.GroupNorm(8, b), nn.ReLU())
 
 
 def resize(x, size):
@@ -648,8 +646,7 @@ def in_clip(name, value, cut, size):
     if name == "boxes":
         value = ((value.unflatten(-1, (2, 2)) - corner) * scale).clamp(torch.zeros(2), size)
         value = value.flatten(-2)
-        empty = (sides(value) <= 0).any(-1, keepdim=True)
-        return value.masked_fill(empty, math.nan)
+        return value.masked_fill((sides(value) <= 0).any(-1, keepdim=True), math.nan)
     if name == "K":
         moved = value[:2] - corner[:, None] * value[2:]
         return torch.cat([moved * scale[:, None], value[2:]])
@@ -1005,8 +1002,8 @@ class Features:
                 self.write(self.file(part[0], turn), list(islice(clips, len(part))))
             gathered([None])  # all have written
             for part in parts:
-                about = open_file(self.file(part[0], turn)).metadata()
-                self.bad.update(json.loads(about["bad"]))
+                told = open_file(self.file(part[0], turn)).metadata()["bad"]
+                self.bad.update(json.loads(told))
 
     def file(self, row, turn):
         return self.folder / f"{turn}_{row // self.each}.safetensors"
@@ -1283,8 +1280,8 @@ def confusion_of(rows, classes):
     """Rows of Classify -> (classes, classes + 1): row the class, column what it was called, the
     last one what could not be read."""
     label, called = rows[:, :2].long().T
-    counts = torch.bincount(label * (classes + 1) + called, minlength=classes * (classes + 1))
-    return counts.view(classes, classes + 1)
+    shape = (classes, classes + 1)
+    return torch.bincount(label * shape[1] + called, minlength=math.prod(shape)).view(shape)
 
 
 class Pose(Task):
@@ -1501,11 +1498,10 @@ class Moments(Task):
             at = (torch.arange(len(truth))[:, None], torch.multinomial(some, 1))
             views = [view[at] for view in views]
             y = y | {"y": truth[at]}
-        clips = len(views[0])
         each = self.frames // self.grid[0]
         out = net(*(view.flatten(0, 1) for view in views), size=(self.size, self.size))
         out = out.unflatten(1, (each, -1)).movedim(2, -1)
-        return out.unflatten(0, (clips, -1)), y
+        return out.unflatten(0, views[0].shape[:2]), y
 
 
 class Segment(Moments):
@@ -1534,8 +1530,7 @@ class Segment(Moments):
 
     def net(self):
         out = self.frames // self.grid[0] * self.classes
-        width = self.wide(512, 1, 32)["width"]
-        return UPerNet(self.width, self.grid[1:], out, width)
+        return UPerNet(self.width, self.grid[1:], out, self.wide(512, 1, 32)["width"])
 
     def planes(self, p):
         return super().planes(p.softmax(-1))
@@ -1995,6 +1990,7 @@ def whole_clip(task, features, row):
     if source.split:
         high = wide = task.args.world_size
         made = data.World(source.split, frames=clip.frames, size=high).render([row], names)
+        made = {name: value[0] for name, value in made.items()}
         box = data.view_box(high, wide, 0, 1)
     else:
         path = source.paths[row]
@@ -2007,9 +2003,8 @@ def whole_clip(task, features, row):
         _, high, wide, _ = frames.shape
         ((box,),) = data.stored_boxes(video, (high, wide), clip, [None])
         cut = data.Cut(ids, (0, 0, high, wide), (video.frames, high, wide), False)
-        made = read_labels(path, names, cut, (wide, high))
-        made = {name: value[None] for name, value in (made | {"video": frames}).items()}
-    return {key: made.pop(key)[0] for key in features.keys}, made, box[2:]
+        made = read_labels(path, names, cut, (wide, high)) | {"video": frames}
+    return {key: made.pop(key) for key in features.keys}, made, box[2:]
 
 
 def starts(length, side):
@@ -2032,7 +2027,7 @@ def evaluate_whole(task, features, rows, head, constant):
         except data.DAMAGE as error:
             features.bad[features.source.paths[row]] = data.reason(error)
             continue
-        y = task.labels({name: value.to(features.device) for name, value in labels.items()})
+        y = task.labels({name: value[None].to(features.device) for name, value in labels.items()})
         y = {"y": y["y"].flatten(0, -4 if task.channels > 1 else -3)}   # (n, H, W, ...)
         high, wide = clips["video"].shape[1:3]
         share = min((task.args.tile or crop[0]) / crop[0], high / crop[0], wide / crop[1])
@@ -2049,8 +2044,7 @@ def evaluate_whole(task, features, rows, head, constant):
             p = torch.cat([scale[:, None, None] * p, torch.ones_like(p[:, :1])], 1)
             total = total + F.pad(p, (left, wide - left - w, top, high - top - h))
         p = task.answer((total[:, :-1] / total[:, -1:]).movedim(1, -1))
-        both = (p, scale * constant(y))
-        scored.append([task.score(one, y).double().cpu() for one in both])
+        scored.append([task.score(one, y).double().cpu() for one in (p, scale * constant(y))])
     return [torch.cat(found) for found in zip(*scored)]
 
 
@@ -2175,8 +2169,6 @@ def clip_of(args, config, tasks=("classify",)):
     """How clips are taken: as the flags say, else as the encoder's file does. Labels of space and
     time are those of frames, of flow those of neighbours."""
     space = {*tasks} != {"classify"}
-    frames = args.frames or config.get("frames", 16)
-    size = args.size or config.get("size", 224)
     stride = args.stride or config.get("stride", 4)
     fps = args.fps
     if not (space or fps or args.stride):
@@ -2184,10 +2176,10 @@ def clip_of(args, config, tasks=("classify",)):
     if space and ("flow" in tasks or args.data):
         stride = 1
     return data.Clip(
-        frames,
+        args.frames or config.get("frames", 16),
         stride,
         fps or None,
-        size,
+        args.size or config.get("size", 224),
         args.crop_scale,
         args.crop_ratio,
         short=args.short,
@@ -2241,8 +2233,8 @@ def open_features(args, tasks, device):
 def task_of(args, features):
     """--task for these features, whose classes and units are not known yet."""
     clip = features.clip
-    heads = features.config.get("heads")
-    return TASKS[args.task](args, features.width, heads, features.grid, clip.frames, clip.size)
+    return TASKS[args.task](
+        args, features.width, features.config.get("heads"), features.grid, clip.frames, clip.size)
 
 
 def evenly(length, many):
@@ -2530,10 +2522,9 @@ def predict(args, device):
     if args.data == "world":
         _, source = lists(args, rooms=about["form"] == "grid")
     args = replace(args, dtype=task.args.dtype)
-    clip = data.Clip(**about["clip"])
     features = Features(
-        args, encoder, config, source, clip, device, tuple(about["layers"]), task.given,
-        about["form"])
+        args, encoder, config, source, data.Clip(**about["clip"]), device, tuple(about["layers"]),
+        task.given, about["form"])
     answer = reader(task, features, head)
     rows = []
     answers = []
@@ -2591,9 +2582,9 @@ def export_features(args, device):
     bad = {}
     for segments, rows in groups.items():
         some = rows_of(source, rows)
-        cut = replace(clip, segments=segments)
         features = Features(
-            args, encoder, config, some, cut, device, layers, (), form, args.windows > 0)
+            args, encoder, config, some, replace(clip, segments=segments), device, layers, (), form,
+            args.windows > 0)
         store_what_fits(args, features)
         # all of a group's may be damaged
         for x, _, part in features.batches(np.arange(len(some)), some=False):
@@ -2660,9 +2651,8 @@ def painted(task, p, truth):
             torch.meshgrid(legend, legend, indexing="xy"), -1)
         return wheel(truth, longest), wheel(p, longest), "", {}
     if name == "segment":
-        unknown = truth == 255
         colours = model.pyplot().get_cmap("tab10" if task.classes <= 10 else "tab20", task.classes)
-        truth = truth.float().masked_fill(unknown, math.nan)
+        truth = truth.float().masked_fill(truth == 255, math.nan)
         paint = dict(cmap=colours, vmin=-0.5, vmax=task.classes - 0.5)
         return truth, p.argmax(-1), "class", paint
     low, high = quantiles(truth)
@@ -2815,8 +2805,7 @@ def forecaster(args, device):
     objective = restore(args, device)
     if not hasattr(objective, "surprise") or getattr(objective, "motion", objective) is None:
         raise DataError(f"--encoder {args.encoder}: has no predictor, so it foretells nothing")
-    pixels = getattr(objective, "pixels", model.IMAGENET)
-    return objective.surprise, vars(objective.args) | pixels
+    return objective.surprise, vars(objective.args) | getattr(objective, "pixels", model.IMAGENET)
 
 
 def first_length(source):
@@ -2986,8 +2975,8 @@ def summary(task, results):
     constants = [result["constant"] for result in results]
     first = results[0]
     best = 1.0 if first["better"] == "higher" else 0.0
-    pairs = zip(values, constants)
-    skills = [(value - base) / (best - base) for value, base in pairs if base != best]
+    skills = [
+        (value - base) / (best - base) for value, base in zip(values, constants) if base != best]
     return {
         "task": task,
         "metric": first["metric"],
@@ -3022,8 +3011,8 @@ def radar(args, table):
     angle = np.linspace(0, 2 * np.pi, len(table), endpoint=False)
     shown, axis = model.pyplot().subplots(
         figsize=(6, 5.6), subplot_kw={"projection": "polar"}, layout="constrained")
-    skill = [row["skill"] or 0 for row in table]
-    axis.fill(angle, skill, facecolor=("C0", 0.25), edgecolor="C0")
+    axis.fill(
+        angle, [row["skill"] or 0 for row in table], facecolor=("C0", 0.25), edgecolor="C0")
     for at, row in zip(angle, table):
         axis.plot([at] * len(row["skills"]), row["skills"], "k.", markersize=4)
     axis.plot(np.linspace(0, 2 * np.pi, 99), np.zeros(99), "k--", linewidth=0.8)
