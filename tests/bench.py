@@ -846,14 +846,15 @@ def rates(recipe, name):
     return lr, 2 * lr
 
 
-def best_rate(args, probes, name):
-    """Of a method's two, the better on the first seed at the smallest budget, by halves of the train lists. A variant
-    ("V-JEPA, one mask") learns at its method's."""
+def best_rate(args, probes, name, flops):
+    """Of a method's two, the better on the first seed, by halves of the train lists, at each budget: at a small one
+    nothing is learned yet, and chance chose a rate at which LD learns nothing later. A variant ("V-JEPA, one mask")
+    learns at its method's."""
     method = name.split(",")[0]
     seed = args.seeds[0]
     scores = {}
     for lr in rates(args.recipe, method):
-        found = judged(args, probes, compared_run(args, method, lr, min(args.flops), seed), seed)
+        found = judged(args, probes, compared_run(args, method, lr, flops, seed), seed)
         scores[lr] = statistics.mean(found["on_train"].values())
     return max(scores, key=scores.get)
 
@@ -875,7 +876,7 @@ def compare(args):
     found = {}
     for flops in args.flops:
         for name in methods:
-            best = best_rate(args, probes, name)
+            best = best_rate(args, probes, name, flops)
             runs = []
             for seed in args.seeds:
                 runs.append(judged(args, probes, compared_run(args, name, best, flops, seed), seed))
@@ -969,10 +970,8 @@ def plan(args, methods):
             config = json.loads((stage / "config.json").read_text())["config"]
             steps = round(config["steps"] / config.get("split", [1])[0])
             seconds = steps * config["batch_size"] / logged(stage)[-1]["clips_per_s"]
-            shares = len(args.seeds) * sum(args.flops)
-            if "," not in name:
-                shares += min(args.flops)  # a method's second rate
-            minutes = seconds / 60 * shares / flops
+            runs = len(args.seeds) + ("," not in name)  # a method's second rate
+            minutes = seconds / 60 * runs * sum(args.flops) / flops
             rows.append({"method": name, "steps": steps, "run": round(seconds / 60, 1), "minutes": round(minutes, 1)})
             print(rows[-1], file=sys.stderr, flush=True)
     total = sum(row["minutes"] for row in rows)
