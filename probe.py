@@ -1228,7 +1228,9 @@ class Classify(Task):
         if args.head == "readout" or args.finetune == "4ds":
             return super().plan(videos)
         batch = args.batch_size or max(16, min(256, videos // 512 * 16))
-        steps = (args.finetune and args.steps) or args.epochs * math.ceil(videos / batch)
+        steps = args.epochs * math.ceil(videos / batch)
+        if args.finetune:
+            steps = args.steps or steps
         return batch, steps, steps // 7 if args.finetune else 0  # 5 of Table 8's 35 epochs
 
     def labels(self, batch):
