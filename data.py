@@ -31,11 +31,11 @@ import sys
 import zlib
 from array import array
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain, islice
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Literal
@@ -2362,11 +2362,13 @@ def count_frames(video):
 
 
 def in_processes(function, items, workers):
-    """[function(item), ...] with a progress bar, in fresh processes of one thread each."""
-    loader = torch.utils.data.DataLoader(
-        items, batch_size=None, collate_fn=function, num_workers=workers,
-        multiprocessing_context="spawn" if workers else None)
-    return [*tqdm(loader, disable=None)]
+    """[function(item), ...] with a progress bar, in fresh processes."""
+    if workers < 1:
+        return [function(item) for item in tqdm(items, disable=None)]
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
+        results = pool.map(function, items, chunksize=4)
+        return [*tqdm(results, total=len(items), disable=None)]
 
 
 # each gives [(path or None, class name or None)] and the class names, where the layout says them
