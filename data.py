@@ -757,6 +757,7 @@ class Video:
 
     def count(self, ids):
         """Frames by number, decoding from the first one on, whatever their time stamps say."""
+        # each just before the next one begins
         frames, times, _ = self.walk(self.begin + (ids + 0.999) * self.tick, counting=True)
         return frames, times
 
@@ -1264,7 +1265,7 @@ class Clips:
             out["cut"] += cuts or [None] * (self.per * self.many)
             out["path"] += map(source.path, rows)
             if source.split:
-                rendered.setdefault(source.split, {}).update(zip(range(n)[group], rows))
+                rendered.setdefault(source.split, {}).update(enumerate(rows, first))
         # a batch at a time, which is faster than clip by clip
         for split, rows in rendered.items():
             world = World(split, frames=clip.frames, size=clip.size)
@@ -1592,11 +1593,11 @@ def save_png(path, image):
     rows = np.asarray(image, dtype=np.uint8).reshape(height, -1)
     rows = np.insert(rows, 0, 0, axis=1)  # each row starts with its filter: none
     head = struct.pack(">II5s", width, height, b"\x08\x02\0\0\0")  # 8 bits, RGB
-    text = b"\x89PNG\r\n\x1a\n"
+    png = b"\x89PNG\r\n\x1a\n"
     for kind, body in ((b"IHDR", head), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")):
-        text += struct.pack(">I", len(body)) + kind + body
-        text += struct.pack(">I", zlib.crc32(kind + body))
-    Path(path).write_bytes(text)
+        png += struct.pack(">I", len(body)) + kind + body
+        png += struct.pack(">I", zlib.crc32(kind + body))
+    Path(path).write_bytes(png)
 
 
 # --- masks ----------------------------------------------------------------------------------------
@@ -1646,7 +1647,7 @@ def multiblock(rng, B, grid, blocks, scale, time=1.0, aspect=(0.75, 1.5)):
     if depth == t:
         slices = depth = 1
     hidden = np.ones((B, slices, h, w), dtype=bool)
-    # all of them, as yet
+    # none has a context yet: each is drawn until it has one
     while len(todo := np.flatnonzero(hidden.all((1, 2, 3)))):
         n = len(todo)
         new = np.zeros((n, slices, h, w), dtype=bool)
@@ -1689,7 +1690,7 @@ def causal_mask(rng, B, grid, ratio):
 MASKS = {"random": random_mask, "tube": tube_mask, "causal": causal_mask}
 
 
-def fraction(text="1"):
+def fraction(text):
     """A number in (0, 1]."""
     value = float(text)
     if not 0 < value <= 1:
@@ -1708,15 +1709,18 @@ def parse_mask(text):
         if ":" in text:
             kind, ratio = text.split(":")
             return MASKS[kind], {"ratio": fraction(ratio)}
-        blocks, scale, *time = text.split("x")
+        numbers = text.split("x")
+        if len(numbers) == 2:
+            numbers.append("1")
+        blocks, scale, time = numbers
         if int(blocks) < 1:
             raise ValueError
         return multiblock, {
             "blocks": int(blocks),
             "scale": fraction(scale),
-            "time": fraction(*time),
+            "time": fraction(time),
         }
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError):
         raise DataError(f"mask {text!r}: write BLOCKSxSCALE, BLOCKSxSCALExTIME, random:RATIO, "
                         "tube:RATIO or causal:RATIO, with numbers in (0, 1]") from None
 

@@ -34,7 +34,6 @@ import re
 import shutil
 import signal
 import sys
-import textwrap
 import time
 import warnings
 from collections import Counter
@@ -43,7 +42,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from itertools import chain, cycle, repeat
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -59,7 +57,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.fx.experimental import _config as fx_config
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint as recompute
-import tyro
 from tqdm import tqdm
 
 import data
@@ -1503,8 +1500,7 @@ class Run:
         self.gather(None)  # all wait until it is there
 
     def load(self, net, optimizer):
-        """--resume: the newest whole checkpoint -> what save() was given, with its step; {} without
-        one."""
+        """--resume: the newest whole checkpoint -> what save() was given; {} without one."""
         found = self.once(newest, self.out) if self.args.resume else None
         if found is None:
             return {}
@@ -1512,7 +1508,9 @@ class Run:
         read_checkpoint(tensors, found)
         dcs.set_model_state_dict(net, tensors["model"])
         dcs.set_optimizer_state_dict(net, optimizer, tensors["optimizer"])
-        return json.loads((found / "extra.json").read_text())
+        state = json.loads((found / "extra.json").read_text())
+        self.done = state.pop("step")
+        return state
 
     def continue_from(self, objective):
         """--init RUN, before anything is written or sharded: that run's newest weights, which must
@@ -1688,7 +1686,6 @@ class Meter:
         self.state = {"random_acc": None, "bad": 0, "padded": 0, "loss": None, "window": [],
                       "flops": 0.0, "skipped": 0}
         self.state |= state
-        run.done = self.state.pop("step", 0)
         self.skips = 0
         self.parts = []  # of this step: numbers and files of each micro-batch
         self.sums = Counter()
@@ -1793,14 +1790,12 @@ class Meter:
                        f"and gradient, the last one with {', '.join(paths[:3])} ...; "
                        f"the last good checkpoint: {newest(self.run.out)}")
 
-    def logs(self):
-        """The step is over: forget its micro-batches; too many unreadable videos end the run. Is it
-        time for a log line? Not where every step since the last one was skipped."""
+    def after_step(self):
+        """Forget the micro-batches; too many unreadable videos end the run."""
         self.parts = []
         self.sums = Counter()
         args = self.run.args
-        due = self.run.due(args.log_every)
-        if due:
+        if self.run.due(args.log_every):
             self.catch_up()
         bad = self.state["bad"]
         opened = max(100, self.run.done * args.batch_size / args.clips_per_video)
@@ -1808,7 +1803,10 @@ class Meter:
             raise Stop(f"{bad} of the clips opened so far cannot be read, more than "
                        f"--max_bad_fraction {args.max_bad_fraction}; "
                        f"all of them: python data.py check {' '.join(args.data)}")
-        return due and self.state["window"]
+
+    def logs(self):
+        """Is it time for a line? Not where every step since the last one was skipped."""
+        return self.run.due(self.run.args.log_every) and self.state["window"]
 
     def saves(self, net, *inputs):
         """Is it time for a checkpoint, and are the weights worth one? Not while steps are skipped,
@@ -2425,11 +2423,9 @@ def put_in_place(temp, path):
 @contextmanager
 def replacing(path):
     """A file to write to, which then takes the place of the one at path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(f"{path}.tmp")
     yield temp
-    put_in_place(temp, path)
+    put_in_place(temp, Path(path))
 
 
 def write(path, text):
@@ -2516,7 +2512,8 @@ class Refused(UserError):
     def __init__(self, path, what):
         path = str(path)
         path = path if len(path) <= 110 else "..." + path[-107:]
-        super().__init__(textwrap.shorten(f"{path}: {what}", 200, placeholder="..."))
+        text = " ".join(f"{path}: {what}".split())
+        super().__init__(text if len(text) <= 200 else text[:197] + "...")
 
 
 @contextmanager
@@ -3136,6 +3133,7 @@ def save_hf(folder, encoder, predictor=None, about={}):
                    "pred_mlp_ratio": ratio(predictor.mlp, predictor.width),
                    "pred_num_mask_tokens": len(predictor.mask_tokens)}
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "model.safetensors") as temp:
         save_file(hf_state(kind, encoder, state), temp, metadata={"format": "pt"})
     write(folder / "config.json", json.dumps(hf, indent=1))
@@ -3188,42 +3186,39 @@ def save_meta(path, encoder, predictor=None):
             f"{predictor.heads}; load_encoder wants pos={config['pos']!r}")
         file["predictor"] = {}
     file["encoder"] = file["target_encoder"]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temp:
         torch.save(file, temp)
 
 
-def export(run: tyro.conf.Positional[Path], to: Literal["hf", "meta"], out: str = ""):
-    """A run, or any weight file, for other programs.
-
-    Args:
-        run: the folder of a run, or a weight file
-        to: for transformers, or Meta's V-JEPA code
-        out: a folder, or a .pt; beside the run
-    """
+def export_main():
+    """python model.py export RUN --to hf|meta: a run, or any weight file, for other programs."""
+    parser = argparse.ArgumentParser(prog="model.py", description=export_main.__doc__)
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("run", help="the folder of a run, or a weight file")
+    parser.add_argument("--to", choices=["hf", "meta"], required=True)
+    parser.add_argument("--out", default="", help="a folder, or a .pt; beside the run")
+    args = parser.parse_args()
+    run = Path(args.run)
     beside = run if run.is_dir() else run.parent
-    file = Path(out or beside / {"hf": "hf", "meta": "vjepa.pt"}[to])
+    out = Path(args.out or beside / {"hf": "hf", "meta": "vjepa.pt"}[args.to])
     try:
-        encoder, config = load_encoder(run)
+        encoder, config = load_encoder(args.run)
         try:
-            predictor = load_predictor(run)[0]
+            predictor = load_predictor(args.run)[0]
         except ValueError as error:
             say(f"note: without a predictor: {error}")
             predictor = None
-        if to == "meta":
-            save_meta(file, encoder, predictor)
+        if args.to == "meta":
+            save_meta(out, encoder, predictor)
         else:
             log = run / "log.jsonl"
             for line in log.read_text().splitlines()[1:] if log.exists() else ():
                 config |= json.loads(line)
-            encoder.save_hf(file, predictor, config)
+            encoder.save_hf(out, predictor, config)
     except (OSError, ValueError) as error:
         leave(error, 2)
-    print(json.dumps({"out": str(file), "params": count(encoder)}))
-
-
-def export_main():
-    """python model.py export RUN --to hf|meta: a run, or any weight file, for other programs."""
-    tyro.extras.subcommand_cli_from_dict({"export": export}, description=export_main.__doc__)
+    print(json.dumps({"out": str(out), "params": count(encoder)}))
 
 
 FOURDS_NAMES = {

@@ -991,7 +991,8 @@ class Features:
         self.kept = len(self.source)
         if share < 1:
             self.kept = int(share * self.kept) // self.each * self.each
-        parts = [np.arange(self.kept)[i : i + self.each] for i in range(0, self.kept, self.each)]
+        rows = np.arange(self.kept)
+        parts = [rows[i : i + self.each] for i in range(0, self.kept, self.each)]
         rank, many = ranks()
         for turn in range(self.turns):
             missing = [part for part in parts if not self.file(part[0], turn).exists()]
@@ -1013,7 +1014,7 @@ class Features:
         ok = torch.tensor([clip is not None for clip in clips])
         columns = {"ok": ok}
         for name in self.names + self.keys:
-            values = stack([clip and clip[name] for clip in clips]).cpu()
+            values = stack([None if clip is None else clip[name] for clip in clips]).cpu()
             if name in self.keys:
                 values = values.to(self.type)
                 if not values[ok].isfinite().all():
@@ -1127,9 +1128,10 @@ class Task:
     def plan(self, videos):
         """Batch size, steps and warm-up: 4DS's (A.2)."""
         args = self.args
-        most, share, longest = (20_000, 3, 3000) if args.finetune else (40_000, 2, 1000)
+        most = 20_000 if args.finetune else 40_000
         steps = args.steps or (600 if args.data else most)
-        return args.batch_size or 32, steps, min(longest, steps * share // 20)
+        warmup = min(3000, steps * 3 // 20) if args.finetune else min(1000, steps // 10)
+        return args.batch_size or 32, steps, warmup
 
     def output(self, net, x, y):
         """ask, in the units of the labels."""
@@ -1220,8 +1222,10 @@ class Classify(Task):
         return int(train.labels.max()) + 1
 
     def pairs(self):
-        *grid, _ = HEADS[self.args.head]
-        return super().pairs(*([] if self.args.finetune else grid))
+        if self.args.finetune:
+            return super().pairs()
+        rates, decays, _ = HEADS[self.args.head]
+        return super().pairs(rates, decays)
 
     def plan(self, videos):
         args = self.args
@@ -2155,7 +2159,7 @@ def rows_of(source, rows):
     """These rows of a list (of the world, which has no paths, or a slice of it)."""
     paths = source.paths
     if len(paths):
-        paths = replace(paths, spans=paths.spans[rows])
+        paths = data.Paths.of([paths[row] for row in rows])
     return replace(source, labels=source.labels[rows], paths=paths, facts=None)
 
 
@@ -3021,7 +3025,7 @@ def radar(args, table):
     names = [f"{row['task']}\n{row['metric']} {row['value']:.3g}" for row in table]
     axis.set_xticks(angle, names, fontsize=8)
     axis.tick_params(pad=12)
-    axis.set_ylim(min(-0.1, *chain(*(row["skills"] for row in table))), 1)
+    axis.set_ylim(min([-0.1, *chain(*(row["skills"] for row in table))]), 1)
     axis.set_title(f"skill of {args.encoder}: 1 is perfect, 0 (dashed) the constant", fontsize=9)
     return model.finish(f"{args.out_dir}/radar.png", shown)
 
@@ -3056,8 +3060,13 @@ def runs_of(args):
 
 
 PANELS = (
-    *product(["step"], "loss lr rankme feature_std probe_acc".split()),
-    *product(["loss", "flops"], ["probe_acc"]),
+    ("step", "loss"),
+    ("step", "lr"),
+    ("step", "rankme"),
+    ("step", "feature_std"),
+    ("step", "probe_acc"),
+    ("loss", "probe_acc"),
+    ("flops", "probe_acc"),
 )
 
 
@@ -3108,7 +3117,9 @@ def plot(args, device):
 def accuracies(run, steps):
     """{column: accuracy} of a run: the last of its online probe, and of each probe whose --out_dir
     was the run's folder."""
-    found = {"online probe": last for _, last in pairs_of(steps, "step", "probe_acc")}
+    found = {}
+    for _, accuracy in pairs_of(steps, "step", "probe_acc"):
+        found["online probe"] = accuracy
     for line in read_log(Path(run) / "probe.jsonl"):
         if line["task"] == "classify":
             val = line["args"]["val"] or line["args"]["data"]

@@ -311,6 +311,7 @@ def main(args):
         optimizer.found_inf = skip
         optimizer.step()
         optimizer.zero_grad()
+        meter.after_step()
 
         # 4. log, pictures, checkpoint, probe
         if meter.logs():

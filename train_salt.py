@@ -479,6 +479,7 @@ def train(args, number, before):
         optimizer.found_inf = skip
         optimizer.step()
         optimizer.zero_grad()
+        meter.after_step()
 
         # 4. log, pictures, checkpoint, probe
         if meter.logs():

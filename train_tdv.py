@@ -535,7 +535,7 @@ class Views(TDV):
     def views(self, x, index):
         """Two global views of each frame and the local ones, [(F,3,1,size,size)]."""
         a = self.args
-        mean, std = x.new_tensor([*IMAGENET.values()]).view(2, 3, 1, 1)
+        mean, std = x.new_tensor([IMAGENET["mean"], IMAGENET["std"]]).view(2, 3, 1, 1)
         image = each_frame(x)[:, :, 0] * std + mean  # (F,3,H,W) in [0,1]
         u = view_numbers(a.seed, index, x.shape[2], 2 + a.local_crops)
         u = u.flatten(0, 1).unbind(1)  # a view: (F,16)
@@ -888,6 +888,7 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
         objective.after_step(step, skip)
+        meter.after_step()
 
         # 4. log, pictures, checkpoint, probes
         if meter.logs():

@@ -790,6 +790,7 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
         objective.after_step(step, skip)
+        meter.after_step()
 
         # 4. log, pictures, checkpoint, probe
         if meter.logs():

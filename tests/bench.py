@@ -777,8 +777,9 @@ def logged(out):
 def judged(args, probes, out, seed):
     """The figures of a run, from its folder or measured. steps and minutes are of all its stages."""
     file = out / "compare.json"
-    if file.exists() and set(probes.lists) <= set(json.loads(file.read_text())["val"]):
-        return json.loads(file.read_text())
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    if "minutes" in saved and set(probes.lists) <= set(saved["val"]):
+        return saved
     last = logged(out)[-1]
     found = {key: last.get(key) for key in ("flops", "rankme", "feature_std")}
     stages = [logged(stage) for stage in (out / "stage1", out) if stage.exists()]

@@ -359,8 +359,8 @@ def children(pid):
 
 SLOW = (
     "old = M.Meter.after_step\n"
-    "def after_step(self, done):\n"
-    "    old(self, done)\n"
+    "def after_step(self):\n"
+    "    old(self)\n"
     "    time.sleep(0.3)\n"
     "M.Meter.after_step = after_step\n"
 )
