@@ -426,7 +426,8 @@ def test_out_of_memory_is_one_line_that_says_what_would_help(train, tmp_path):
     limit = (
         "import resource\n"
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
-        "most = pages * 4096 + 800 * 2**20\n"
+        # between what 128 and what 256 clips need; a busy machine's malloc takes 64 MiB more a thread
+        "most = pages * 4096 + 900 * 2**20\n"
         "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
     )
     flags = ("--batch_size", 512, "--workers", 0, "--steps", 1)

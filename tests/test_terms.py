@@ -737,7 +737,7 @@ def test_halves_tell_a_still_half_of_the_channels_from_one_that_changes(tmp_path
 
     encoder.forward = forward
     config = dict(
-        frames=8, stride=1, size=32, images=False, tubelet=2, patch=8, width=32, mean=[0.5] * 3, std=[0.5] * 3
+        frames=8, stride=1, size=32, images=False, tubelet=2, patch=8, width=32, depth=1, mean=[0.5] * 3, std=[0.5] * 3
     )
     P_load, P.load = P.load, lambda args: (encoder, config)
     try:
