@@ -941,19 +941,26 @@ def print_suite(found, tasks):
 
 
 def draw_comparison(found, tasks, file):
-    """Accuracy over FLOPs, a panel a task; thin: each method's random weights."""
+    """Accuracy over FLOPs, a panel a task: means, a small dot a seed, side by side; dotted: each method's random
+    weights."""
     size = (5 * len(tasks) + 1.5, 4)
     figure, axes = M.pyplot().subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], tasks):
         for i, name in enumerate(dict.fromkeys(row["method"] for row in found.values())):
             rows = [row for row in found.values() if row["method"] == name]
-            budgets = [row["budget"] for row in rows]
+            beside = 1.015**i  # seeds of one budget do not hide each other
+            budgets = [row["budget"] * beside for row in rows]
             for key, style in (("val", "o-"), ("random", ":")):
                 values = [[100 * run[key][task] for run in row["runs"]] for row in rows]
                 means = [statistics.mean(v) for v in values]
-                errors = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
-                axis.errorbar(budgets, means, errors, fmt=style, color=f"C{i}", label=name if key == "val" else None)
+                axis.plot(budgets, means, style, color=f"C{i}", label=name if key == "val" else None)
+                if key == "val":
+                    for budget, seeds in zip(budgets, values):
+                        axis.plot([budget] * len(seeds), seeds, ".", color=f"C{i}", alpha=0.6)
         axis.set(title=task, xlabel="training FLOPs", ylabel="top-1, %", xscale="log")
+        ticks = sorted({row["budget"] for row in found.values()})
+        axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axis.minorticks_off()
     axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     M.finish(file, figure)
 
