@@ -426,7 +426,7 @@ def test_out_of_memory_is_one_line_that_says_what_would_help(train, tmp_path):
     limit = (
         "import resource\n"
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
-        # between what 128 and what 256 clips need; a busy machine's malloc takes 64 MiB more a thread
+        # between what 128 and what 256 clips need, with room for what malloc keeps
         "most = pages * 4096 + 900 * 2**20\n"
         "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
     )
