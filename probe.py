@@ -1165,7 +1165,7 @@ class Task:
         return []
 
     def constants(self, ys):
-        """And the units of the output."""
+        """Also sets mean and std, the units of the output. []: too few labels for either."""
         values = torch.cat([y["y"].reshape(-1, self.channels) for y in ys])
         values = values[values.isfinite().all(1)]
         if len(values) < 2:

@@ -483,6 +483,7 @@ def train(args, number, before):
 
         # 4. log, pictures, checkpoint, probe
         if meter.logs():
+            # feature_std, rankme; rankme_targets
             run.log(meter.line(rates, run.health(tokens, targets=targets)))
         if run.due(args.sample_every):
             run.mask_picture(net, x, keep, objective.encoder.grid)
