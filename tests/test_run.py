@@ -73,32 +73,31 @@ def test_the_plan_counts_what_autograd_keeps(script, flags, monkeypatch):
 
 MEASURE = """
 import gc, json
-import torch, torch.distributed as dist
+import torch
 import model as M, train_mae4d as T
-args = T.parse_args()
-run = M.Run(args)
-objective = M.construct(T.build, args)
-run.fit(objective)
-net = run.wrap(objective)
-optimizer = torch.optim.AdamW(M.param_groups(objective, 0.05), fused=True)
-held = []
-for micro in range(4):  # two steps of two micro-batches
-    M.sync_gradients(net, micro % 2 == 1)
-    net(*run.plan.example(1, run.device))[0].backward()
-    seen = {}
-    for tensor in [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]:
-        for t in (tensor, tensor.grad if tensor.is_leaf else None):
-            if t is not None:
-                storage = getattr(t, "_local_tensor", t).untyped_storage()
-                seen[storage.data_ptr()] = storage.nbytes()
-    held.append(sum(seen.values()))
-    if micro % 2:
-        optimizer.step()
-        optimizer.zero_grad()
-terms = run.plan.terms(1)
-if run.rank == 0:
-    print(json.dumps({"held": held, **terms}))
-dist.destroy_process_group()
+def main(args):
+    run = M.Run(args)
+    objective = M.construct(T.build, args)
+    run.fit(objective)
+    net = run.wrap(objective)
+    optimizer = torch.optim.AdamW(M.param_groups(objective, 0.05), fused=True)
+    held = []
+    for micro in range(4):  # two steps of two micro-batches
+        M.sync_gradients(net, micro % 2 == 1)
+        net(*run.plan.example(1, run.device))[0].backward()
+        seen = {}
+        for tensor in [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]:
+            for t in (tensor, tensor.grad if tensor.is_leaf else None):
+                if t is not None:
+                    storage = getattr(t, "_local_tensor", t).untyped_storage()
+                    seen[storage.data_ptr()] = storage.nbytes()
+        held.append(sum(seen.values()))
+        if micro % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    if run.rank == 0:
+        print(json.dumps({"held": held, **run.plan.terms(1)}))
+M.launch(main, T.parse_args())
 """
 
 
