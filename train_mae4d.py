@@ -105,8 +105,10 @@ LAPTOP = dict(
     steps=1000, batch_size=16, lr=2e-3, warmup=100,
     dtype="fp32", workers=1, log_every=100, sample_every=1000, out_dir="out/laptop_mae4d",
 )
+# A still camera: what never moves is hidden, or it is all that is learned (assets/vjepa.md).
 LAPTOP_VIDEO = LAPTOP | dict(
-    data=(), probe_data=(), frames=16, stride=3, size=48, zoom=1.15, mask="random:0.75",
+    data=(), probe_data=(), frames=16, stride=3, size=48, highpass=4.0, zoom=1.15,
+    mask="random:0.75",
     init_std=0.06, steps=3000, out_dir="out/laptop_video_mae4d",
 )
 BILLIONS_22 = dict(

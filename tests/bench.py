@@ -741,7 +741,7 @@ VIDEO = {  # --recipe video: real video of a camera that stands still
     "FWM-HW-LD": ("train_vjepa", "laptop_video", ("--distance", "--terms", "static:0.01", "orth:0.01", "hw:1.0",
                                                   "ld:1.0", "--micro_batch", "16")),
     "SALT": ("train_salt", "laptop_video", ()),
-    "4DS": ("train_mae4d", "laptop_video", ("--highpass", "4")),
+    "4DS": ("train_mae4d", "laptop_video", ()),
     "TDV": ("train_tdv", "laptop_video", ()),
     "DINO": ("train_tdv", "laptop_video_dino", ()),
     "iBOT": ("train_tdv", "laptop_video_ibot", ()),
