@@ -200,10 +200,9 @@ class MAE4D(nn.Module):
         z = self.encoder(x, keep, blocks=self.alone)  # (B,K,D)
         shared = self.encoder.blocks[self.alone:]
         rgbhat = self.decoder(z, shared, self.encoder.checkpoint).float()  # (B,n,P)
-        frames, pixels = self.args.out_patch
         if reconstruct:
-            return unpatch(rgbhat, self.decoder.grid, frames, pixels)
-        rgb = patches(self.raw(x), frames, pixels).flatten(1, 3).flatten(2)  # (B,n,P)
+            return unpatch(rgbhat, self.decoder.grid, *self.decoder.patch)
+        rgb = patches(self.raw(x), *self.decoder.patch).flatten(1, 3).flatten(2)  # (B,n,P)
         return (rgbhat - rgb).square().mean(), {"tokens": some_rows(z)}
 
     def raw(self, x):
@@ -234,7 +233,7 @@ class MAE4D(nn.Module):
 def kept(mask, seed, grid, step, batch_size, rows=None):
     """((b,K),): the ids that a mask keeps."""
     keep, _ = data.sample_masks([mask], seed, step, batch_size, grid, rows=rows)
-    return (keep[0],)
+    return tuple(keep)
 
 
 def picture(run, x, keep, decoded, grid):
