@@ -425,9 +425,13 @@ def look(paths, rows):
             facts.append((-1, 0))
             continue
         size = found.st_size
+        changed = found.st_mtime_ns
         if stat.S_ISDIR(found.st_mode):
-            size = len(numbered_images(Path(path))) or -1
-        facts.append((size, found.st_mtime_ns))
+            images = numbered_images(Path(path))
+            size = len(images) or -1
+            for image in images[-1:]:  # written over, it leaves the folder's own time as it was
+                changed = max(changed, os.stat(image).st_mtime_ns)
+        facts.append((size, changed))
     return np.array(facts)
 
 

@@ -8,7 +8,7 @@ hold.
              --head attentive4   three self-attention blocks over all tokens, then the same; a grid
                                  of rates and decays, trained at once (V-JEPA 2, SALT)
              --head linear       Linear on the standardised mean over tokens
-             --head ridge        the same in closed form, its penalty by leave-one-out: few labels
+             --head ridge        the same in closed form: few labels
              --head knn          the 20 nearest training clips by cosine of that mean vote with
                                  weight exp(cos / 0.07); nothing is trained
              --head readout      4DS's readout, as for all tasks of space and time
@@ -949,9 +949,12 @@ class Features:
         )
         for batch in batches:
             self.bad.update(batch["bad"])
+            if not batch["ok"].any():
+                yield from [None] * len(batch["ok"])
+                continue
             columns = {name: batch[name] for name in self.names}
             mixes = training and (args.mixup or args.cutmix or args.erasing)
-            if mixes and batch["ok"].any():
+            if mixes:
                 rng = np.random.default_rng((args.seed, turn, *batch["index"].tolist()))
                 columns["other"], columns["share"] = mix(args, batch, rng)
             for key in self.keys:
@@ -969,9 +972,14 @@ class Features:
 
     def store(self, folder, share=1.0):
         """Keep this share of the rows in a folder that is called after all that tokens depend on:
-        weights, config, list and files, clips, and how data.py reads them. What is there already is
-        not computed again."""
+        weights, config, list and files, clips, and the code. What is there already is not computed
+        again."""
+        self.each = max(1, min(256, 2**28 // self.row_bytes()))
+        labels = []
+        if self.names or self.keys[1:]:
+            labels = [Path(path).with_suffix(".safetensors") for path in self.source.paths]
         facts = [
+            self.each,
             self.config,
             self.layers,
             self.names,
@@ -982,12 +990,13 @@ class Features:
             self.clip.train and self.args.seed,
             asdict(self.clip),
             data.fingerprint([self.source]),
+            data.look(labels, range(len(labels))).tolist(),
             weights_hash(self.encoder),
         ]
-        digest = hashlib.sha256(json.dumps(facts).encode() + Path(data.__file__).read_bytes())
+        code = [Path(file).read_bytes() for file in (data.__file__, model.__file__, __file__)]
+        digest = hashlib.sha256(json.dumps(facts).encode() + b"".join(code))
         self.folder = folder / digest.hexdigest()[:32]
         self.folder.mkdir(exist_ok=True)
-        self.each = max(1, min(256, 2**28 // self.row_bytes()))
         self.kept = len(self.source)
         if share < 1:
             self.kept = int(share * self.kept) // self.each * self.each
@@ -1260,14 +1269,15 @@ class Classify(Task):
         return (mine + (1 - y["share"]) * loss(y["other"], reduction="none")).mean()
 
     def answer(self, out):
-        return out.softmax(-1).mean(1).nan_to_num()                     # (b, classes)
+        return out.softmax(-1).mean(1)                                  # (b, classes)
 
     def score(self, p, y):
-        """label, what was called (of equal probabilities the lower class), is the label among the
-        first five?, log-likelihood."""
+        """label, what was called (of equal probabilities the lower class; of NaN none), is the
+        label among the first five?, log-likelihood."""
         order = p.argsort(dim=1, descending=True, stable=True)
+        order = order.masked_fill(p.isnan(), self.classes)
         five = (order[:, :5] == y["y"][:, None]).any(1)
-        likelihood = (p[torch.arange(len(p)), y["y"]] + 1e-9).log()
+        likelihood = (p.nan_to_num()[torch.arange(len(p)), y["y"]] + 1e-9).log()
         return torch.stack([y["y"], order[:, 0], five, likelihood], 1)
 
     def unread(self, labels):
@@ -1580,7 +1590,7 @@ class Flow(Moments):
 
     def score(self, p, y):
         error = (p - y["y"]).norm(dim=-1)
-        return sums(error[error.isfinite()])
+        return sums(error[known(y).all(-1)])
 
 
 class Stereo(Moments):
@@ -1997,7 +2007,7 @@ def whole_clip(task, features, row):
         high = wide = task.args.world_size
         made = data.World(source.split, frames=clip.frames, size=high).render([row], names)
         made = {name: value[0] for name, value in made.items()}
-        box = data.view_box(high, wide, 0, 1)
+        box = (0, 0, high, wide)  # as in training: the world is not cropped
     else:
         path = source.paths[row]
         video = data.open_frames(path)
@@ -2174,7 +2184,7 @@ def check_classes(train, val):
 def clip_of(args, config, tasks=("classify",)):
     """How clips are taken: as the flags say, else as the encoder's file does. Labels of space and
     time are those of frames, of flow those of neighbours."""
-    space = {*tasks} != {"classify"}
+    space = args.task == "all" or {*tasks} != {"classify"}
     stride = args.stride or config.get("stride", 4)
     fps = args.fps
     if not (space or fps or args.stride):
@@ -2208,7 +2218,7 @@ def layers_of(task, args, config):
 
 def open_features(args, tasks, device):
     """The train and the val Features of --encoder that these tasks share, stored if they fit."""
-    space = {*tasks} != {"classify"}
+    space = args.task == "all" or {*tasks} != {"classify"}
     classified = "classify" in tasks
     form = "grid" if space else Classify.form(args)
     source, val_source = lists(args, classified, rooms=form == "grid")
@@ -2272,8 +2282,6 @@ def learn_labels(task, train):
 def probe(args, device, opened=None):
     """A head on frozen tokens (or --finetune), its metric on val, and that of the best answer that
     looks at no video. opened: Features of `all` -> what is printed, what else is logged."""
-    if args.finetune:
-        check_place(args)
     train, val = opened or open_features(args, [args.task], device)
     layers = layers_of(args.task, args, train.config)
     train = train.of(layers)
@@ -2331,10 +2339,13 @@ def probe(args, device, opened=None):
 
 
 def draws(args, device):
-    """probe, for each of --draws with the next seed: the mean, and the deviation beside it."""
+    """probe, for each of --draws with the next seed: means, and the deviation of the value. What
+    is no mean is of the last draw, whose head is there."""
     runs = [probe(replace(args, seed=args.seed + i), device) for i in range(args.draws)]
-    result, details = runs[0]
+    result, details = runs[-1]
     if len(runs) > 1:
+        for name in ("top5", "likelihood", "constant", "majority"):
+            result[name] = np.mean([found[name] for found, _ in runs])
         values = [found["value"] for found, _ in runs]
         result |= {"values": values} | mean_and_std(values)
     return result, details
@@ -2403,25 +2414,15 @@ def dry_run(args, device):
 # --- what was trained, and features, for use ------------------------------------------------------
 
 
-def check_place(args):
-    """A trained encoder must not take the place of the one that was given, or of a run's."""
-    out = Path(args.out_dir)
-    target = (out / "encoder.safetensors").resolve()
-    given = Path(args.encoder).resolve()
-    if target in (given, given / target.name) or (out / "latest").exists():
-        raise DataError(f"--out_dir {out}: --finetune saves {target.name} there, and there is "
-                        "one: give another folder")
-
-
 SHAPE = "width heads grid frames size classes".split()  # of a Task, after its args
 
 
 def save_head(file, task, features, best):
     """A head with all that predict needs; where the encoder was trained, encoder.safetensors beside
-    it."""
+    it, or encoder_1, encoder_2 ...: none takes the place of another."""
     encoder = task.args.encoder
     if best.encoder:
-        encoder = str(file.with_name("encoder.safetensors"))
+        encoder = str(unused(file.with_name("encoder.safetensors")))
         model.save_encoder(encoder, best.encoder, features.config)
     about = {
         "task": task.args.task,
@@ -2451,15 +2452,22 @@ def head_file(args, opened):
     trained is not lost. `all` keeps the last seed's."""
     if opened:
         return Path(args.out_dir) / f"head_{args.task}.safetensors"
-    file = older = Path(args.out_dir) / "head.safetensors"
-    number = 0
-    while older.exists():
-        number += 1
-        older = file.with_stem(f"head_{number}")
-    if number:
+    file = Path(args.out_dir) / "head.safetensors"
+    older = unused(file)
+    if older != file:
         file.rename(older)
         model.say(f"{file}: the head that was there is {older.name} now")
     return file
+
+
+def unused(file):
+    """This name, or where there is such a file its first of NAME_1, NAME_2 ... that is free."""
+    found = file
+    number = 0
+    while found.exists():
+        number += 1
+        found = file.with_stem(f"{file.stem}_{number}")
+    return found
 
 
 def open_head(path, device):
@@ -2847,6 +2855,9 @@ def physics(args, device):
     bad = {}
     how = dict(batch_size=args.micro_batch, workers=args.workers)
     for batch in dense_batches(val, clip, ("impossible", "kind"), **how):
+        bad |= dict(batch["bad"])
+        if not batch["ok"].any():
+            continue
         pair = []
         for key in ("video", "impossible"):
             x = data.prepare(
@@ -2857,10 +2868,9 @@ def physics(args, device):
         if not rows:
             picture = draw_pairs(args, batch["video"], batch["impossible"])
         rows.append(torch.stack([*pair, batch["kind"].float()], 1)[batch["ok"]])
-        bad |= dict(batch["bad"])
-    possible, impossible, kind = torch.cat(rows).double().T
-    if not len(kind):
+    if not rows:
         raise DataError(f"{val.name}: no video can be read")
+    possible, impossible, kind = torch.cat(rows).double().T
     right = (torch.sign(impossible - possible) + 1) / 2
     names = data.IMPOSSIBLE if args.data else range(256)
     kinds = {str(names[int(k)]): right[kind == k].mean().item() for k in kind.unique()}
@@ -3121,7 +3131,8 @@ def accuracies(run, steps):
     for _, accuracy in pairs_of(steps, "step", "probe_acc"):
         found["online probe"] = accuracy
     for line in read_log(Path(run) / "probe.jsonl"):
-        if line["task"] == "classify":
+        # not of random:RUN or pixels:diff
+        if line["task"] == "classify" and ":" not in line["encoder"]:
             val = line["args"]["val"] or line["args"]["data"]
             found[f"{val}, {line['head']}"] = line["value"]
     return found

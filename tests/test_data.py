@@ -845,3 +845,13 @@ def test_index_ucf(tmp_path):
     ]
     D.index("ucf", str(tmp_path / "UCF"), str(tmp_path / "test.txt"), str(tmp_path / "s/testlist01.txt"))
     assert listed(tmp_path / "test.txt") == [("UCF/Archery/v_Archery_g01_c01.avi", "0")]
+
+
+def test_images_that_are_written_over_are_another_video(tmp_path):
+    """A folder's own time stays as it was."""
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"before")
+    first = D.look([str(tmp_path)], [0])
+    (tmp_path / "2.png").write_bytes(b"after")
+    os.utime(tmp_path / "2.png", ns=(0, int(first[0, 1]) + 10**9))
+    assert (D.look([str(tmp_path)], [0]) - first).tolist() == [[0, 10**9]]

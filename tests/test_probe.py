@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -426,6 +426,35 @@ def test_features_are_stored_once_and_found_by_content(world, tmp_path):
     assert reads(args=arguments(encoder="-", head="linear"))[0] == 8
     assert reads(clip=D.Clip(frames=4, size=16, train=False, views=2))[0] == 8
     assert reads()[0] == 0 and not [p for p in tmp_path.glob("*/*") if p.suffix != ".safetensors"]
+
+
+def test_stored_features_are_of_this_layout_these_labels_and_this_code(world, tmp_path, monkeypatch):
+    """Files of other numbers of rows, label files that were written anew, another model.py: nothing is taken for what
+    it is not. (Of twenty passes, then sixty, rows got the tokens of others.)"""
+    encoder = M.ViT(width=32, depth=2, heads=2, mlp=64, patch=8, frames=4, size=16)
+    x = features(encoder=encoder)
+    folders = []
+    for size in (2**26, 2**27):
+        x.row_bytes = lambda: size
+        x.store(tmp_path)
+        folders.append(x.folder)
+    direct = tokens(features(encoder=encoder).batches(np.arange(8), 8))
+    stored = tokens(x.batches(np.arange(8), 8))
+    assert torch.allclose(direct[0][0], stored[0][0], atol=2e-3)
+
+    x.source.paths = [str(tmp_path / path) for path in x.source.paths]
+    x.names = ["depth"]
+    monkeypatch.setattr(x, "fresh", lambda rows, *_: iter([None] * len(rows)))
+    for value in (1.0, 5.0):
+        save_file({"depth": torch.tensor(value)}, tmp_path / "a.safetensors")
+        os.utime(tmp_path / "a.safetensors", ns=(0, int(value)))
+        x.store(tmp_path)
+        folders.append(x.folder)
+    (tmp_path / "model.py").write_text("other code")
+    monkeypatch.setattr(M, "__file__", str(tmp_path / "model.py"))
+    x.store(tmp_path)
+    folders.append(x.folder)
+    assert len({*folders}) == 5
 
 
 def test_of_as_many_rows_as_fit_features_are_stored(world, tmp_path):

@@ -620,8 +620,12 @@ def test_finetuning_moves_the_encoder_and_frozen_does_not(how, folder, tmp_path,
     if how:  # what was trained is a file, which never takes the place of what was given
         saved, _ = M.load_encoder(tmp_path / "out")
         assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), tuned[0][1][0].encoder.parameters()))
-        with pytest.raises(D.DataError, match="give another folder"):
-            probe.probe(dataclasses.replace(args, out_dir=str(tmp_path)), CPU)
+        probe.probe(args, CPU)  # into the same folder
+        for head, encoder in (("head_1", "encoder"), ("head", "encoder_1")):
+            about = probe.open_head(str(tmp_path / f"out/{head}.safetensors"), CPU)[2]
+            assert Path(about["encoder"]).stem == encoder
+            kept, _ = M.load_encoder(about["encoder"])
+            assert probe.weights_hash(kept) == about["encoder_hash"]
     (data, (model,)), (before, _) = tuned[0], M.load_encoder(folder)
     same = [torch.equal(a, b) for a, b in zip(data.encoder.parameters(), before.parameters())]
     assert all(same)  # the one that was given is never touched
@@ -933,6 +937,36 @@ def opened(args):
     return probe.task_of(args, train), train
 
 
+def test_a_head_that_diverged_scores_worse_than_a_constant():
+    """NaN is no class, and not the first; an answer that is not finite is not left out where the truth is known."""
+    task = task_of("classify", classes=3)
+    p = task.answer(torch.full((4, 1, 3), math.nan))
+    total = task.total(task.score(p, {"y": torch.tensor([0, 0, 0, 1])}).double())
+    assert total["top1"] == total["top5"] == 0 and total["likelihood"] == pytest.approx(math.log(1e-9))
+    flow = task_of("flow")
+    p = torch.zeros(1, 1, 2, 2, 2)
+    p[..., 0, 0, :] = math.inf
+    assert not math.isfinite(only(flow.total(flow.score(p, {"y": torch.zeros_like(p)}).double())))
+    unknown = torch.zeros_like(p)
+    unknown[..., 0, 0, 1] = math.nan
+    assert only(flow.total(flow.score(p, {"y": unknown}).double())) == 0
+
+
+def test_classify_of_the_suite_reads_the_same_clips_alone(folder):
+    args = arguments("all", "", segments=2)
+    alone, beside = (probe.clip_of(args, {"fps": 5.0}, tasks) for tasks in (["classify"], ["classify", "pose"]))
+    assert alone == beside and not alone.fps and alone.segments == 1
+
+
+def test_draws_are_averaged(folder, tmp_path):
+    flags = dict(encoder=folder, head="linear", epochs=1, grid_wd=(0.0,))
+    args = arguments("classify", tmp_path, **flags)
+    each = [probe.draws(dataclasses.replace(args, seed=seed), CPU)[0] for seed in range(2)]
+    both, _ = probe.draws(dataclasses.replace(args, draws=2), CPU)
+    for name in ("value", "top5", "likelihood", "constant"):
+        assert both[name] == pytest.approx(np.mean([one[name] for one in each]))
+
+
 @pytest.mark.parametrize("task", ["depth", "segment", "flow", "stereo"])
 def test_tiles_of_whole_frames_are_put_together(task, folder, tmp_path, monkeypatch):
     """An answer that is the truth under each tile scores as the truth of the whole frame, in its own pixels; the
@@ -942,6 +976,7 @@ def test_tiles_of_whole_frames_are_put_together(task, folder, tmp_path, monkeypa
     view = val.of(probe.layers_of(task, args, val.config))
     kind = probe.task_of(args, view)
     constant, _ = probe.learn_labels(kind, train)
+    assert probe.whole_clip(kind, view, 0)[2] == (50, 50)  # the world is not cropped in training, so no tile is
     made = D.World("rooms_val", frames=8, size=50).render([0, 1, 2], kind.names)
     corners = itertools.cycle(itertools.product(probe.starts(50, 32), probe.starts(50, 32)))
     assert probe.starts(50, 32) == [0, 9, 18] and probe.starts(32, 32) == [0]
@@ -1098,8 +1133,9 @@ def test_physics_of_files_goes_on_past_a_damaged_first_video(tmp_path, monkeypat
     about = dict(frames=4, stride=1, size=32, **M.IMAGENET)
     monkeypatch.setattr(probe, "forecaster", lambda *args: (lambda x, seen: x[:, :, seen:].std((1, 2, 3, 4)), about))
     args = arguments("physics", tmp_path / "out", frames=0, train=str(listed), val=str(listed), data="")
-    result, _ = probe.physics(args, CPU)
-    assert (result["n_val"], result["bad"], result["windows"]) == (2, 1, 3)
+    for many in (8, 1):  # the damaged one among others, and alone
+        result, _ = probe.physics(dataclasses.replace(args, micro_batch=many), CPU)
+        assert (result["n_val"], result["bad"], result["windows"]) == (2, 1, 3)
     listed.write_text("2.mp4\n")
     with pytest.raises(D.DataError, match="no video can be read"):
         probe.physics(args, CPU)

@@ -576,9 +576,11 @@ def test_compare_prints_deltas_to_the_baseline(tmp_path, capsys, monkeypatch):
             log.insert(2, ended)
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         if probed:
-            line = {"task": "classify", "metric": "top1", "value": probed, "head": "linear"}
+            line = {"task": "classify", "metric": "top1", "value": probed, "head": "linear", "encoder": name}
             line["args"] = {"data": "", "val": "x/ssv2.csv"}
-            (tmp_path / name / "probe.jsonl").write_text(json.dumps(line) + "\n")
+            random = line | {"value": 0.1, "encoder": f"random:{name}"}  # of the same folder: not the run's
+            lines = "".join(json.dumps(x) + "\n" for x in (line, random))
+            (tmp_path / name / "probe.jsonl").write_text(lines)
     (tmp_path / "notes").mkdir()
     runs = tuple(str(tmp_path / name) for name in ("base", "hw", "ld", "notes"))
     P.main(P.Args("compare", runs=runs, out_dir=str(tmp_path / "out")))
@@ -596,7 +598,8 @@ def test_compare_prints_deltas_to_the_baseline(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         P.main(P.Args("compare", runs=runs[3:], out_dir=str(tmp_path / "out")))
     (tmp_path / "hw" / "probe.jsonl").open("a").write(
-        json.dumps({"task": "classify", "value": 0.75, "head": "linear", "args": {"data": "", "val": "y/ssv2.csv"}})
+        json.dumps({"task": "classify", "value": 0.75, "head": "linear", "encoder": "hw",
+                    "args": {"data": "", "val": "y/ssv2.csv"}})
         + "\n"
     )
     capsys.readouterr()
