@@ -151,9 +151,13 @@ def parse_list(spec, split="train", labelled=False, look=True):
     if name == "world":
         labels = np.arange(SPLITS[split]) % len(MOTIONS)
         return Source("world", [], labels, weight, split, MOTIONS)
-    found = map(Path, sorted(glob.glob(name, recursive=True)) or [name])
-    if videos := [path for path in found if is_video(path)]:
+    found = [name]
+    if not os.path.exists(name):  # it may have a bracket
+        found = sorted(glob.glob(name, recursive=True)) or found
+    if videos := [path for path in map(Path, found) if is_video(path)]:
         source = unlabelled(name, videos)
+        if others := sorted({*found} - {*map(str, videos)}):
+            warn(f"note: {name} also matches {others[0]}, which is no video and left out")
     elif os.path.isdir(name):
         source = folder_source(name)
     else:
@@ -322,7 +326,7 @@ def table_rows(text):
     """The same of a comma-separated file with a header, and a text that has nothing but the paths,
     each in its own line."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(text.decode().splitlines(keepends=True))
+    reader = csv.DictReader(text.decode().splitlines(keepends=True), skipinitialspace=True)
     reader.fieldnames = [column.strip().lower() for column in reader.fieldnames]
     paths = bytearray()
     rows = []
@@ -355,7 +359,9 @@ def name_classes(source, texts):
 def class_names(name):
     """Those of classes.txt beside a list; none without."""
     beside = Path(name).with_name("classes.txt")
-    return tuple(beside.read_text("utf-8", "replace").splitlines()) if beside.is_file() else ()
+    if not beside.is_file():
+        return ()
+    return tuple(beside.read_text("utf-8-sig", "backslashreplace").splitlines())
 
 
 def where(source, row):
@@ -424,7 +430,7 @@ def look(paths, rows):
         except OSError:
             facts.append((-1, 0))
             continue
-        size = found.st_size
+        size = found.st_size if stat.S_ISREG(found.st_mode) else -1  # a pipe would never end
         changed = found.st_mtime_ns
         if stat.S_ISDIR(found.st_mode):
             images = numbered_images(Path(path))
@@ -446,19 +452,20 @@ def match_classes(train, val):
             raise DataError(f"{where(source, source.labels.argmax())}: label {most} is out of "
                             f"range: classes.txt beside it names {len(source.classes)} classes")
         used = np.unique(source.labels[source.labels >= 0]).tolist()
-        keys.append({source.classes[k] if named else k: k for k in used})
-    known = [*(keys[0] | keys[1])]
+        # two labels may have one name
+        keys.append({k: source.classes[k] if named else k for k in used})
+    known = [*dict.fromkeys(chain(*(mine.values() for mine in keys)))]
     number = {key: k for k, key in enumerate(known)}
     names = dict(enumerate(train.classes or val.classes))
     classes = tuple(names.get(key, str(key)) for key in known)
     matched = []
     for side, source, mine, other in (("train", train, *keys), ("val", val, *keys[::-1])):
-        alone = [str(key) for key in mine if key not in other]
+        alone = [str(key) for key in mine.values() if key not in other.values()]
         if alone:
             warn(f"note: {len(alone)} of {len(known)} classes occur in {side} only: "
                  f"{', '.join(alone[:10])}")
-        old = [-1, *mine.values()]
-        new = np.array([-1] + [number[key] for key in mine])
+        old = [-1, *mine]
+        new = np.array([-1] + [number[key] for key in mine.values()])
         labels = new[np.searchsorted(old, source.labels)]
         matched.append(replace(source, labels=labels, classes=classes))
     return matched
@@ -547,11 +554,15 @@ def open_video(path):
         if suffix_of(path) in IMAGES:
             source = head + file.read()
             mode = "exact"
-    if head and not CONTROL & {*head}:
+    if head and (not CONTROL & {*head} or head.startswith((b"#EXTM3U", b"ffconcat"))):
         # playlists and scripts of FFmpeg's lead to other files, and some never end
         raise ValueError("a text file, not a video")
-    decoder = import_torchcodec().VideoDecoder(
-        source, dimension_order="NHWC", seek_mode=mode, num_ffmpeg_threads=1)
+    make = partial(
+        import_torchcodec().VideoDecoder, source, dimension_order="NHWC", num_ffmpeg_threads=1)
+    try:
+        decoder = make(seek_mode=mode)
+    except ValueError:  # its header gives no duration, as a recording that was broken off
+        decoder = make(seek_mode="exact")
     meta = decoder.metadata
     if (meta.width or 0) * (meta.height or 0) > 1e6 * MAX_MEGAPIXELS:
         raise ValueError(f"frames of {meta.width}x{meta.height} are over the limit of "
@@ -632,16 +643,16 @@ class Video:
             raise ValueError("its header gives no frame rate or no duration")
         # seconds from frame to frame
         self.tick = 1 / meta.average_fps
+        # when each frame is shown, where that is irregular and known: else begin + number * tick
+        self.times = None
         self.lasts(begin, end)
         # else the end may be that of the sound
         self.counted = meta.num_frames_from_header is not None
         self.slow = False  # was a frame not where a seek looked for it?
-        # when each frame is shown, where that is irregular and known: else begin + number * tick
-        self.times = None
         with open(path, "rb") as file:
             head = file.read(12)  # names of files lie, too
         if head[4:8].isalpha():
-            self.know(mp4_times(path))
+            self.know(mp4_times(path, self.decoder.stream_index))
         # Does every time stamp after a seek mislead? In MPEG program streams only some packets have
         # one, and from a seek to the next of these they are guessed. B-frames in AVI have none, and
         # all frames are told one late
@@ -664,7 +675,7 @@ class Video:
                 if self.are(ids, times, durations):
                     return frames, times
             if self.times is None:
-                self.know(packet_times(self.path))
+                self.know(packet_times(self.path, self.decoder.stream_index))
                 if self.times is not None:
                     raise Recount
         return self.count(ids)
@@ -755,8 +766,8 @@ class Video:
                 return found, whole
         if shown is None:
             return [], False
-        _, time, _ = shown
-        self.ends(time + self.tick, moments[-1])
+        _, time, duration = shown
+        self.ends(time + max(duration, self.tick), moments[-1])
         return found + [shown] * (len(moments) - len(found)), whole
 
     def count(self, ids):
@@ -786,6 +797,9 @@ class Video:
         self.begin = begin
         self.seconds = end - begin
         self.frames = max(1, round(self.seconds / self.tick))
+        if self.times is not None:
+            self.times = self.times[(self.times > begin - 1e-3) & (self.times < end)]
+            self.frames = len(self.times)
 
 
 class Pictures:
@@ -889,10 +903,10 @@ def mp4_table(track, name, kind):
     return None
 
 
-def mp4_times(path):
-    """When each frame of an mp4 is shown (n,), rising, in seconds, by the file's own index, of
-    which nothing but the box moov is read. None where they are evenly spaced, or it does not say.
-    """
+def mp4_times(path, stream):
+    """When each frame of this track of an mp4 is shown (n,), rising, in seconds, by the file's own
+    index, of which nothing but the box moov is read. None where they are evenly spaced, or it does
+    not say."""
     try:
         with open(path, "rb") as file:
             name = None
@@ -904,7 +918,7 @@ def mp4_times(path):
                 file.seek(size - 16, os.SEEK_CUR)
             file.seek(head - size, os.SEEK_CUR)
             index = memoryview(file.read(size - head))
-        for track in inside(index, b"trak"):
+        for track in [*inside(index, b"trak")][stream : stream + 1]:
             for handler in inside(track, b"mdia", b"hdlr"):
                 if handler[8:12] == b"vide":
                     return track_times(track)
@@ -935,10 +949,10 @@ def track_times(track):
 
 
 @lru_cache(maxsize=256)
-def packet_times(path):
+def packet_times(path, stream):
     """The same of any file, which ffprobe reads whole; None without that program, or where packets
     do not say when they are shown."""
-    command = "ffprobe -v error -select_streams v:0 -show_entries packet=pts_time -of csv=p=0"
+    command = f"ffprobe -v error -select_streams {stream} -show_entries packet=pts_time -of csv=p=0"
     try:
         words = [*command.split(), f"file:{path}"]
         said = subprocess.run(words, capture_output=True, text=True).stdout
@@ -1185,8 +1199,7 @@ def cut_out(out, place, frames, boxes):
 
 # what torchcodec, FFmpeg and safetensors raise on bad files
 DAMAGE = (RuntimeError, ValueError, IndexError, AssertionError, OSError, SafetensorError)
-# random streams: default_rng([seed, stream, ...]) never meets another's numbers; train_tdv.py has 4
-# and 5
+# random streams: default_rng([seed, stream, ...]); train_tdv.py has 4 and 5
 ORDER, MIX, REPLACE, AUGMENT = range(4)
 # weighted sources are mixed in exact proportion (rounded to 1/1024) in every block of so many draws
 BLOCK = 1024
@@ -1210,9 +1223,10 @@ class Plan:
         if not any(weights):
             bounds = [0, bounds[-1]]
             weights = [1.0]
+        if not all(weights):
+            raise DataError("--data: a weight for every list, or for none")
         self.groups = list(zip(bounds, bounds[1:]))
-        quota = np.array([weight or 1.0 for weight in weights])
-        quota = quota * BLOCK / quota.sum()
+        quota = np.array(weights) * BLOCK / sum(weights)
         self.counts = np.floor(quota).astype(int)
         left = BLOCK - self.counts.sum()
         self.counts[np.argsort(self.counts - quota, kind="stable")[:left]] += 1
@@ -1340,8 +1354,9 @@ def say(path):
         row[:] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
 
 
-def begin_reading(table, worker):
+def begin_reading(table, poison, worker):
     READING.append(table[worker])
+    POISON.update(poison)  # where processes are not forked they know nothing
 
 
 def reason(error):
@@ -1491,7 +1506,7 @@ def stream(function, batches, workers, timeout, seed):
         range(sys.maxsize), batch_sampler=batches, collate_fn=partial(attempt, function),
         num_workers=workers, timeout=timeout if workers else 0,
         pin_memory=workers > 0 and torch.cuda.is_available(),
-        worker_init_fn=partial(begin_reading, table),
+        worker_init_fn=partial(begin_reading, table, {*POISON}),
         # its own: the loader's base seed must not come from torch's global random state
         generator=torch.Generator().manual_seed(seed))
     for batch in begin(loader):
@@ -2496,6 +2511,8 @@ def write_list(out, rows, classes=()):
     lines = []
     for path, label in rows:
         path = os.path.abspath(path).removeprefix(folder)
+        if "\n" in path or (label < 0 and path.rsplit(None, 1)[-1].isdigit()):
+            raise DataError(f"{path!r}: in a list it would read as another path: rename it")
         lines.append(f"{path} {label}\n" if label >= 0 else f"{path}\n")
     write(out, "".join(lines))
     if classes:
@@ -2520,7 +2537,6 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
         crf: x264's quality; lower is better and larger
         workers: processes
     """
-    encode = encoding(short_side, fps, gop, crf)
     source = parse_list(path)
     if source.split:
         raise DataError(f"{path}: the built-in world is no file")
@@ -2530,6 +2546,7 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
                         "choose a folder outside")
     import_torchcodec()
     find_ffmpeg()
+    encode = encoding(short_side, fps, gop, crf)
     root, list_name = os.path.split(os.path.abspath(source.name))
     root += "/"
     if not fps and any(map(os.path.isdir, source.paths)):
@@ -2570,7 +2587,20 @@ def encoding(short_side, fps, gop, crf):
     if fps:
         filters = f"fps={fps},{filters}"
     return (f"-an -sn -dn -vf {filters} -pix_fmt yuv420p -c:v libx264 -crf {crf} -g {gop} -bf 0 "
-            "-tune fastdecode").split()
+            f"-tune fastdecode {'' if fps else as_they_are()}").split()
+
+
+def as_they_are():
+    """FFmpeg's options for frames that keep their times, neither repeated nor left out, as it would
+    for an even rate. Versions call them differently."""
+    for words in ("-fps_mode vfr -enc_time_base demux", "-fps_mode vfr -enc_time_base -1",
+                  "-vsync vfr -enc_time_base -1"):
+        try:
+            ffmpeg(f"-f lavfi -i color=duration=0.1 {words} -f null -")
+            return words
+        except ValueError:
+            continue
+    return ""
 
 
 def claim(folder, encode, root):
@@ -2597,12 +2627,14 @@ def pack_video(job):
     temp = target.with_name(f".{os.getpid()}.mp4")
     encode = [*encode, *"-threads 1 -movflags +faststart -y".split(), f"file:{temp}"]
     try:
-        open_frames(path)  # not what is no video, nor too large
+        video = open_frames(path)  # not what is no video, nor too large
         if os.path.isdir(path):
             pipe(numbered_images(Path(path)), *encode, rate=fps)
         else:
             # explode: no half-decoded videos; file: or names with a colon are read as protocols
-            ffmpeg("-xerror -err_detect explode -threads 1 -i", f"file:{path}", *encode)
+            stream = f"-map 0:{video.decoder.stream_index}"  # the one that is read
+            ffmpeg("-xerror -err_detect explode -threads 1 -i", f"file:{path}",
+                   *stream.split(), *encode)
         open_video(temp).get_frame_at(0)
         os.replace(temp, target)
     except DAMAGE as error:

@@ -598,3 +598,126 @@ def test_several_clips_of_the_world(tmp_path):
     (batch,) = D.make_loader(
         [D.parse_list("world")], D.Clip(8, 1, size=16, clips=4), seed=0, batch_size=8, micro_batch=8, steps=1)
     assert len(set(batch["path"])) == 8 and len({video.numpy().tobytes() for video in batch["video"]}) == 8
+
+
+def shown(path):
+    """The grey level and the time of each frame, one after the other."""
+    frames = [(frame.float().mean().item(), time) for frame, time, _ in D.sequence(D.open_video(path))]
+    grey, times = np.array(frames).T
+    return grey, times - times[0]
+
+
+@pytest.mark.parametrize("kind", ["mkv", "mp4"])
+def test_of_two_streams_one_is_read_looked_up_and_packed(tmp_path, kind):
+    """The better one, which is the second and has gaps; times of the other made a clip look for its frames for ever."""
+    file = tmp_path / f"two.{kind}"
+    sparse = ("-f", "lavfi", "-i", "color=white:size=32x32:rate=2:duration=20")
+    gaps = ("-filter:v:1", "select='not(eq(mod(n,5),3))'", "-vsync", "vfr")
+    which = ("-map", 0, "-map", 1, "-disposition:v:0", 0, "-disposition:v:1", "default")
+    assert ffmpeg(*sparse, "-f", "lavfi", "-i", SOURCE, *which, *gaps, *X264, file)
+    grey, times = shown(file)
+    assert len(grey) == 120 and np.ptp(np.diff(times)) > 0.03
+    for seed in range(4):
+        clip = D.Clip(frames=8, stride=4, size=16)
+        video, (cut,) = D.read_cuts(str(file), clip, [np.random.default_rng(seed)])
+        assert cut.shape[0] == 120
+        assert np.abs(video.float().mean((0, 2, 3, 4)).numpy() - grey[cut.ids]).max() < 3
+    assert D.inspect_video(str(file))["reason"] is None
+    D.pack(str(file), str(tmp_path / "packed"), short_side=64, workers=0)
+    (packed,) = (tmp_path / "packed/videos").iterdir()
+    assert np.abs(np.stack(shown(packed)) - np.stack([grey, times])).max() < 3
+    assert np.abs(shown(packed)[1] - times).max() < 2e-3
+
+
+def test_packing_keeps_the_times_of_a_varying_rate(tmp_path):
+    """20 frames a second, then 60: a constant rate repeats the former or leaves out the latter."""
+    file = tmp_path / "both.mkv"
+    slow = "setpts='if(lt(N,50),N/20,2.5+(N-50)/60)/TB'"
+    assert ffmpeg("-f", "lavfi", "-i", SOURCE, "-vf", slow, "-vsync", "vfr", "-enc_time_base", "1/60", *X264, file)
+    grey, times = shown(file)
+    D.pack(str(file), str(tmp_path / "packed"), workers=0)
+    (packed,) = (tmp_path / "packed/videos").iterdir()
+    assert len(shown(packed)[1]) == len(times) == 150
+    assert np.abs(shown(packed)[1] - times).max() < 2e-3 and np.abs(shown(packed)[0] - grey).max() < 3
+
+
+def test_recordings_without_a_length_are_read(made, tmp_path):
+    """As a browser or a program that was killed leaves them."""
+    whole = made("h264.mkv")
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(subprocess.run(
+        ["ffmpeg", "-v", "error", "-i", whole, "-c", "copy", "-f", "matroska", "-"], capture_output=True).stdout)
+    clip = D.Clip(frames=8, stride=4, size=16, train=False)
+    assert torch.equal(D.read_clips(str(cut), clip), D.read_clips(str(whole), clip))
+
+
+def test_a_frame_that_is_held_at_the_end_is_no_damage(tmp_path):
+    """One and a half seconds, which the header's length counts as frames."""
+    plain, held = tmp_path / "plain.mp4", tmp_path / "held.mp4"
+    assert ffmpeg("-f", "lavfi", "-i", SOURCE, *X264[:-2], "-bf", 0, plain)
+    longer = "setts=pts=PTS:dts=DTS:duration=if(eq(N\\,149)\\,DURATION*45\\,DURATION)"
+    if not ffmpeg("-i", plain, "-c", "copy", "-bsf:v", longer, held):
+        pytest.skip("this FFmpeg cannot write it")
+    clip = D.Clip(frames=16, stride=4, size=16, train=False, segments=2)
+    video, cuts = D.read_cuts(str(held), clip)
+    ids = np.concatenate([cut.ids for cut in cuts])
+    assert (levels(video.flatten(0, 1)) == np.minimum(ids, 149) % 16).all()
+
+
+@pytest.mark.parametrize("text", [b"#EXTM3U\n#\x01\nother.ts\n", b"ffconcat version 1.0\n#\x01\nfile other.mp4\n"])
+def test_a_control_byte_makes_no_video_of_a_playlist(tmp_path, text):
+    (tmp_path / "a.mp4").write_bytes(text + b"\0" * 64)
+    with pytest.raises(ValueError, match="a text file"):
+        D.open_video(str(tmp_path / "a.mp4"))
+
+
+def test_a_pipe_in_a_list_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    (tmp_path / "l.txt").write_text("a.mp4\n")
+    with pytest.raises(D.DataError, match="no file"):
+        D.parse_list(tmp_path / "l.txt")
+
+
+def test_two_labels_of_one_name_are_one_class(tmp_path):
+    """run, jump, run, sit: jump became run. A first line may have a byte order mark, and letters of another encoding
+    stay apart."""
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfrun\njump\nrun\nsit\n\xe9\n\xe8\n")
+    (tmp_path / "l.txt").write_text("".join(f"{k}.mp4 {k}\n" for k in range(6)))
+    source = D.parse_list(tmp_path / "l.txt", look=False)
+    train, _ = D.match_classes(source, source)
+    assert [train.classes[k] for k in train.labels] == ["run", "jump", "run", "sit", "\\xe9", "\\xe8"]
+
+
+def test_names_that_a_list_cannot_say_are_refused(tmp_path):
+    for name in ("walk 1", "a\nb.mp4"):
+        with pytest.raises(D.DataError, match="another path"):
+            D.write_list(tmp_path / "l.txt", [(str(tmp_path / name), -1)])
+    D.write_list(tmp_path / "l.txt", [(str(tmp_path / "walk 1"), 3)])
+    assert D.parse_list(tmp_path / "l.txt", look=False).paths.written(0) == "walk 1"
+
+
+def test_a_name_with_brackets_and_a_pattern_with_other_files(tmp_path, capsys):
+    for name in ("clip[1].mp4", "clip1.mp4", "classes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    source = D.parse_list(tmp_path / "clip[1].mp4")
+    assert [*source.paths] == [str(tmp_path / "clip[1].mp4")]
+    assert len(D.parse_list(tmp_path / "c*")) == 2
+    assert "also matches" in capsys.readouterr().err
+
+
+def test_a_blank_before_a_quote_in_a_table(tmp_path):
+    (tmp_path / "l.csv").write_text('label, "path"\n3, "a b.mp4"\n')
+    source = D.parse_list(tmp_path / "l.csv", look=False)
+    assert (source.paths.written(0), source.labels.tolist()) == ("a b.mp4", [3])
+
+
+def test_a_weight_for_some_lists_only_is_refused():
+    with pytest.raises(D.DataError, match="for every list"):
+        D.Plan([D.Source("a", [], np.zeros(4), 0.5), D.Source("b", [], np.zeros(4))], 0)
+
+
+def test_a_loader_that_is_not_forked_knows_the_poison(monkeypatch):
+    monkeypatch.setattr(D, "POISON", set())
+    monkeypatch.setattr(D, "READING", [])
+    D.begin_reading(torch.zeros(2, 4096, dtype=torch.uint8), {"deadly.mp4"}, 1)
+    assert D.POISON == {"deadly.mp4"}
