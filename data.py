@@ -156,7 +156,7 @@ def parse_list(spec, split="train", labelled=False, look=True):
         found = sorted(glob.glob(name, recursive=True)) or found
     if videos := [path for path in map(Path, found) if is_video(path)]:
         source = unlabelled(name, videos)
-        if others := sorted({*found} - {*map(str, videos)}):
+        if others := [path for path in found if not is_video(Path(path))]:
             warn(f"note: {name} also matches {others[0]}, which is no video and left out")
     elif os.path.isdir(name):
         source = folder_source(name)
@@ -436,7 +436,8 @@ def look(paths, rows):
             images = numbered_images(Path(path))
             size = len(images) or -1
             for image in images[-1:]:  # written over, it leaves the folder's own time as it was
-                changed = max(changed, os.stat(image).st_mtime_ns)
+                if image.exists():
+                    changed = max(changed, os.stat(image).st_mtime_ns)
         facts.append((size, changed))
     return np.array(facts)
 
@@ -798,8 +799,11 @@ class Video:
         self.seconds = end - begin
         self.frames = max(1, round(self.seconds / self.tick))
         if self.times is not None:
-            self.times = self.times[(self.times > begin - 1e-3) & (self.times < end)]
-            self.frames = len(self.times)
+            kept = self.times[(self.times > begin - 1e-3) & (self.times < end)]
+            if len(kept) == len(self.times):  # frames were counted, in ticks of the mean rate
+                kept = kept[: self.frames]
+            self.times = kept
+            self.frames = len(kept)
 
 
 class Pictures:
@@ -1210,6 +1214,14 @@ def shuffled(n, *key):
     return np.random.default_rng(key).permutation(n)
 
 
+def weights_of(sources):
+    """The share of each, or [] where they go by their lengths."""
+    weights = [source.weight for source in sources if source.weight]
+    if len(weights) not in (0, len(sources)):
+        raise DataError("--data: a weight for every list, or for none")
+    return weights
+
+
 class Plan:
     """Which row is read at draw v: a pure function of (seed, v). Rows are numbered through all
     sources. Each source, or without weights the concatenation of all, is walked in epochs: every
@@ -1219,12 +1231,10 @@ class Plan:
         self.seed = seed
         self.offsets = np.cumsum([0, *map(len, sources)])
         bounds = self.offsets.tolist()
-        weights = [source.weight for source in sources]
-        if not any(weights):
+        weights = weights_of(sources)
+        if not weights:
             bounds = [0, bounds[-1]]
             weights = [1.0]
-        if not all(weights):
-            raise DataError("--data: a weight for every list, or for none")
         self.groups = list(zip(bounds, bounds[1:]))
         quota = np.array(weights) * BLOCK / sum(weights)
         self.counts = np.floor(quota).astype(int)
@@ -1417,15 +1427,13 @@ def make_loader(
 
 def kinds_of(sources):
     """(those with videos, those of images alone), and the images' share of the samples."""
-    weights = [source.weight for source in sources]
-    if not any(weights):
-        weights = [len(source) for source in sources]
+    weights = weights_of(sources) or map(len, sources)
     kinds = ([], [])
     sizes = [0.0, 0.0]
     for source, weight in zip(sources, weights):
         still = all_images(source)
         kinds[still].append(source)
-        sizes[still] += weight or 1.0
+        sizes[still] += weight
     return kinds, sizes[1] / sum(sizes)
 
 
@@ -2511,9 +2519,10 @@ def write_list(out, rows, classes=()):
     lines = []
     for path, label in rows:
         path = os.path.abspath(path).removeprefix(folder)
-        if "\n" in path or (label < 0 and path.rsplit(None, 1)[-1].isdigit()):
+        row = f"{path} {label}" if label >= 0 else path
+        if [path] != [read.decode() for _, read, _ in plain_rows(row.encode(errors="replace"))]:
             raise DataError(f"{path!r}: in a list it would read as another path: rename it")
-        lines.append(f"{path} {label}\n" if label >= 0 else f"{path}\n")
+        lines.append(f"{row}\n")
     write(out, "".join(lines))
     if classes:
         write(out.with_name("classes.txt"), "".join(f"{name}\n" for name in classes))
@@ -2551,7 +2560,12 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     root += "/"
     if not fps and any(map(os.path.isdir, source.paths)):
         raise DataError(f"{path}: folders of numbered images have no frame rate; say it: --fps 25")
-    claim(folder, encode, root)
+    holds = {"encode": encode, "root": root}
+    times = []
+    if not fps:
+        holds["times"] = "kept"
+        times = as_they_are().split()
+    claim(folder, holds)
 
     targets = {}
     for video in source.paths:
@@ -2560,7 +2574,7 @@ def pack(path: str, out: str, short_side: int = 256, fps: float = 0, gop: int = 
     target, count = Counter(targets.values()).most_common(1)[0]
     if count > 1:
         raise DataError(f"{path}: {count} of its videos would all be {target}")
-    jobs = [(video, target, encode, fps) for video, target in targets.items()]
+    jobs = [(video, target, encode + times, fps) for video, target in targets.items()]
     for (video, *_), why in zip(jobs, in_processes(pack_video, jobs, workers)):
         if why:
             print(f"bad: {video}: {why}")
@@ -2587,7 +2601,7 @@ def encoding(short_side, fps, gop, crf):
     if fps:
         filters = f"fps={fps},{filters}"
     return (f"-an -sn -dn -vf {filters} -pix_fmt yuv420p -c:v libx264 -crf {crf} -g {gop} -bf 0 "
-            f"-tune fastdecode {'' if fps else as_they_are()}").split()
+            "-tune fastdecode").split()
 
 
 def as_they_are():
@@ -2603,15 +2617,14 @@ def as_they_are():
     return ""
 
 
-def claim(folder, encode, root):
+def claim(folder, holds):
     """Write into pack.json what the folder holds; refuse one that holds something else."""
     note = folder / "pack.json"
-    holds = {"encode": encode, "root": root}
     before = json.loads(note.read_text("utf-8")) if note.exists() else holds
     # a file there may have the name of another video, and would be taken for it
     if before != holds:
         raise DataError(f"{folder} holds videos packed from {before['root']} (or with other "
-                        f"settings: see its pack.json), not {root}; choose another folder")
+                        f"settings: see its pack.json), not {holds['root']}; choose another folder")
     write(note, json.dumps(holds))
 
 

@@ -1299,7 +1299,9 @@ class Run:
 
     def sources(self):
         """The lists of --data. One rank looks for their files."""
-        return [data.parse_list(spec, look=self.rank == 0) for spec in self.args.data]
+        found = [data.parse_list(spec, look=self.rank == 0) for spec in self.args.data]
+        data.weights_of(found)  # of all or of none
+        return found
 
     def open(self, script, sources, title=""):
         """Read the online probe's lists, take the out directory, write config.json and the first

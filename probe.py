@@ -1275,7 +1275,7 @@ class Classify(Task):
         """label, what was called (of equal probabilities the lower class; of NaN none), is the
         label among the first five?, log-likelihood."""
         order = p.argsort(dim=1, descending=True, stable=True)
-        order = order.masked_fill(p.isnan(), self.classes)
+        order = order.masked_fill(p.isnan().any(1, keepdim=True), self.classes)
         five = (order[:, :5] == y["y"][:, None]).any(1)
         likelihood = (p.nan_to_num()[torch.arange(len(p)), y["y"]] + 1e-9).log()
         return torch.stack([y["y"], order[:, 0], five, likelihood], 1)
@@ -2344,7 +2344,7 @@ def draws(args, device):
     runs = [probe(replace(args, seed=args.seed + i), device) for i in range(args.draws)]
     result, details = runs[-1]
     if len(runs) > 1:
-        for name in ("top5", "likelihood", "constant", "majority"):
+        for name in {"top5", "likelihood", "constant", "majority"} & result.keys():
             result[name] = np.mean([found[name] for found, _ in runs])
         values = [found["value"] for found, _ in runs]
         result |= {"values": values} | mean_and_std(values)
@@ -2423,6 +2423,7 @@ def save_head(file, task, features, best):
     encoder = task.args.encoder
     if best.encoder:
         encoder = str(unused(file.with_name("encoder.safetensors")))
+        model.say(f"the trained encoder: {encoder}")
         model.save_encoder(encoder, best.encoder, features.config)
     about = {
         "task": task.args.task,
@@ -3131,8 +3132,8 @@ def accuracies(run, steps):
     for _, accuracy in pairs_of(steps, "step", "probe_acc"):
         found["online probe"] = accuracy
     for line in read_log(Path(run) / "probe.jsonl"):
-        # not of random:RUN or pixels:diff
-        if line["task"] == "classify" and ":" not in line["encoder"]:
+        other = line["encoder"].startswith(("random:", "pixels:"))
+        if line["task"] == "classify" and not other:
             val = line["args"]["val"] or line["args"]["data"]
             found[f"{val}, {line['head']}"] = line["value"]
     return found

@@ -855,3 +855,6 @@ def test_images_that_are_written_over_are_another_video(tmp_path):
     (tmp_path / "2.png").write_bytes(b"after")
     os.utime(tmp_path / "2.png", ns=(0, int(first[0, 1]) + 10**9))
     assert (D.look([str(tmp_path)], [0]) - first).tolist() == [[0, 10**9]]
+    (tmp_path / "2.png").unlink()
+    (tmp_path / "2.png").symlink_to("nowhere.png")  # counted as damaged where it is read
+    assert D.look([str(tmp_path)], [0])[0, 0] == 3

@@ -965,6 +965,8 @@ def test_draws_are_averaged(folder, tmp_path):
     both, _ = probe.draws(dataclasses.replace(args, draws=2), CPU)
     for name in ("value", "top5", "likelihood", "constant"):
         assert both[name] == pytest.approx(np.mean([one[name] for one in each]))
+    result, _ = probe.draws(arguments("pose", tmp_path, encoder=folder, draws=2), CPU)
+    assert len(result["values"]) == 2
 
 
 @pytest.mark.parametrize("task", ["depth", "segment", "flow", "stereo"])
