@@ -574,21 +574,30 @@ def train_row(args, row, seed, out):
 class MotionProbes:
     """Linear probes on eight motions of the world and on each of --tasks; clips, of long lists 2,048 and 1,024 that
     are drawn by lot, are read once for all runs. An encoder gets the pixels, and is read at the block, that its file
-    names."""
+    names. group: as probe.py's, of what two halves of a train list have nothing in common (people, rooms)."""
 
-    def __init__(self, tasks, stride=5, frames=8, size=32):
+    def __init__(self, tasks, stride=5, frames=8, size=32, group=""):
         self.lists = {"motion": ("world", "world")}
         for task in tasks:
             name, _, pair = task.partition("=")
             self.lists[name] = pair.split(",")
         clip = D.Clip(frames=frames, size=size, stride=stride, train=False)
         self.clips = {}
+        self.halves = {}  # of a train list: True in one of them
         for name, pair in self.lists.items():
             sources = [D.parse_list(path, split=s, labelled=True) for path, s in zip(pair, ("probe", "val"))]
-            self.clips[name] = []
+            picked = []
             for source, most in zip(sources, (2048, 1024)):
-                rows = np.sort(np.random.default_rng(0).permutation(len(source))[:most])
-                self.clips[name].append(list(D.eval_batches(source, clip, batch_size=64, rows=rows)))
+                picked.append(np.sort(np.random.default_rng(0).permutation(len(source))[:most]))
+            halves = zip(sources, picked)
+            self.clips[name] = [list(D.eval_batches(source, clip, batch_size=64, rows=rows)) for source, rows in halves]
+            # by lot: where labels take turns, every other row has only every other label
+            half = torch.rand(len(picked[0]), generator=torch.Generator().manual_seed(0)) < 0.5
+            if group and not sources[0].split:
+                paths = [sources[0].path(row) for row in picked[0]]
+                _, held = P.hold_outs(paths, group, 0.5, 0)[0]
+                half = ~torch.from_numpy(np.isin(np.arange(len(half)), held))
+            self.halves[name] = half
 
     def __call__(self, run, **seed):
         return {name: self.accuracy(*self.read(run, name, **seed)) for name in self.clips}
@@ -598,8 +607,7 @@ class MotionProbes:
         found = {"val": {}, "on_train": {}}
         for name in self.clips:
             train, val = self.read(run, name)
-            # by lot: where labels take turns, every other row has only every other label
-            half = torch.rand(len(train[0]), generator=torch.Generator().manual_seed(0)) < 0.5
+            half = self.halves[name]
             found["val"][name] = self.accuracy(train, val)
             found["on_train"][name] = self.accuracy([z[half] for z in train], [z[~half] for z in train])
         return found
@@ -876,7 +884,7 @@ def compare(args):
     if not args.out:
         sys.exit("compare needs --out DIR, in which the runs are kept")
     clip = dict(frames=args.frames, size=args.size) if args.recipe == "paper" else dict(frames=8, size=32)
-    probes = MotionProbes(args.tasks, args.stride, **clip)
+    probes = MotionProbes(args.tasks, args.stride, **clip, group=args.group)
     found = {}
     for flops in args.flops:
         for name in methods:
@@ -1261,6 +1269,7 @@ def parse_args():
     parser.add_argument("--flops", type=float, nargs="+", default=[8.5e12], help="compare: of each run")
     parser.add_argument("--suite", nargs="+", default=[], help="compare: tasks of probe.py, of the largest --flops")
     parser.add_argument("--stride", type=int, default=4, help="compare: of the clips")
+    parser.add_argument("--group", default="", help="compare: as probe.py's; the halves that choose a rate share none")
     parser.add_argument("--recipe", choices=RECIPES, default="laptop", help="compare; paper: of one --model")
     parser.add_argument("--launch", default="", help='compare: instead of python, "torchrun --nproc-per-node 8"')
     parser.add_argument("--plan", action="store_true", help="compare: only say how long it will take")
