@@ -589,15 +589,9 @@ class MotionProbes:
             picked = []
             for source, most in zip(sources, (2048, 1024)):
                 picked.append(np.sort(np.random.default_rng(0).permutation(len(source))[:most]))
-            halves = zip(sources, picked)
-            self.clips[name] = [list(D.eval_batches(source, clip, batch_size=64, rows=rows)) for source, rows in halves]
-            # by lot: where labels take turns, every other row has only every other label
-            half = torch.rand(len(picked[0]), generator=torch.Generator().manual_seed(0)) < 0.5
-            if group and not sources[0].split:
-                paths = [sources[0].path(row) for row in picked[0]]
-                _, held = P.hold_outs(paths, group, 0.5, 0)[0]
-                half = ~torch.from_numpy(np.isin(np.arange(len(half)), held))
-            self.halves[name] = half
+            lists = zip(sources, picked)
+            self.clips[name] = [list(D.eval_batches(source, clip, batch_size=64, rows=rows)) for source, rows in lists]
+            self.halves[name] = half_of(sources[0], picked[0], group)
 
     def __call__(self, run, **seed):
         return {name: self.accuracy(*self.read(run, name, **seed)) for name in self.clips}
@@ -642,6 +636,15 @@ class MotionProbes:
                 rows.append((z.cpu(), batch["label"], batch["ok"]))
             halves.append([torch.cat(column) for column in zip(*rows)])
         return halves
+
+
+def half_of(source, rows, group):
+    """Which of these rows of a list are in the first of two halves (n,): by lot, or by groups, as probe.py's."""
+    if group and not source.split:
+        _, held = P.hold_outs([source.path(row) for row in rows], group, 0.5, 0)[0]
+        return ~torch.from_numpy(np.isin(np.arange(len(rows)), held))
+    # by lot: where labels take turns, every other row has only every other label
+    return torch.rand(len(rows), generator=torch.Generator().manual_seed(0)) < 0.5
 
 
 def terms(args):

@@ -628,16 +628,23 @@ def test_a_task_that_a_method_cannot_do_has_no_figures_in_the_suites_table(capsy
 
 
 def test_rates_are_chosen_by_halves_that_have_every_label():
-    """The built-in world's labels take turns: of every other row a probe learns only half of them."""
+    """The built-in world's labels take turns: of every other row a probe learns only half of them. By groups: no person
+    is in both."""
     import bench
 
+    world = D.parse_list("world", "probe")
     probes = object.__new__(bench.MotionProbes)
     probes.clips = {"motion": None}
+    probes.halves = {"motion": bench.half_of(world, range(64), "user")}
     y = torch.arange(64) % 8
     features = F.one_hot(y).float() + 0.01 * torch.randn(64, 8)
     half = (features, y, torch.ones(64, dtype=torch.bool))
     probes.read = lambda run, name: (half, half)
     assert probes.both("run") == {"val": {"motion": 1.0}, "on_train": {"motion": 1.0}}
+    paths = D.Paths.of([f"/v/user{i % 5}_{i}.mp4" for i in range(40)])
+    half = bench.half_of(D.Source("l", paths, np.zeros(40)), np.arange(2, 40), r"user\d+")
+    people = (np.arange(2, 40) % 5)
+    assert len(half) == 38 and not {*people[half]} & {*people[~half]} and 10 < half.sum() < 30
 
 
 def test_a_variant_learns_at_the_rate_of_its_method(monkeypatch):
