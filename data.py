@@ -1366,7 +1366,7 @@ def say(path):
 
 def begin_reading(table, poison, worker):
     READING.append(table[worker])
-    POISON.update(poison)  # where processes are not forked they know nothing
+    POISON.update(poison)  # a process that is not forked starts without
 
 
 def reason(error):

@@ -654,9 +654,13 @@ def test_a_variant_learns_at_the_rate_of_its_method(monkeypatch):
     asked = []
     monkeypatch.setattr(bench, "compared_run", lambda args, name, lr, flops, seed: asked.append((name, flops)) or lr)
     monkeypatch.setattr(bench, "judged", lambda args, probes, lr, seed: {"on_train": {"motion": lr, "signs": 0.5}})
-    args = bench.argparse.Namespace(seeds=[3, 4], recipe="laptop")
+    args = bench.argparse.Namespace(seeds=[3, 4], recipe="laptop", tasks=[], data=[])
     assert bench.best_rate(args, None, "SALT, tube teacher masks", 1e12) == high == 2 * low
     assert asked == [("SALT", 1e12)] * 2
+    # trained on files, the files' own task says which
+    monkeypatch.setattr(bench, "judged", lambda args, probes, lr, seed: {"on_train": {"motion": lr, "signs": -lr}})
+    args = bench.argparse.Namespace(seeds=[3], recipe="laptop", tasks=["signs=a,b"], data=["a"])
+    assert bench.best_rate(args, None, "SALT", 1e12) == low
 
 
 @pytest.mark.parametrize("recipe", ["laptop", "video", "paper"])
